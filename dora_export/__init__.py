@@ -1,0 +1,55 @@
+"""Merge DoRA and LoRA adapters into plain weights.
+
+Data flows one way: an adapter reader turns files into updates (``dora_export.update``), naming and
+plan pair them with the base's tensors, the engine runs the formula piece by piece, a writer stages
+the output and publishes it by one rename. ``dora_export.api`` strings the stages together.
+
+Importing this package imports nothing else: names are resolved when they are used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from dora_export._version import __version__
+
+if TYPE_CHECKING:
+    from dora_export.adapters.model import Adapter
+    from dora_export.api import inspect, load_adapter, merge
+    from dora_export.errors import DoraExportError
+    from dora_export.report import InspectReport, MergeReport
+    from dora_export.update import Update
+
+__all__ = [
+    "Adapter",
+    "DoraExportError",
+    "InspectReport",
+    "MergeReport",
+    "Update",
+    "__version__",
+    "inspect",
+    "load_adapter",
+    "merge",
+]
+
+_HOMES = {
+    "Adapter": "adapters.model",
+    "DoraExportError": "errors",
+    "InspectReport": "report",
+    "MergeReport": "report",
+    "Update": "update",
+    "inspect": "api",
+    "load_adapter": "api",
+    "merge": "api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"dora_export.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'dora_export' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

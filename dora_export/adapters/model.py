@@ -1,0 +1,66 @@
+"""What every adapter reader returns, and what it may be told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dora_export.checkpoints.model import Checkpoint
+from dora_export.tensors import TensorRef
+from dora_export.update import Axis, Update
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """What a user can say about an adapter whose file does not say it.
+
+    Attributes:
+        alpha: Scaling numerator, for formats that do not store it.
+        axis: What the magnitudes count, for formats that leave it open.
+        allow_pickle: Whether pickled files may be read (through torch's restricted loader).
+    """
+
+    alpha: float | None = None
+    axis: Axis | None = None
+    allow_pickle: bool = False
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter in normal form; no tensor has been read.
+
+    Attributes:
+        path: What the user named.
+        format: Name of the format, e.g. "peft".
+        files: Files that hold its tensors.
+        tensors: Every tensor of those files that belongs to the adapter, by name.
+        updates: What it does, in its own names.
+        ignored: Tensors that have no effect on the merged weights, and why.
+        folder: Folder whose tokenizer files go with the adapter, or None.
+        own_base: The base model, where the file carries it.
+        base_name: The base model that the adapter says it was trained on, or None.
+        ensure_weight_tying: The trainer kept tied ends tied (PEFT's option of that name).
+        saved_embeddings: Targets replaced because the trainer saved its (resized) embeddings along,
+            not because they were trained apart: both tied ends share them.
+        whole_families: Layers that differ in their number only are adapted all or none, so a gap
+            means that tensors are missing.
+        square_io: Whether square weights are stored ``(in, out)``, as far as the adapter says.
+        facts: What ``inspect`` shows: settings in the format's own words.
+    """
+
+    path: Path
+    format: str
+    files: tuple[Path, ...]
+    tensors: Mapping[str, TensorRef]
+    updates: tuple[Update, ...]
+    ignored: Mapping[str, str] = field(default_factory=dict)
+    folder: Path | None = None
+    own_base: Checkpoint | None = None
+    base_name: str | None = None
+    ensure_weight_tying: bool = False
+    saved_embeddings: frozenset[str] = frozenset()
+    whole_families: bool = False
+    square_io: bool | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,327 @@
+"""PEFT adapter folders, method LORA, with or without DoRA, and everything that rides along.
+
+Source: github.com/huggingface/peft 0.21.2, src/peft/utils/save_and_load.py (what is saved),
+src/peft/tuners/lora/layer.py and variants.py (what it means), src/peft/tuners/lora/dora.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dora_export.adapters import peft_config
+from dora_export.adapters.model import Adapter, ReadOptions
+from dora_export.adapters.peft_config import PeftConfig
+from dora_export.checkpoints.folder import read_json
+from dora_export.errors import AdapterError, InputError, listing, shown
+from dora_export.storage import read_tensors
+from dora_export.tensors import Operand, TensorRef
+from dora_export.update import Kind, Update
+
+CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+PREFIX = "base_model.model."
+# Segments that wrappers of the training loop leave in names.
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+EMBEDDING_LEAVES = frozenset(
+    ("embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "shared",
+     "tok_embeddings")
+)  # fmt: skip
+TRAINING_ONLY = ("lora_velora_embed", "lora_monteclora_sampler")
+
+# Part of a layer -> how its key ends. The adapter's name may stand before the last ".weight".
+LAYER_PARTS = {
+    part: re.compile(rf"(?P<module>.+)\.{pattern}")
+    for part, pattern in {
+        "A": r"lora_A(\.(?P<name>[^.]+))?\.weight",
+        "B": r"lora_B(\.(?P<name>[^.]+))?\.weight",
+        "B.bias": r"lora_B(\.(?P<name>[^.]+))?\.bias",
+        "embedding_A": r"lora_embedding_A(\.(?P<name>[^.]+))?",
+        "embedding_B": r"lora_embedding_B(\.(?P<name>[^.]+))?",
+        "m": r"lora_magnitude_vector(\.(?P<name>(?!weight$)[^.]+))?(\.weight)?",
+        "base.weight": r"base_layer\.(?P<name>)weight",
+        "base.bias": r"base_layer\.(?P<name>)bias",
+        "tokens": r"token_adapter\.trainable_tokens_delta(\.(?P<name>[^.]+))?",
+    }.items()
+}
+SAVED_MODULE = re.compile(
+    r"(?P<module>.+)\.modules_to_save(\.(?P<name>[^.]+))?\.(?P<leaf>weight|bias)"
+)
+
+
+@dataclass
+class _Layer:
+    """Keys of one module, by part."""
+
+    parts: dict[str, TensorRef] = field(default_factory=dict)
+
+
+@dataclass
+class _Sorted:
+    """Adapter tensors by what they are."""
+
+    layers: dict[str, _Layer] = field(default_factory=lambda: defaultdict(_Layer))
+    whole: dict[str, TensorRef] = field(default_factory=dict)  # target tensor -> stored copy
+    ignored: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    names: set[str] = field(default_factory=set)
+
+
+def matches(path: Path, options: ReadOptions) -> bool:
+    """Return whether ``path`` is a PEFT folder, or the weight file in one."""
+    return _config_path(path) is not None
+
+
+def read(path: Path, options: ReadOptions) -> Adapter:
+    """Read a PEFT adapter folder.
+
+    Raises:
+        InputError: The config or the weights are missing or malformed.
+        AdapterError: A setting or a tensor that this tool does not reproduce; all are listed.
+    """
+    config_path = _config_path(path)
+    if config_path is None:
+        raise InputError(f"{path}: no {CONFIG}. Check that this is the adapter's folder.")
+    _refuse_options(config_path, options)
+    raw = read_json(config_path)
+    config = peft_config.parse(config_path, raw)
+    weights = _weights(config_path.parent, options)
+    tensors = read_tensors(weights, allow_pickle=options.allow_pickle)
+    sorted_ = _sort(tensors, config)
+    updates = [u for module, layer in sorted_.layers.items()
+               for u in _layer_updates(module, layer, config, sorted_.problems)]  # fmt: skip
+    updates += [_replacement(target, ref) for target, ref in sorted_.whole.items()]
+    _check_magnitudes(config, sorted_)
+    if sorted_.problems:
+        raise AdapterError(f"{weights}: does not add up:{listing(sorted(sorted_.problems))}")
+    if not updates:
+        raise AdapterError(f"{weights}: holds no LoRA tensors. Check how the adapter was saved.")
+    return Adapter(
+        path=path,
+        format="peft",
+        files=(weights,),
+        tensors=tensors,
+        updates=tuple(updates),
+        ignored=sorted_.ignored,
+        folder=config_path.parent,
+        base_name=config.base_name,
+        ensure_weight_tying=config.ensure_weight_tying,
+        saved_embeddings=_saved_embeddings(sorted_, config),
+        whole_families=isinstance(raw.get("target_modules"), list)
+        and not any(raw.get(k) for k in ("exclude_modules", "layers_to_transform")),
+        square_io=config.fan_in_fan_out,
+        facts=_facts(config, updates),
+    )
+
+
+def _config_path(path: Path) -> Path | None:
+    folder = path if path.is_dir() else path.parent
+    if not (folder / CONFIG).is_file() or (path.is_file() and path.name not in (CONFIG, *WEIGHTS)):
+        return None
+    if "fine_tune_type" in read_json(folder / CONFIG):
+        return None  # MLX's folders use the same file name
+    return folder / CONFIG
+
+
+def _refuse_options(config_path: Path, options: ReadOptions) -> None:
+    if options.alpha is not None:
+        raise AdapterError(f"{config_path}: lora_alpha is in this file. Leave --alpha out.")
+    if options.axis == "in":
+        raise AdapterError(
+            f"{config_path}: PEFT has one magnitude per output row. Leave --axis out."
+        )
+
+
+def _weights(folder: Path, options: ReadOptions) -> Path:
+    found = [folder / name for name in WEIGHTS if (folder / name).is_file()]
+    if not found:
+        raise InputError(
+            f"{folder}: has {CONFIG} but no {' or '.join(WEIGHTS)}. Copy the whole adapter folder."
+        )
+    return found[0]
+
+
+def _sort(tensors: Mapping[str, TensorRef], config: PeftConfig) -> _Sorted:
+    found = _Sorted()
+    for key, ref in tensors.items():
+        _sort_one(key, ref, config, found)
+    if len(found.names) > 1:
+        found.problems.append(f"tensors of several adapters: {sorted(found.names)}; save one alone")
+    return found
+
+
+def _sort_one(key: str, ref: TensorRef, config: PeftConfig, found: _Sorted) -> None:
+    name = _plain_name(key)
+    if any(f".{part}" in name for part in TRAINING_ONLY):
+        found.ignored[key] = "used in training only"
+        return
+    for part, pattern in LAYER_PARTS.items():
+        if match := pattern.fullmatch(name):
+            if match["name"]:
+                found.names.add(match["name"])
+            layer = found.layers[match["module"]]
+            if part in layer.parts:
+                found.problems.append(f"'{shown(key)}' and '{shown(layer.parts[part].name)}' "
+                                      "are the same part of one layer")  # fmt: skip
+            layer.parts[part] = ref
+            return
+    if match := SAVED_MODULE.fullmatch(name):
+        found.whole[f"{match['module']}.{match['leaf']}"] = ref
+    elif _may_be_whole(name, config):
+        found.whole[name] = ref
+    else:
+        found.problems.append(f"unknown tensor '{shown(key)}'")
+
+
+def _plain_name(key: str) -> str:
+    """Return the module path and parameter in the model that PEFT wrapped."""
+    segments = [s for s in key.removeprefix(PREFIX).split(".") if s not in WRAPPERS]
+    return ".".join(segments[1:] if segments[0] == "module" else segments)
+
+
+def _may_be_whole(name: str, config: PeftConfig) -> bool:
+    """Return whether a tensor without LoRA parts can be a stored copy of a base tensor."""
+    module, _, leaf = name.rpartition(".")
+    if leaf == "bias" and config.bias != "none":
+        return True
+    if ".lora_" in name or ".base_layer." in name:
+        return False
+    return _is_saved_module(module, config) or module.rpartition(".")[2] in EMBEDDING_LEAVES
+
+
+def _is_saved_module(module: str, config: PeftConfig) -> bool:
+    return any(f".{saved}." in f".{module}." for saved in config.saved_modules)
+
+
+def _saved_embeddings(found: _Sorted, config: PeftConfig) -> frozenset[str]:
+    """Return the targets stored because PEFT saves targeted or resized embeddings along."""
+    targets = [t for t in found.whole if not _is_saved_module(t.rpartition(".")[0], config)]
+    targets += [f"{m}.weight" for m, layer in found.layers.items() if "base.weight" in layer.parts]
+    return frozenset(t for t in targets if t.split(".")[-2] in EMBEDDING_LEAVES)
+
+
+def _layer_updates(
+    module: str, layer: _Layer, config: PeftConfig, problems: list[str]
+) -> Iterator[Update]:
+    parts = layer.parts
+    if module.endswith("base_layer") or ".base_layer." in module:
+        problems.append(f"{shown(module)}: LoRA inside a wrapped layer (nn.MultiheadAttention or "
+                        "two parameters of one module) is not supported")  # fmt: skip
+        return
+    for bias in ("weight", "bias"):
+        if (ref := parts.get(f"base.{bias}")) is not None:
+            yield _replacement(f"{module}.{bias}", ref)
+    if (ref := parts.get("tokens")) is not None:
+        yield from _token_rows(module, ref, config, problems)
+    pairs = [p for p in (("A", "B"), ("embedding_A", "embedding_B")) if set(p) & parts.keys()]
+    if len(pairs) > 1:
+        problems.append(f"{shown(module)}: both linear and embedding factors")
+    elif pairs:
+        yield from _product_updates(module, parts, pairs[0], config, problems)
+    elif parts.keys() & {"m", "B.bias"}:
+        problems.append(f"{shown(module)}: {sorted(parts.keys())} without lora_A and lora_B")
+
+
+def _product_updates(
+    module: str,
+    parts: Mapping[str, TensorRef],
+    pair: tuple[str, str],
+    config: PeftConfig,
+    problems: list[str],
+) -> Iterator[Update]:
+    if missing := [p for p in pair if p not in parts]:
+        problems.append(f"{shown(module)}: lora_{missing[0]} missing")
+        return
+    a, b = parts[pair[0]], parts[pair[1]]
+    rank = config.rank(module)
+    stored = (a.shape[:1], b.shape[1:2])
+    if len(b.shape) > 2 and stored[0] == (rank,) and 0 < b.shape[1] < rank:
+        problems.append(f"{shown(module)}: a convolution with {rank // b.shape[1]} groups; "
+                        "LoRA on grouped convolutions is not supported")  # fmt: skip
+        return
+    if stored != ((rank,), (rank,)) or len(a.shape) < 2 or any(n != 1 for n in b.shape[2:]):
+        problems.append(f"{shown(module)}: rank {rank} by the config, "
+                        f"but lora_A is {a.shape} and lora_B {b.shape}")  # fmt: skip
+        return
+    m = parts.get("m")
+    kind: Kind = "lora" if m is None else "dora"
+    keys = [a.name, b.name] + ([m.name] if m else [])
+    yield Update(
+        target=f"{module}.weight",
+        kind=kind,
+        source_keys=tuple(keys),
+        down=Operand.matrix(a),
+        up=Operand.matrix(b),
+        scaling=config.scaling(module),
+        magnitude=Operand.vector(m) if m else None,
+        # PEFT sees an embedding as (dim, vocabulary): the transpose of how it is stored.
+        layout="io" if pair[0] == "embedding_A" else "oi" if len(a.shape) > 2 else None,
+    )
+    if (bias := parts.get("B.bias")) is not None:
+        if not config.lora_bias:
+            problems.append(f"{shown(module)}: lora_B has a bias though lora_bias is false")
+        yield Update(
+            target=f"{module}.bias",
+            kind="add",
+            source_keys=(bias.name,),
+            scaling=config.scaling(module),
+            value=bias,
+        )
+
+
+def _token_rows(
+    module: str, ref: TensorRef, config: PeftConfig, problems: list[str]
+) -> Iterator[Update]:
+    indices = [
+        rows
+        for name, rows in config.token_indices.items()
+        if name is None or module == name or module.endswith(f".{name}")
+    ]
+    if len(indices) != 1 or len(ref.shape) != 2 or len(indices[0]) != ref.shape[0]:
+        problems.append(f"'{shown(ref.name)}' {ref.shape}: trainable_token_indices in the config "
+                        "do not say which rows these are")  # fmt: skip
+        return
+    yield Update(
+        target=f"{module}.weight",
+        kind="rows",
+        source_keys=(ref.name,),
+        value=ref,
+        row_indices=indices[0],
+    )
+
+
+def _replacement(target: str, ref: TensorRef) -> Update:
+    return Update(target=target, kind="replace", source_keys=(ref.name,), value=ref)
+
+
+def _check_magnitudes(config: PeftConfig, found: _Sorted) -> None:
+    adapted = {n: lay.parts for n, lay in found.layers.items() if {"A", "embedding_A"} & set(lay.parts)}
+    without = [n for n, parts in adapted.items() if "m" not in parts]
+    if config.dora and without:
+        found.problems.append(
+            f"lora_magnitude_vector is missing for {len(without)} of {len(adapted)} layers "
+            f"(first: {shown(without[0])}), but {CONFIG} says use_dora: true; refusing to merge "
+            "them as plain LoRA. Save the adapter again with its magnitudes"
+        )
+    if not config.dora and len(without) < len(adapted):
+        found.problems.append(
+            f"{len(adapted) - len(without)} layers have a lora_magnitude_vector, but {CONFIG} says "
+            "use_dora: false; refusing to drop them. Set use_dora to true if the adapter was "
+            "trained with DoRA"
+        )
+
+
+def _facts(config: PeftConfig, updates: list[Update]) -> dict[str, object]:
+    modules = [u.target.removesuffix(".weight") for u in updates if u.kind in ("lora", "dora")]
+    return {
+        "method": "DoRA" if config.dora else "LoRA",
+        "rank": sorted({config.rank(m) for m in modules}),
+        "alpha": sorted({config.module_alpha(m) for m in modules}),
+        "scaling": sorted({round(config.scaling(m), 6) for m in modules}),
+        "rslora": config.rslora,
+        "magnitude": "one per output" if config.dora else "none",
+        "modules_to_save": sorted(u.target for u in updates if u.kind == "replace"),
+    }

@@ -1,0 +1,420 @@
+"""The Python interface: the only module that knows every stage."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dora_export import naming
+from dora_export.adapters import Adapter, ReadOptions, read_adapter
+from dora_export.checkpoints import Checkpoint, locate, open_checkpoint
+from dora_export.engine import (
+    Engine,
+    Resources,
+    arithmetic_factory,
+    check_adapter,
+    memory_bound,
+)
+from dora_export.errors import AdapterError, DoraExportError, OutputError, PlanError
+from dora_export.formula import ZeroNorm
+from dora_export.plan import Plan, Precision, Settings, plan_merge
+from dora_export.report import InspectReport, MergeReport
+from dora_export.serving import engines
+from dora_export.tensors import OUTPUT_WORDS, DType
+from dora_export.update import Axis, Update
+from dora_export.verify import selfcheck
+from dora_export.verify.selfcheck import Level, SelfCheck
+from dora_export.writers import manifest, side_files
+from dora_export.writers.files import FileSink, write_small
+from dora_export.writers.staging import MANIFEST, check_target, staged
+
+PathLike = str | os.PathLike[str]
+Progress = Callable[[int, int], None]
+SIZES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+         "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}  # fmt: skip
+SPARE_BYTES = 16 << 20  # left free on the disk beyond the output
+
+
+def load_adapter(
+    adapter: PathLike,
+    *,
+    adapter_format: str | None = None,
+    alpha: float | None = None,
+    axis: Axis | None = None,
+    allow_pickle: bool = False,
+) -> Adapter:
+    """Return an adapter in normal form; reads its config and headers, no tensor.
+
+    Args:
+        adapter: Folder, file, or hub id.
+        adapter_format: Name of a format; None: the only one that matches.
+        alpha: Scaling numerator, for formats that do not store it.
+        axis: What the magnitudes count, for formats that leave it open.
+        allow_pickle: Read ``.bin``/``.pt`` files through torch's restricted loader.
+
+    Raises:
+        InputError: The adapter is missing or malformed.
+        AdapterError: It is of no known format, contradicts itself, or is refused by name.
+    """
+    options = ReadOptions(alpha=alpha, axis=axis, allow_pickle=allow_pickle)
+    return read_adapter(locate(adapter, "adapter"), options, adapter_format)
+
+
+def merge(
+    base: PathLike,
+    adapter: PathLike | Sequence[PathLike] | None,
+    output: PathLike,
+    *,
+    device: str = "cpu",
+    dtype: str | None = None,
+    precision: Precision = "float32",
+    strength: float = 1.0,
+    alpha: float | None = None,
+    axis: Axis | None = None,
+    adapter_format: str | None = None,
+    zero_norm: ZeroNorm = "refuse",
+    map_prefix: Iterable[str] = (),
+    fan_in_fan_out: bool | None = None,
+    max_shard_size: int | str | None = None,
+    threads: int | None = None,
+    block_bytes: int | None = None,
+    verify: Level = "fast",
+    force: bool = False,
+    allow_pickle: bool = False,
+    allow_merged_base: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Merge an adapter into a base model and publish the result as a folder of safetensors.
+
+    Every adapter tensor is used or the call fails before a byte is written; untouched tensors keep
+    their bytes; each changed element is within one unit in the last place of the float64 result
+    and rounded once. The same inputs and options give the same bytes for any number of threads
+    and any block size. ``output`` is absent or whole at any instant.
+
+    Args:
+        base: Folder, weight file, or hub id of the base model. With ``adapter`` None: a file that
+            holds base and adapter in one.
+        adapter: Folder, file or hub id of the adapter, or a sequence of exactly one.
+        output: Folder to publish; must not exist, be empty, or with ``force`` be an earlier output.
+        device: "cpu", "cuda" or "cuda:N".
+        dtype: "fp32", "fp16" or "bf16" for all floating-point tensors; None keeps each one's own.
+        precision: Working precision; "float64" gives the correctly rounded result.
+        strength: ``W + strength * (W' - W)``, dimensionless.
+        alpha: As in ``load_adapter``.
+        axis: As in ``load_adapter``.
+        adapter_format: As in ``load_adapter``.
+        zero_norm: Rows with ``||W + s B A|| = 0`` and a magnitude other than zero: refuse, make
+            them zero, or keep the base's.
+        map_prefix: ``OLD=NEW`` replacements at the start of tensor names.
+        fan_in_fan_out: Whether square weights are stored ``(in, out)``; None: by model type.
+        max_shard_size: Re-shard, e.g. "5GB" or bytes; None keeps the base's files.
+        threads: Workers; None: one per CPU.
+        block_bytes: About how many bytes a worker reads and writes at once.
+        verify: Check of the written files before they are published: "none", "fast", "full".
+        force: Replace an earlier output of this tool.
+        allow_pickle: As in ``load_adapter``; for the base as well.
+        allow_merged_base: Accept a base that this tool has merged an adapter into.
+        dry_run: Plan and check only; write nothing.
+        progress: Called with bytes done and bytes in all, from worker threads.
+
+    Raises:
+        DoraExportError: See ``dora_export.errors``; nothing is published then.
+    """
+    started = time.monotonic()
+    resources = Resources(device, _positive("threads", threads), _positive("block", block_bytes))
+    settings = Settings(
+        dtype=_output_dtype(dtype),
+        precision=_one_of("precision", precision, ("float32", "float64")),
+        strength=_finite("strength", strength),
+        zero_norm=_one_of("zero_norm", zero_norm, ("refuse", "zero", "keep-base")),
+        map_prefix=naming.parse_map_prefix(map_prefix),
+        fan_in_fan_out=fan_in_fan_out,
+        max_shard_bytes=_size(max_shard_size),
+    )
+    _one_of("verify", verify, ("none", "fast", "full"))
+    tile_elements = arithmetic_factory(resources)(settings.precision).tile_elements
+    options = ReadOptions(alpha=alpha, axis=axis, allow_pickle=allow_pickle)
+    plan = _plan(base, adapter, options, adapter_format, settings)
+    manifest.refuse_merged_base(plan.base.folder, allow=allow_merged_base)
+    target = Path(output).absolute()
+    _check_place(target, plan, force)
+    beside = side_files.collect(plan)
+    total = plan.output_bytes + side_files.side_bytes(beside)
+    _check_space(target, total)
+    memory = memory_bound(plan, resources, tile_elements)
+    checked = None
+    if not dry_run:
+        check_adapter(plan)
+        with staged(target, force=force) as folder:
+            _write(plan, folder, resources, progress)
+            side_files.write(plan, beside, folder)
+            content = manifest.manifest(plan, resources, beside)
+            write_small(folder / "README.md", manifest.model_card(plan))
+            write_small(folder / MANIFEST, manifest.as_json(content))
+            if verify != "none":
+                checked = selfcheck.check(plan, folder, verify)
+    seconds = time.monotonic() - started
+    return _report(plan, target, dry_run, beside, total, memory, seconds, checked)
+
+
+def inspect(
+    adapter: PathLike,
+    base: PathLike | None = None,
+    *,
+    adapter_format: str | None = None,
+    alpha: float | None = None,
+    axis: Axis | None = None,
+    map_prefix: Iterable[str] = (),
+    allow_pickle: bool = False,
+) -> InspectReport:
+    """Return what an adapter is and, with a base, whether and how it fits; reads no tensor.
+
+    Args:
+        adapter: Folder, file or hub id.
+        base: Base model to hold it against, or None.
+        adapter_format: As in ``load_adapter``.
+        alpha: As in ``load_adapter``.
+        axis: As in ``load_adapter``.
+        map_prefix: As in ``merge``.
+        allow_pickle: As in ``load_adapter``.
+
+    Raises:
+        InputError: Something is missing or malformed.
+        AdapterError: The adapter is refused by name. A base that does not fit is no error: the
+            report says why.
+    """
+    found = load_adapter(
+        adapter, adapter_format=adapter_format, alpha=alpha, axis=axis, allow_pickle=allow_pickle
+    )
+    report = InspectReport(
+        path=found.path,
+        format=found.format,
+        facts=dict(found.facts),
+        kinds=dict(Counter(u.kind for u in found.updates)),
+        parameters=sum(t.size for t in found.tensors.values()),
+        nbytes=sum(t.nbytes for t in found.tensors.values()),
+        base_name=found.base_name,
+        modules=dict(Counter(_module(u) for u in found.updates)),
+        engines=engines(found),
+        notes=tuple(f"'{k}' ignored: {why}" for k, why in found.ignored.items()),
+    )
+    checkpoint = found.own_base
+    if base is not None:
+        checkpoint = open_checkpoint(locate(base, "base"), allow_pickle=allow_pickle)
+    if checkpoint is None:
+        return report
+    return _held_against(report, found, checkpoint, map_prefix)
+
+
+def _held_against(
+    report: InspectReport, found: Adapter, checkpoint: Checkpoint, map_prefix: Iterable[str]
+) -> InspectReport:
+    try:
+        settings = Settings(map_prefix=naming.parse_map_prefix(map_prefix))
+        plan = plan_merge(checkpoint, found, settings)
+    except PlanError as error:
+        return replace(report, base=checkpoint.path, fits=False, misfit=str(error))
+    return replace(
+        report,
+        base=checkpoint.path,
+        fits=True,
+        merged=sum(s.status not in ("unchanged", "cast") for s in plan.steps),
+        output_bytes=plan.output_bytes,
+        notes=(*report.notes, *plan.notes, *plan.warnings),
+    )
+
+
+def _module(update: Update) -> str:
+    return update.target.rpartition(".")[0].rpartition(".")[2] or update.target
+
+
+def _plan(
+    base: PathLike,
+    adapter: PathLike | Sequence[PathLike] | None,
+    options: ReadOptions,
+    adapter_format: str | None,
+    settings: Settings,
+) -> Plan:
+    if adapter is None:
+        path = locate(base, "base")
+        found = _with_own_base(path, options, adapter_format)
+        assert found.own_base is not None, "Bug: _with_own_base() has checked it"
+        return plan_merge(found.own_base, found, settings)
+    adapters = [adapter] if isinstance(adapter, str | os.PathLike) else list(adapter)
+    if len(adapters) != 1:
+        raise AdapterError(
+            f"{len(adapters)} adapters given: merging several at once is not supported. "
+            "Merge them one by one, each into the output before (--allow-merged-base)."
+        )
+    checkpoint = open_checkpoint(locate(base, "base"), allow_pickle=options.allow_pickle)
+    found = read_adapter(locate(adapters[0], "adapter"), options, adapter_format)
+    return plan_merge(checkpoint, found, settings)
+
+
+def _with_own_base(path: Path, options: ReadOptions, adapter_format: str | None) -> Adapter:
+    """Read a file that holds base and adapter in one."""
+    try:
+        found = read_adapter(path, options, adapter_format)
+    except AdapterError as error:
+        if path.is_dir() or "known format" in str(error):
+            raise AdapterError(
+                f"{path}: no adapter given, and this holds none of its own. "
+                "Usage: dora-export merge BASE ADAPTER -o OUT."
+            ) from error
+        raise
+    if found.own_base is None:
+        raise AdapterError(
+            f"{path}: an adapter without its base. Usage: dora-export merge BASE ADAPTER -o OUT."
+        )
+    return found
+
+
+def _write(plan: Plan, folder: Path, resources: Resources, progress: Progress | None) -> None:
+    total, done = plan.output_bytes, 0
+
+    def on_bytes(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, total)
+
+    paths = [folder / file.name for file in plan.files]
+    with FileSink(paths, [file.nbytes for file in plan.files]) as sink:
+        for position, file in enumerate(plan.files):
+            sink.write_header(position, file.header)
+            on_bytes(len(file.header))
+        Engine(plan, sink, resources, on_bytes).run()
+
+
+def _check_place(target: Path, plan: Plan, force: bool) -> None:
+    """Refuse an output that is, holds, or lies in the base or the adapter.
+
+    Raises:
+        OutputError: It does, or it exists already.
+    """
+    real = Path(os.path.realpath(target))
+    for what, path in (("base", plan.base.path), ("adapter", plan.adapter.path)):
+        other = Path(os.path.realpath(path))
+        folder = other if other.is_dir() else None
+        if real == other or (folder is not None and folder in real.parents) or real in other.parents:
+            raise OutputError(
+                f"{target}: is, holds, or lies in the {what} ({path}). Pass an -o outside of it."
+            )
+    check_target(target, force=force)
+
+
+def _check_space(target: Path, nbytes: int) -> None:
+    parent = next(p for p in target.parents if p.exists())
+    try:
+        free = shutil.disk_usage(parent).free
+    except OSError as error:
+        raise OutputError(f"{parent}: cannot be asked for free space: {error.strerror}.") from error
+    if nbytes + SPARE_BYTES > free:
+        raise OutputError(
+            f"output needs {nbytes / 1e9:.1f} GB, {parent} has {free / 1e9:.1f} GB free (checked "
+            "before any work). Free some space, or pass an -o on another disk."
+        )
+
+
+def _report(
+    plan: Plan,
+    target: Path,
+    dry_run: bool,
+    beside: tuple[side_files.SideFile, ...],
+    total: int,
+    memory: int,
+    seconds: float,
+    checked: SelfCheck | None,
+) -> MergeReport:
+    changed = [s for s in plan.steps if s.status not in ("unchanged", "cast")]
+    used = {key for s in changed for key in s.consumes}
+    repeats = set(plan.adapter.tensors) - used - set(plan.ignored)
+    facts = plan.adapter.facts
+    return MergeReport(
+        output=target,
+        dry_run=dry_run,
+        adapter_format=plan.adapter.format,
+        method=str(facts.get("method", "LoRA")),
+        magnitude=str(facts.get("magnitude", "none")),
+        tensors=dict(Counter(s.status for s in plan.steps)),
+        adapter_tensors=len(plan.adapter.tensors),
+        adapter_tensors_used=len(used) + len(repeats),
+        ignored=dict(plan.ignored),
+        files=tuple(f.name for f in plan.files),
+        side_files=tuple(f.name for f in beside),
+        output_bytes=total,
+        memory_bytes=memory,
+        peak_rss_bytes=peak_rss(),
+        seconds=seconds,
+        precision=plan.settings.precision,
+        dtypes=(_dtype_names(s.source.dtype if s.name not in plan.base.tensors
+                             else plan.base.tensors[s.name].dtype for s in changed),
+                _dtype_names(s.dtype for s in changed)),
+        names=plan.rule,
+        verified=checked.level if checked else "none",
+        worst_ulp=checked.worst_ulp if checked else None,
+        worst_tensor=checked.worst_tensor if checked else None,
+        notes=plan.notes,
+        warnings=plan.warnings,
+    )  # fmt: skip
+
+
+def _dtype_names(dtypes: Iterable[DType]) -> str:
+    return "+".join(sorted({d.name for d in dtypes}))
+
+
+def peak_rss() -> int | None:
+    """Return the most memory this process has held, in bytes, or None where unknown."""
+    if sys.platform == "win32":
+        return None
+    import resource  # noqa: PLC0415 - not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _output_dtype(word: str | None) -> DType | None:
+    if word is None:
+        return None
+    if word.lower() not in OUTPUT_WORDS:
+        raise DoraExportError(f"--dtype {word}: unknown. Expected one of {', '.join(OUTPUT_WORDS)}.")
+    return OUTPUT_WORDS[word.lower()]
+
+
+def _size(size: int | str | None) -> int | None:
+    if size is None:
+        return None
+    match = re.fullmatch(r"\s*([\d.]+)\s*([A-Za-z]*)\s*", str(size))
+    if match is None or match[2].lower() not in SIZES or match[1].count(".") > 1:
+        raise DoraExportError(f"--max-shard-size {size}: expected a size, e.g. 5GB or 500MB.")
+    nbytes = int(float(match[1]) * SIZES[match[2].lower()])
+    if nbytes < 1:
+        raise DoraExportError(f"--max-shard-size {size}: must be at least one byte.")
+    return nbytes
+
+
+def _positive(name: str, value: int | None) -> int | None:
+    if value is not None and value < 1:
+        raise DoraExportError(f"--{name} {value}: must be at least 1.")
+    return value
+
+
+def _finite(name: str, value: float) -> float:
+    if not (isinstance(value, int | float) and abs(value) < float("inf")):
+        raise DoraExportError(f"--{name} {value}: expected a finite number.")
+    return float(value)
+
+
+def _one_of(name: str, value: Any, allowed: Sequence[str]) -> Any:
+    if value not in allowed:
+        raise DoraExportError(f"--{name.replace('_', '-')} {value}: expected {', '.join(allowed)}.")
+    return value

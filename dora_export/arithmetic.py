@@ -1,0 +1,116 @@
+"""What the formula asks of an array library, and numpy's answer: the reference, on the CPU.
+
+The formula is written once, for arrays that behave alike in numpy and torch. The few things the
+two spell differently are the methods below; ``arithmetic_torch`` holds torch's, for CUDA devices.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dora_export import cast
+from dora_export.tensors import DType
+
+Array = Any  # numpy.ndarray or torch.Tensor, whichever the Arithmetic at hand works on
+SQUARES_PER_SUM = 512  # float32 squares added up before the sum goes on in float64
+
+
+class Arithmetic(Protocol):
+    """One worker's array library: numpy, or torch on one device and stream."""
+
+    xp: Any
+    """Module with ``matmul``, ``add``, ``multiply``, ``subtract``, ``sqrt`` and ``where``."""
+    tile_elements: int
+    """Elements that go through the formula at once, so that they stay in the fastest memory."""
+
+    def empty(self, size: int) -> Array:
+        """Return ``size`` elements of working precision with undefined values."""
+
+    def host_buffer(self, nbytes: int) -> NDArray[np.uint8]:
+        """Return host memory for stored bytes, fit for fast copies to and from the device."""
+
+    def put(self, host: NDArray[Any]) -> Array:
+        """Return an array, dtype and all, where this library computes, ready for all workers."""
+
+    def as_working(self, values: Array) -> Array:
+        """Return float64 values in working precision."""
+
+    def host(self, values: Array) -> NDArray[Any]:
+        """Return values as a numpy array."""
+
+    def widen(self, raw: NDArray[Any], dtype: DType, out: Array) -> None:
+        """Fill ``out`` with the values that the host bytes ``raw`` stand for."""
+
+    def narrow(self, values: Array, dtype: DType, raw: NDArray[Any], work: Array) -> None:
+        """Round ``values`` once to ``dtype`` into host memory; ``values`` and ``work`` are lost."""
+
+    def row_squares(self, values: Array) -> Array:
+        """Return each row's sum of squares, float64, shape ``(rows,)``."""
+
+    def column_squares(self, values: Array, work: Array) -> Array:
+        """Return each column's sum of squares, float64, shape ``(columns,)``; ``work`` is lost."""
+
+
+class NumpyArithmetic:
+    """numpy on the CPU, in float32 or float64.
+
+    Args:
+        precision: Working precision.
+    """
+
+    xp: Any = np
+    tile_elements = 1 << 16  # two float32 arrays of a tile and its stored bytes fit a 1 MiB L2 cache
+
+    def __init__(self, precision: type[np.floating[Any]]) -> None:
+        self.precision = precision
+
+    def empty(self, size: int) -> Array:  # noqa: D102 - as in the Protocol
+        # BLAS kernels choose their path by alignment; 64 bytes make every buffer alike.
+        spare = 64 // np.dtype(self.precision).itemsize
+        buffer = np.empty(size + spare, self.precision)
+        first = (-buffer.ctypes.data % 64) // buffer.itemsize
+        return buffer[first : first + size]
+
+    def host_buffer(self, nbytes: int) -> NDArray[np.uint8]:  # noqa: D102
+        return np.empty(nbytes, np.uint8)
+
+    def put(self, host: NDArray[Any]) -> Array:  # noqa: D102
+        if host.dtype != self.precision:  # magnitudes stay float64
+            return host
+        out = self.empty(host.size).reshape(host.shape)
+        np.copyto(out, host)
+        return out
+
+    def as_working(self, values: Array) -> Array:  # noqa: D102
+        return values.astype(self.precision)
+
+    def host(self, values: Array) -> NDArray[Any]:  # noqa: D102
+        array: NDArray[Any] = values
+        return array
+
+    def widen(self, raw: NDArray[Any], dtype: DType, out: Array) -> None:  # noqa: D102
+        cast.widen(raw, dtype, out)
+
+    def narrow(self, values: Array, dtype: DType, raw: NDArray[Any], work: Array) -> None:  # noqa: D102
+        cast.narrow(values, dtype, raw, work)
+
+    def row_squares(self, values: Array) -> Array:  # noqa: D102
+        rows, columns = values.shape
+        whole = columns - columns % SQUARES_PER_SUM
+        strides = values.strides
+        chunks = np.lib.stride_tricks.as_strided(
+            values,
+            (rows, whole // SQUARES_PER_SUM, SQUARES_PER_SUM),
+            (strides[0], SQUARES_PER_SUM * strides[1], strides[1]),
+            writeable=False,
+        )
+        rest = values[:, whole:]
+        squares = np.vecdot(chunks, chunks).sum(axis=1, dtype=np.float64)
+        return squares + np.vecdot(rest, rest)
+
+    def column_squares(self, values: Array, work: Array) -> Array:  # noqa: D102
+        np.multiply(values, values, out=work)
+        return work.sum(axis=0, dtype=np.float64)

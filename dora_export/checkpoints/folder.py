@@ -1,0 +1,167 @@
+"""Model folders and single weight files as checkpoints.
+
+Looked for in this order: an index of safetensors shards, one safetensors file, an index of
+pickled shards, one pickled file. Symbolic links (the Hugging Face cache) are followed by reading.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from dora_export.checkpoints.model import Checkpoint, WeightFile
+from dora_export.errors import InputError, listing, shown
+from dora_export.storage import PICKLED, read_tensors
+from dora_export.storage.safetensors import read_header
+
+MAX_JSON_BYTES = 200_000_000  # an index of a model with a million tensors has 80 MB
+# Weights that lie beside the model's own in published folders, under names of their own.
+NOT_THE_MODEL = ("adapter_model.safetensors", "consolidated.safetensors", "training_args.bin")
+
+
+def open_checkpoint(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
+    """Open a model folder or a single weight file; reads headers, configs and indexes only.
+
+    Args:
+        path: Folder, ``.safetensors``, ``.bin``, ``.pt`` or ``.pth`` file.
+        allow_pickle: Whether pickled weights may be read (through torch's restricted loader).
+
+    Raises:
+        InputError: There are no weights, or more than one candidate, or they are malformed.
+    """
+    if not path.is_dir():
+        return _close(Checkpoint(path, (_weight_file(path, allow_pickle),)))
+    config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    folder = Checkpoint(path, (), folder=path, config=config)
+    for suffixes, stem in (((".safetensors",), "safetensors"), ((".bin",), "bin")):
+        indexes = sorted(path.glob(f"*.{stem}.index.json"))
+        if indexes:
+            return _close(_sharded(folder, _only(path, indexes, "index"), allow_pickle))
+        files = [p for s in suffixes for p in sorted(path.glob(f"*{s}")) if _is_model(p)]
+        whole = [p for p in files if p.stem in ("model", "pytorch_model")]
+        if files:
+            file = _only(path, whole or files, "weight file")
+            return _close(replace(folder, files=(_weight_file(file, allow_pickle),)))
+    raise InputError(
+        f"{path}: no weights found (model.safetensors, *.safetensors.index.json, "
+        "pytorch_model.bin). Check that this is the folder of the base model."
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Raises:
+        InputError: The file is missing, too large, not JSON, or not an object.
+    """
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise InputError(f"{path}: larger than {MAX_JSON_BYTES} bytes. Not a real one.")
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}. Check the path.") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({shown(error)}). Download it again.") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: expected a JSON object. Download it again.")
+    return found
+
+
+def _is_model(path: Path) -> bool:
+    return path.name not in NOT_THE_MODEL and not path.name.startswith(("optimizer", "scheduler"))
+
+
+def _only(folder: Path, found: list[Path], what: str) -> Path:
+    if len(found) > 1:
+        preferred = [p for p in found if p.name.split(".")[0] in ("model", "pytorch_model")]
+        if len(preferred) != 1:
+            raise InputError(
+                f"{folder}: more than one {what}: {', '.join(p.name for p in found)}. "
+                "Pass the file to merge into, or leave one of them there."
+            )
+        return preferred[0]
+    return found[0]
+
+
+def _weight_file(path: Path, allow_pickle: bool, name: str | None = None) -> WeightFile:
+    name = name or path.name
+    if path.suffix == ".safetensors":
+        header = read_header(path)
+        tensors = tuple(header.tensors.values())
+        return WeightFile(name, tensors, header.metadata, header.data_start)
+    tensors = tuple(read_tensors(path, allow_pickle=allow_pickle).values())
+    return WeightFile(_safetensors_name(name), tensors)
+
+
+def _safetensors_name(name: str) -> str:
+    stem = PurePosixPath(name).stem
+    return stem.replace("pytorch_model", "model") + ".safetensors"
+
+
+def _sharded(folder: Checkpoint, index: Path, allow_pickle: bool) -> Checkpoint:
+    content = read_json(index)
+    weight_map = content.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise InputError(f"{index}: no weight_map of names to files. Download it again.")
+    names = sorted(set(weight_map.values()))
+    _check_shards(index, names)
+    files = tuple(_weight_file(index.parent / n, allow_pickle, n) for n in names)
+    _check_weight_map(index, weight_map, names, files)
+    metadata = content.get("metadata")
+    pickled = index.name.endswith(".bin.index.json")
+    return replace(
+        folder,
+        files=files,
+        index_name="model.safetensors.index.json" if pickled else index.name,
+        index_metadata=metadata if isinstance(metadata, dict) else {},
+    )
+
+
+def _check_shards(index: Path, names: list[str]) -> None:
+    outside = [n for n in names if Path(n).name != n or "\\" in n or n in ("", ".", "..")]
+    if outside:
+        raise InputError(
+            f"{index}: names files outside its folder: {[shown(n) for n in outside[:3]]}. "
+            "Do not use this checkpoint."
+        )
+    missing = [n for n in names if not (index.parent / n).is_file()]
+    if missing:
+        raise InputError(
+            f"{index}: {len(missing)} of {len(names)} shards are missing:{listing(missing)}\n"
+            "Download them again."
+        )
+    wrong = [n for n in names if Path(n).suffix not in (".safetensors", *PICKLED)]
+    if wrong:
+        raise InputError(f"{index}: names files that hold no weights: {wrong[:3]}.")
+
+
+def _check_weight_map(
+    index: Path, weight_map: Mapping[str, str], names: list[str], files: tuple[WeightFile, ...]
+) -> None:
+    held = {t.name: n for n, file in zip(names, files, strict=True) for t in file.tensors}
+    wrong = [
+        f"'{shown(t)}' is said to be in {n}, found in {held.get(t, 'no shard')}"
+        for t, n in sorted(weight_map.items())
+        if held.get(t) != n
+    ]
+    if wrong:
+        raise InputError(f"{index}: does not fit its shards:{listing(wrong)}\nDownload it again.")
+
+
+def _close(checkpoint: Checkpoint) -> Checkpoint:
+    """Check what holds for all checkpoints: there are tensors, and no name occurs twice."""
+    seen: dict[str, str] = {}
+    twice = []
+    for file in checkpoint.files:
+        for tensor in file.tensors:
+            if tensor.name in seen:
+                twice.append(f"'{shown(tensor.name)}' in {seen[tensor.name]} and {file.name}")
+            seen[tensor.name] = file.name
+    if twice:
+        raise InputError(f"{checkpoint.path}: tensors stored twice:{listing(twice)}")
+    if not seen:
+        raise InputError(f"{checkpoint.path}: holds no tensors. Check that this is the base model.")
+    return checkpoint

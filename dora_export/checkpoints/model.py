@@ -1,0 +1,64 @@
+"""What every checkpoint reader returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dora_export.tensors import TensorRef
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """One file of weights.
+
+    Attributes:
+        name: File name of its safetensors twin in the output.
+        tensors: In the order of their bytes.
+        metadata: safetensors ``__metadata__``.
+        data_start: Offset of the first data byte, 0 if unknown.
+    """
+
+    name: str
+    tensors: tuple[TensorRef, ...]
+    metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
+    data_start: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor data."""
+        return sum(t.nbytes for t in self.tensors)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A base model on disk; no weight has been read.
+
+    Attributes:
+        path: What the user named.
+        files: Weight files in order.
+        folder: Folder whose side files (config, tokenizer) belong to the model, or None.
+        index_name: Name of the index file if there are shards by index, else None.
+        index_metadata: The index's own metadata.
+        config: Parsed config.json, or an empty mapping.
+    """
+
+    path: Path
+    files: tuple[WeightFile, ...]
+    folder: Path | None = None
+    index_name: str | None = None
+    index_metadata: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorRef]:
+        """All tensors by name."""
+        return {t.name: t for file in self.files for t in file.tensors}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor data."""
+        return sum(file.nbytes for file in self.files)

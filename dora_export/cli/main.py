@@ -1,0 +1,173 @@
+"""The ``dora-export`` command and its options; work is imported only by the command that does it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from dora_export._version import __version__
+from dora_export.errors import DoraExportError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+EPILOG = """Exit codes: 0 done and right, 1 a check failed, 2 bad input or refused,
+3 could not check, 130 interrupted."""
+
+
+class _Group(click.Group):
+    """A group that turns refusals into one message and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except DoraExportError as error:
+            click.echo(f"{click.style('error:', fg='red', bold=True)} {error}", err=True)
+            ctx.exit(error.exit_code)
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    try:
+        # Not standalone: Ctrl-C ends with 130, as shells expect, instead of click's 1.
+        sys.exit(cli.main(standalone_mode=False))
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted; nothing was published. Run the same command again.", err=True)
+        sys.exit(130)
+
+
+@click.group(cls=_Group, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, "--version", "-V", message="dora-export %(version)s")
+def cli() -> None:
+    """Merge DoRA and LoRA adapters into plain weights, exactly."""
+
+
+def adapter_options(command: F) -> F:
+    """Add the options that say what an adapter's files do not."""
+    options = [
+        click.option("--alpha", type=float, help="Scaling numerator, where the format stores none."),
+        click.option(
+            "--axis",
+            type=click.Choice(["out", "in"]),
+            help="What magnitudes count, where the format leaves it open.",
+        ),
+        click.option("--adapter-format", metavar="NAME", help="Format, where more than one fits."),
+        click.option(
+            "--map-prefix",
+            multiple=True,
+            metavar="OLD=NEW",
+            help="Rename the start of adapter names. Repeatable.",
+        ),
+        click.option(
+            "--allow-pickle",
+            is_flag=True,
+            help="Read .bin and .pt files, through torch's restricted loader.",
+        ),
+        click.option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@cli.command()
+@click.argument("base")
+@click.argument("adapter", nargs=-1)
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to publish.")  # fmt: skip
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+@click.option("--dtype", help="bf16, fp16 or fp32 for all weights. Default: each one's own.")
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "float64"]),
+    default="float32",
+    show_default=True,
+    help="float32: within 1 ulp. float64: correctly rounded, slower.",
+)
+@click.option("--strength", type=float, default=1.0, show_default=True, help="W + STRENGTH * (W' - W).")  # fmt: skip
+@click.option(
+    "--zero-norm",
+    type=click.Choice(["refuse", "zero", "keep-base"]),
+    default="refuse",
+    show_default=True,
+    help="Rows without direction whose magnitude is not zero.",
+)
+@click.option(
+    "--fan-in-fan-out/--no-fan-in-fan-out",
+    default=None,
+    help="Square weights are stored (in, out), or not. Default: by model type.",
+)
+@click.option("--max-shard-size", metavar="SIZE", help="Re-shard, e.g. 5GB. Default: as the base.")
+@click.option("--threads", type=int, help="Workers. Default: one per CPU.")
+@click.option("--block", "block_bytes", type=int, metavar="BYTES", help="Bytes a worker takes at once.")  # fmt: skip
+@click.option(
+    "--verify",
+    type=click.Choice(["none", "fast", "full"]),
+    default="fast",
+    show_default=True,
+    help="Check what was written before publishing it.",
+)
+@click.option("--force", is_flag=True, help="Replace an earlier output of this tool.")
+@click.option("--allow-merged-base", is_flag=True, help="Merge onto an already merged base.")
+@click.option("--dry-run", is_flag=True, help="Plan and check everything; write nothing.")
+@adapter_options
+def merge(
+    base: str, adapter: tuple[str, ...], output: Path, as_json: bool, dry_run: bool, **options: Any
+) -> None:
+    """Merge ADAPTER into BASE and publish plain weights as a folder.
+
+    BASE and ADAPTER are folders, files or hub ids. A file that holds its own base (a state dict of
+    LinearWithDoRAMerged layers) needs no ADAPTER.
+    """
+    from dora_export import api  # noqa: PLC0415
+    from dora_export.cli import text  # noqa: PLC0415
+
+    with text.progress(f"merging into {output}", quiet=as_json or dry_run) as on_progress:
+        report = api.merge(
+            base, adapter or None, output, dry_run=dry_run, progress=on_progress, **options
+        )
+    if as_json:
+        click.echo(json.dumps(report.to_dict(), indent=2))
+        return
+    for warning in report.warnings:
+        click.echo(f"{click.style('warning:', fg='yellow', bold=True)} {warning}", err=True)
+    click.echo(text.merge_summary(report, output))
+
+
+@cli.command()
+@click.argument("adapter")
+@click.option("--base", help="Base model to hold the adapter against.")
+@adapter_options
+def inspect(adapter: str, base: str | None, as_json: bool, **options: Any) -> None:
+    """Show what ADAPTER is, whether it fits a base, and who serves it unmerged."""
+    from dora_export import api  # noqa: PLC0415
+    from dora_export.cli import text  # noqa: PLC0415
+
+    report = api.inspect(adapter, base, **options)
+    if as_json:
+        click.echo(json.dumps(report.to_dict(), indent=2))
+        return
+    click.echo(text.inspect_summary(report))
+
+
+@cli.command()
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("demo-output"),
+    show_default=True,
+    help="Folder for the demo's models.",
+)
+@click.option("--tokens", type=int, default=40, show_default=True, help="Tokens to write per prompt.")  # fmt: skip
+def demo(output: Path, tokens: int) -> None:
+    """Merge the small model and adapter inside this package, and let both write."""
+    from dora_export.cli import demo as demo_command  # noqa: PLC0415
+
+    demo_command.run(output, tokens)

@@ -1,0 +1,581 @@
+"""Runs a plan's pieces: worker threads, bounded buffers, on the CPU or a CUDA device.
+
+The engine knows devices, threads and memory; it knows no file names and no formats. Where bytes go
+is the business of a ``Sink``.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
+
+from dora_export import cast
+from dora_export.arithmetic import Arithmetic, Array, NumpyArithmetic
+from dora_export.errors import AdapterError, ArithmeticRefusal, shown
+from dora_export.formula import (
+    LoadedChange,
+    Tile,
+    UndefinedRows,
+    add_product,
+    factor,
+    merge_tile,
+)
+from dora_export.pieces import ColumnSquares, Copy, Merge, Piece, Region, cut, regions
+from dora_export.plan import Plan, Precision, Settings, Step
+from dora_export.refine import product, recompute_cancelled
+from dora_export.tensors import F64, DType, FileRange, Operand
+from dora_export.update import Change
+
+MAX_THREADS = 16
+BLOCK_BYTES = 1 << 20
+GPU_BLOCK_BYTES = 32 << 20
+GPU_THREADS = 4  # one reads, one copies in, one computes, one copies out and writes
+SCAN_BYTES = 4 << 20
+REFINE_BYTES = 8 << 20  # what computing cancelled elements again takes
+
+
+class Sink(Protocol):
+    """Where merged bytes go. Called from several threads at once."""
+
+    def write(self, file: int, offset: int, data: NDArray[np.uint8]) -> None:
+        """Put bytes into an output file."""
+
+    def copy(self, file: int, offset: int, source: FileRange) -> None:
+        """Put a range of another file into an output file."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a run may use.
+
+    Attributes:
+        device: "cpu", "cuda" or "cuda:N".
+        threads: Workers; None: one per CPU this process may use, at most ``MAX_THREADS``.
+        block_bytes: About how many bytes a worker reads and writes at once; None: by device.
+    """
+
+    device: str = "cpu"
+    threads: int | None = None
+    block_bytes: int | None = None
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether numpy computes."""
+        return self.device == "cpu"
+
+    @property
+    def workers(self) -> int:
+        """Number of worker threads."""
+        if self.threads is not None:
+            return self.threads
+        available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (
+            os.cpu_count() or 1)  # fmt: skip
+        return min(MAX_THREADS, available if self.on_cpu else GPU_THREADS)
+
+    @property
+    def block(self) -> int:
+        """Bytes of a block."""
+        return self.block_bytes or (BLOCK_BYTES if self.on_cpu else GPU_BLOCK_BYTES)
+
+
+ArithmeticFactory = Callable[[Precision], Arithmetic]
+
+
+def arithmetic_factory(resources: Resources) -> ArithmeticFactory:
+    """Return what makes a worker's arithmetic, given a working precision.
+
+    Raises:
+        DeviceError: The device is not there.
+    """
+    if resources.on_cpu:
+        return lambda precision: NumpyArithmetic(getattr(np, precision))
+    import torch  # noqa: PLC0415 - more than a second of import that the CPU does without
+
+    from dora_export.arithmetic_torch import TorchArithmetic, open_device  # noqa: PLC0415
+
+    device = open_device(resources.device)
+    return lambda precision: TorchArithmetic(device, getattr(torch, precision))
+
+
+def working_precision(step: Step, settings: Settings) -> Precision:
+    """Return the precision that keeps a tensor within one unit in the last place.
+
+    float32 does for 16-bit outputs of one product (with ``refine`` for cancelled elements);
+    everything else takes float64.
+    """
+    if settings.precision == "float64" or step.source.dtype is F64:
+        return "float64"
+    if not step.changes:
+        return "float32"
+    simple = all(
+        len(r.changes) <= 1 and all(c.kind in ("lora", "dora", "magnitude", "rows") for c in r.changes)
+        for r in regions(step)
+    )
+    return "float32" if simple and step.dtype.itemsize == 2 and settings.strength == 1 else "float64"
+
+
+def memory_bound(plan: Plan, resources: Resources, tile_elements: int) -> int:
+    """Return the most host bytes that buffers and loaded adapter tensors take at once.
+
+    It comes on top of what the process holds before the run (the interpreter, libraries, headers),
+    and grows with the largest tensor's adapter and row, not with the model.
+    """
+    buffers, loaded = 0, 0
+    for step in plan.steps:
+        if step.copies_bytes:
+            continue
+        working = 8 if working_precision(step, plan.settings) == "float64" else 4
+        for region in regions(step):
+            tile = region.tile_rows(tile_elements) * region.columns
+            itemsize = max(step.source.dtype.itemsize, step.dtype.itemsize)
+            block = max(resources.block // step.source.dtype.itemsize, tile) * itemsize
+            # stored bytes in and out, two tiles, and what widening, rounding and checking take
+            buffers = max(buffers, 4 * block + 5 * tile * working + REFINE_BYTES)
+            loaded = max(loaded, sum(_loaded_bytes(c, region, working) for c in region.changes))
+    copying = resources.block if any(s.copies_bytes for s in plan.steps) else 0
+    return resources.workers * max(buffers, copying) + (resources.workers + 1) * loaded
+
+
+def _loaded_bytes(change: Change, region: Region, working: int) -> int:
+    operands = [o for o in (change.left, change.right, change.magnitude) if o is not None]
+    # each is read, widened and laid out anew; only the last copy stays
+    stored = sum(o.ref.nbytes for o in operands)
+    wide = sum(int(np.prod(o.shape)) for o in operands) * working
+    value = change.value.size * working if change.value and change.kind == "rows" else 0
+    norms = region.columns * 8 * 66 if change.over == "column" else 0
+    return stored + 2 * wide + value + norms
+
+
+def check_adapter(plan: Plan) -> None:
+    """Read every adapter tensor once and refuse inf and NaN before anything is written.
+
+    Raises:
+        AdapterError: A tensor holds a value that is not finite.
+    """
+    broken = []
+    used = {key for step in plan.steps for key in step.consumes}
+    for name in sorted(used):
+        ref = plan.adapter.tensors[name]
+        step = SCAN_BYTES // ref.dtype.itemsize
+        if ref.dtype.mergeable and any(
+            cast.nonfinite(ref.raw(i, min(i + step, ref.size)), ref.dtype)
+            for i in range(0, ref.size, step)
+        ):
+            broken.append(shown(name))
+    if broken:
+        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+        raise AdapterError(
+            f"{plan.adapter.path}: NaN or inf in {', '.join(broken[:3])}{more}. "
+            "The training diverged or the file is damaged; use an earlier checkpoint."
+        )
+
+
+@dataclass
+class _Loaded:
+    """A region's numbers, shared by the workers on its pieces and dropped with the last of them."""
+
+    pieces_left: int
+    sums_left: int
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    ready: threading.Event = field(default_factory=threading.Event)
+    changes: list[LoadedChange] | None = None
+    sums: dict[int, NDArray[np.float64]] = field(default_factory=dict)
+
+
+class Engine:
+    """One run of a plan.
+
+    Args:
+        plan: What to do.
+        sink: Where bytes go.
+        resources: Device, threads and block size.
+        on_bytes: Called with the number of output bytes finished, from any worker.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        sink: Sink,
+        resources: Resources,
+        on_bytes: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        self._plan, self._sink, self._resources = plan, sink, resources
+        self._on_bytes = on_bytes
+        self._make_arithmetic = arithmetic_factory(resources)
+        self._tile_elements = self._make_arithmetic("float32").tile_elements
+        self._next = threading.Lock()
+        self._failed = threading.Event()
+        self._failure: BaseException | None = None
+        self._loaded: dict[tuple[str, int], _Loaded] = {}
+
+    def run(self) -> None:
+        """Run every piece; returns when all bytes have been handed to the sink.
+
+        Raises:
+            DoraExportError: The first refusal or failure of any worker; the others stop.
+        """
+        pieces = self._counted(cut(self._plan, self._tile_elements, self._resources.block))
+        with threadpool_limits(limits=1, user_api="blas"):
+            if self._resources.workers == 1:
+                self._work(pieces)
+            else:
+                self._run_threads(pieces)
+        if self._failure is not None:
+            raise self._failure
+
+    def _run_threads(self, pieces: Iterator[Piece]) -> None:
+        threads = [
+            threading.Thread(target=self._work, args=(pieces,), name=f"merge-{i}", daemon=True)
+            for i in range(self._resources.workers)
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(0.2)  # in slices, so that Ctrl-C is heard
+        except BaseException as error:
+            self._fail(error)
+            for thread in threads:
+                thread.join()
+            raise
+
+    def _counted(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
+        """Yield pieces; before a region's first one, note how many belong to it."""
+        for piece in pieces:
+            if not isinstance(piece, Copy):
+                key = (piece.step.name, piece.region.start)
+                if key not in self._loaded:
+                    self._loaded[key] = self._expected(piece.step, piece.region)
+            yield piece
+
+    def _expected(self, step: Step, region: Region) -> _Loaded:
+        tile = region.tile_rows(self._tile_elements)
+        tile_bytes = tile * region.columns * step.source.dtype.itemsize
+        rows = tile * max(1, self._resources.block // tile_bytes)
+        sums = 0
+        if region.column_change is not None:
+            sums = -(-region.rows // region.norm_rows(self._tile_elements))
+        return _Loaded(-(-region.rows // rows), sums)
+
+    def _work(self, pieces: Iterator[Piece]) -> None:
+        try:
+            worker = _Worker(
+                self._make_arithmetic, self._plan.settings, self._sink, self._resources.block
+            )
+            while not self._failed.is_set():
+                with self._next:
+                    piece = next(pieces, None)
+                if piece is None:
+                    return
+                self._run_piece(worker, piece)
+        except BaseException as error:  # noqa: BLE001 - handed to the caller's thread
+            self._fail(error)
+
+    def _run_piece(self, worker: _Worker, piece: Piece) -> None:
+        if isinstance(piece, Copy):
+            worker.copy(piece)
+            self._on_bytes(piece.nbytes)
+            return
+        key = (piece.step.name, piece.region.start)
+        loaded = self._loaded[key]
+        with loaded.lock:
+            if loaded.changes is None:
+                loaded.changes = worker.load(piece.step, piece.region)
+        if isinstance(piece, ColumnSquares):
+            squares = worker.column_squares(piece, loaded.changes)
+            with loaded.lock:
+                loaded.sums[piece.position] = squares
+                loaded.sums_left -= 1
+                if loaded.sums_left == 0:
+                    self._finish_norms(worker, piece, loaded)
+            return
+        if piece.region.column_change is not None:
+            loaded.ready.wait()
+            if self._failed.is_set():
+                return
+        worker.merge(piece, loaded.changes)
+        self._on_bytes(piece.nbytes)
+        with loaded.lock:
+            loaded.pieces_left -= 1
+            if loaded.pieces_left == 0:
+                del self._loaded[key]
+
+    def _finish_norms(self, worker: _Worker, piece: ColumnSquares, loaded: _Loaded) -> None:
+        """Add the partial sums in a fixed order and turn them into factors."""
+        assert loaded.changes is not None, "Bug: sums come after loading"
+        position = piece.region.column_change
+        assert position is not None, "Bug: sums without a column norm"
+        total = np.zeros(piece.region.columns)
+        for i in range(len(loaded.sums)):
+            total += loaded.sums[i]
+        loaded.sums.clear()
+        loaded.changes[position] = worker.with_factors(piece, loaded.changes[position], total)
+        loaded.ready.set()
+
+    def _fail(self, error: BaseException) -> None:
+        with self._next:
+            if self._failure is None:
+                self._failure = error
+        self._failed.set()
+        for loaded in list(self._loaded.values()):
+            loaded.ready.set()
+
+
+@dataclass
+class _Lane:
+    """A worker's arithmetic in one precision, with its buffers."""
+
+    ops: Arithmetic
+    values: Array = None
+    work: Array = None
+
+    def arrays(self, rows: int, columns: int) -> tuple[Array, Array]:
+        """Return the tile's values and scratch, undefined."""
+        size = rows * columns
+        if self.values is None or self.values.shape[0] < size:
+            self.values, self.work = self.ops.empty(size), self.ops.empty(size)
+        shape = (rows, columns)
+        return self.values[:size].reshape(shape), self.work[:size].reshape(shape)
+
+
+class _Worker:
+    """One thread's arithmetic and buffers."""
+
+    def __init__(
+        self, make: ArithmeticFactory, settings: Settings, sink: Sink, block_bytes: int
+    ) -> None:
+        self._make, self._settings, self._sink = make, settings, sink
+        self._block_bytes = block_bytes
+        self._lanes: dict[Precision, _Lane] = {}
+        self._stored = self._written = np.empty(0, np.uint8)
+
+    def _lane(self, step: Step) -> _Lane:
+        precision = working_precision(step, self._settings)
+        if precision not in self._lanes:
+            self._lanes[precision] = _Lane(self._make(precision))
+        return self._lanes[precision]
+
+    def copy(self, piece: Copy) -> None:
+        """Take bytes over as they are."""
+        if isinstance(piece.source, FileRange):
+            source = FileRange(
+                piece.source.path, piece.source.start + piece.start, piece.nbytes
+            )
+            self._sink.copy(piece.file, piece.offset, source)
+            return
+        stop = piece.start + piece.nbytes
+        self._sink.write(piece.file, piece.offset, piece.source.data[piece.start : stop])
+
+    def load(self, step: Step, region: Region) -> list[LoadedChange]:
+        """Read and arrange the adapter tensors of a region's changes."""
+        exact = working_precision(step, self._settings) == "float64"
+        ops = self._lane(step).ops
+        return [self._load(ops, change, exact=exact) for change in region.changes]
+
+    def _load(self, ops: Arithmetic, change: Change, *, exact: bool) -> LoadedChange:
+        wide = np.float64 if exact else np.float32
+        loaded = LoadedChange(change)
+        if change.left is not None and change.right is not None:
+            left, right = (_values(o, _precision_of(o, wide)) for o in (change.left, change.right))
+            if change.scaling != 1.0:
+                left = left * left.dtype.type(change.scaling) if _is_power_of_two(
+                    change.scaling) else left.astype(np.float64) * change.scaling  # fmt: skip
+            loaded = replace(
+                loaded,
+                left=ops.put(left.astype(wide, copy=False)),
+                right=ops.put(right.astype(wide, copy=False)),
+                product=None if exact else product(left, right),
+            )
+        if change.magnitude is not None:
+            loaded = replace(loaded, magnitude=ops.put(_values(change.magnitude, np.float64)))
+        if change.kind == "rows":
+            assert change.value is not None, "Bug: kind rows carries a value"
+            loaded = replace(loaded, value=ops.put(_values(Operand.matrix(change.value), wide)))
+        elif change.value is not None:
+            loaded = replace(loaded, stored=change.value.raw)
+        return loaded
+
+    def column_squares(
+        self, piece: ColumnSquares, changes: list[LoadedChange]
+    ) -> NDArray[np.float64]:
+        """Return the columns' sums of squares of V over the piece's rows, tile after tile."""
+        position = piece.region.column_change
+        assert position is not None, "Bug: sums without a column norm"
+        ops = self._lane(piece.step).ops
+        total = np.zeros(piece.region.columns)
+        for tile in self._tiles(piece.step, piece.region, piece.first_row, piece.last_row):
+            for loaded in changes[: position + 1]:
+                add_product(ops, tile, loaded)
+            total += ops.host(ops.column_squares(tile.values, tile.work))
+        return total
+
+    def with_factors(
+        self, piece: ColumnSquares, loaded: LoadedChange, squares: NDArray[np.float64]
+    ) -> LoadedChange:
+        """Return the change with ``m / (norm + eps)`` per column."""
+        change = loaded.change
+        grouped = squares.reshape(-1, change.group).sum(axis=1)
+        assert change.magnitude is not None, "Bug: a norm without a magnitude"
+        magnitude = _values(change.magnitude, np.float64)
+        scale, undefined = factor(np, magnitude, grouped, change.eps)
+        if undefined.any() and self._settings.zero_norm == "refuse":
+            raise _undefined(piece.step, "columns", np.flatnonzero(undefined))
+        ops, scale = self._lane(piece.step).ops, np.repeat(scale, change.group)
+        return replace(
+            loaded,
+            column_factor=ops.as_working(ops.put(scale)),
+            column_factor_host=scale,
+            undefined_columns=np.flatnonzero(np.repeat(undefined, change.group)),
+        )
+
+    def merge(self, piece: Merge, changes: list[LoadedChange]) -> None:
+        """Merge the piece's rows and hand their bytes to the sink."""
+        step, columns, ops = piece.step, piece.region.columns, self._lane(piece.step).ops
+        out = self._buffer("_written", piece.nbytes).view(step.dtype.raw)
+        out = out.reshape(piece.last_row - piece.first_row, columns)
+        for tiles in self._blocks(step, piece.region, piece.first_row, piece.last_row):
+            done: list[tuple[Tile, Array | None]] = []
+            for tile in tiles:
+                raw = out[tile.rows.start - piece.first_row : tile.rows.stop - piece.first_row]
+                done.append((tile, self._merge_tile(ops, piece, tile, changes)))
+                ops.narrow(tile.values, step.dtype, raw, tile.work)
+                if cast.nonfinite(raw, step.dtype):
+                    self._refuse_nonfinite(step, piece.region, tile, raw)
+            self._refine(ops, piece, changes, out, done)
+        self._sink.write(piece.file, piece.offset, out.view(np.uint8))
+
+    def _merge_tile(
+        self, ops: Arithmetic, piece: Merge, tile: Tile, changes: list[LoadedChange]
+    ) -> Array | None:
+        settings = self._settings
+        try:
+            return merge_tile(ops, tile, changes, settings.zero_norm, settings.strength)
+        except UndefinedRows:
+            rows = self._zero_rows(piece, changes)
+            raise _undefined(piece.step, "rows", rows) from None
+
+    def _refine(
+        self,
+        ops: Arithmetic,
+        piece: Merge,
+        changes: list[LoadedChange],
+        out: NDArray[Any],
+        done: list[tuple[Tile, Array | None]],
+    ) -> None:
+        """Compute the cancelled elements of a block of tiles again, in float64."""
+        if len(changes) != 1 or changes[0].product is None or not done:
+            return
+        first, last = done[0][0].rows.start, done[-1][0].rows.stop
+        row_factors = [ops.host(f) for _, f in done if f is not None]
+        recompute_cancelled(
+            out[first - piece.first_row : last - piece.first_row],
+            piece.step.dtype,
+            np.concatenate([tile.raw for tile, _ in done]) if len(done) > 1 else done[0][0].raw,
+            piece.step.source.dtype,
+            changes[0].product,
+            first,
+            np.concatenate(row_factors) if row_factors else None,
+            changes[0].column_factor_host,
+        )
+
+    def _tiles(self, step: Step, region: Region, first: int, last: int) -> Iterator[Tile]:
+        """Read rows [first, last) and yield them tile by tile, widened."""
+        for tiles in self._blocks(step, region, first, last):
+            yield from tiles
+
+    def _blocks(
+        self, step: Step, region: Region, first: int, last: int
+    ) -> Iterator[Iterator[Tile]]:
+        """Read rows [first, last) block by block; the tiles of a block share its stored bytes."""
+        itemsize, columns = step.source.dtype.itemsize, region.columns
+        lane = self._lane(step)
+        size = region.tile_rows(lane.ops.tile_elements)
+        block = max(1, self._block_bytes // (columns * itemsize * size)) * size
+        for start in range(first, last, block):
+            stop = min(start + block, last)
+            stored = self._buffer("_stored", (stop - start) * columns * itemsize)
+            step.source.source.read((region.start + start * columns) * itemsize, stored)
+            raw = stored.view(step.source.dtype.raw).reshape(stop - start, columns)
+            yield self._tiles_of(lane, raw, step.source.dtype, start, size)
+
+    def _tiles_of(
+        self, lane: _Lane, raw: NDArray[Any], dtype: DType, start: int, size: int
+    ) -> Iterator[Tile]:
+        for row in range(0, raw.shape[0], size):
+            part = raw[row : row + size]
+            values, work = lane.arrays(*part.shape)
+            lane.ops.widen(part, dtype, values)
+            yield Tile(values, work, part, dtype, start + row)
+
+    def _zero_rows(self, piece: Merge, changes: list[LoadedChange]) -> NDArray[np.intp]:
+        """Return all rows of the region whose norm is zero although their magnitude is not."""
+        found, ops = [], self._lane(piece.step).ops
+        for tile in self._tiles(piece.step, piece.region, 0, piece.region.rows):
+            for loaded in changes:
+                add_product(ops, tile, loaded)
+                if loaded.change.over == "row":
+                    assert loaded.magnitude is not None, "Bug: a norm without a magnitude"
+                    squares = ops.row_squares(tile.values)
+                    _, undefined = factor(ops.xp, loaded.magnitude[tile.rows], squares, 0.0)
+                    found.append(np.flatnonzero(ops.host(undefined)) + tile.first_row)
+        return np.concatenate(found)
+
+    def _refuse_nonfinite(
+        self, step: Step, region: Region, tile: Tile, raw: NDArray[Any]
+    ) -> None:
+        mask = raw.dtype.type(step.dtype.exponent_mask)
+        rows = np.flatnonzero(((raw & mask) == mask).any(axis=1))
+        base_mask = tile.raw.dtype.type(tile.dtype.exponent_mask)
+        if ((tile.raw & base_mask) == base_mask).any():
+            if not region.changes:
+                return  # the base's own inf or NaN, kept in another dtype
+            cause = "the base has inf or NaN there; the adapter cannot have been trained on it"
+        else:
+            cause = (
+                f"the result is larger than {step.dtype.name} holds ({step.dtype.largest:g}). "
+                "Pass --dtype bf16 or fp32, and check that the adapter was trained on this base"
+            )
+        name = shown(step.name)
+        raise ArithmeticRefusal(
+            f"{name}: row {tile.first_row + int(rows[0])} would not be finite: {cause}."
+        )
+
+    def _buffer(self, name: str, nbytes: int) -> NDArray[np.uint8]:
+        buffer: NDArray[np.uint8] = getattr(self, name)
+        if buffer.size < nbytes:
+            buffer = next(iter(self._lanes.values())).ops.host_buffer(nbytes)
+            setattr(self, name, buffer)
+        return buffer[:nbytes]
+
+
+def _values(operand: Operand, precision: Any) -> NDArray[Any]:
+    """Read an adapter tensor, widen it and arrange it, contiguous."""
+    stored = cast.widened(operand.ref.raw(), operand.ref.dtype, precision)
+    return np.ascontiguousarray(operand.arranged(stored))
+
+
+def _precision_of(operand: Operand, at_least: Any) -> Any:
+    return np.float64 if operand.ref.dtype is F64 else at_least
+
+
+def _is_power_of_two(value: float) -> bool:
+    return abs(math.frexp(value)[0]) == 0.5
+
+
+def _undefined(step: Step, what: str, where: NDArray[np.intp]) -> ArithmeticRefusal:
+    listed = ", ".join(map(str, where[:8])) + (" ..." if where.size > 8 else "")
+    return ArithmeticRefusal(
+        f"{shown(step.name)}: ||W + s B A|| is zero in {where.size} {what} ({listed}) whose "
+        "magnitude is not zero, so they have no direction to scale. Pass --zero-norm zero to make "
+        "them zero, or --zero-norm keep-base to leave the base's values."
+    )
+

@@ -1,0 +1,73 @@
+"""Every error that a user can cause, in one small tree.
+
+DoraExportError                 catch this one to catch them all
+├── InputError                  a file is missing, truncated or not what it says
+├── AdapterError                the adapter contradicts itself or is of a kind we refuse
+├── PlanError                   base and adapter do not fit each other
+├── ArithmeticRefusal           zero norm, NaN or overflow in the merged weight
+├── OutputError                 the output exists, is misplaced or does not fit on the disk
+├── DeviceError                 the device asked for is not there
+└── VerifyError                 what was written is not what was planned (exit code 1)
+
+Messages read ``{where}: {what is wrong}. {what to do}.``; problems of one kind are gathered
+and raised together. Names that come from files are shown escaped and shortened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+MAX_LISTED = 12  # problems shown in one message; the rest are counted
+
+
+class DoraExportError(Exception):
+    """Base class of all errors that a user's input or machine can cause.
+
+    Attributes:
+        exit_code: What the command line returns for it (2: bad input or refused).
+    """
+
+    exit_code = 2
+
+
+class InputError(DoraExportError):
+    """A file or folder is missing, truncated, or does not hold what it claims."""
+
+
+class AdapterError(DoraExportError):
+    """The adapter contradicts itself, or is of a kind that this tool refuses by name."""
+
+
+class PlanError(DoraExportError):
+    """Base and adapter do not fit each other."""
+
+
+class ArithmeticRefusal(DoraExportError):  # noqa: N818 - it is a refusal, not a failure
+    """A merged row has no defined or no finite value."""
+
+
+class OutputError(DoraExportError):
+    """The output exists already, lies in the wrong place, or does not fit."""
+
+
+class DeviceError(DoraExportError):
+    """The device asked for is not available."""
+
+
+class VerifyError(DoraExportError):
+    """What was written differs from what was planned."""
+
+    exit_code = 1
+
+
+def shown(name: object, limit: int = 120) -> str:
+    """Return a name from an untrusted file fit for a terminal: escaped and shortened."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def listing(problems: Iterable[str]) -> str:
+    """Return problems as indented lines, at most ``MAX_LISTED`` of them, the rest counted."""
+    lines = list(problems)
+    more = [f"... and {len(lines) - MAX_LISTED} more"] if len(lines) > MAX_LISTED else []
+    return "".join(f"\n  {line}" for line in lines[:MAX_LISTED] + more)

@@ -1,0 +1,194 @@
+"""The merge of one tile: stored rows of one weight, in working precision, rounded once.
+
+Everything is in stored terms (``update.Change``): a matrix of rows, a low-rank product, and a
+magnitude per row or per column. The formula knows no format, no file and no device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dora_export.arithmetic import Arithmetic, Array
+from dora_export.refine import Product
+from dora_export.tensors import DType
+from dora_export.update import Change
+
+ZeroNorm = Literal["refuse", "zero", "keep-base"]
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedChange:
+    """A change with its numbers at hand, where the arithmetic computes.
+
+    Attributes:
+        change: What to do.
+        left: ``scaling * left``, working precision, ``(rows, rank)``, or None.
+        right: Working precision, ``(rank, columns)``, or None.
+        magnitude: float64, one per row or per column group, or None.
+        value: Working precision, ``(len(row_indices), columns)``, for kind "rows".
+        stored: Returns elements [start, stop) of ``change.value`` as stored, for kinds "add" and
+            "replace", which may be as large as the base and are read tile by tile.
+        product: ``left`` and ``right`` as exactly as they are stored, on the host, or None.
+        column_factor: ``m / (norm + eps)`` per column, once the norms are known.
+        column_factor_host: The same in float64 on the host.
+        undefined_columns: Columns with a zero norm and a magnitude other than zero.
+    """
+
+    change: Change
+    left: Array | None = None
+    right: Array | None = None
+    magnitude: Array | None = None
+    value: Array | None = None
+    stored: Callable[[int, int], NDArray[Any]] | None = None
+    product: Product | None = None
+    column_factor: Array | None = None
+    column_factor_host: NDArray[np.float64] | None = None
+    undefined_columns: NDArray[np.intp] | None = None
+
+
+class UndefinedRows(Exception):  # noqa: N818 - a finding, turned into a refusal by the engine
+    """Rows of the tile whose ``||W + s B A||`` is zero although their magnitude is not."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tile:
+    """Stored rows of one weight on their way through the formula.
+
+    Attributes:
+        values: Working precision, ``(rows, columns)``; holds V, then W'.
+        work: Scratch of the same shape.
+        raw: The stored base elements, flat, on the host.
+        dtype: How ``raw`` is stored.
+        first_row: Row of the change's matrix that the tile starts with.
+    """
+
+    values: Array
+    work: Array
+    raw: NDArray[Any]
+    dtype: DType
+    first_row: int
+
+    @property
+    def rows(self) -> slice:
+        """The tile's rows within the change's matrix."""
+        return slice(self.first_row, self.first_row + int(self.values.shape[0]))
+
+
+def add_product(ops: Arithmetic, tile: Tile, loaded: LoadedChange) -> None:
+    """V = W + (s B) A, in place."""
+    if loaded.left is not None:
+        ops.xp.matmul(loaded.left[tile.rows], loaded.right, out=tile.work)
+        ops.xp.add(tile.values, tile.work, out=tile.values)
+
+
+def factor(xp: Any, magnitude: Array, squares: Array, eps: float) -> tuple[Array, Array]:
+    """Return ``m / (sqrt(squares) + eps)`` in float64, and where it has no defined value.
+
+    A zero norm gives factor 0; if m is zero there as well, that is the row's true value.
+
+    Args:
+        xp: numpy or torch.
+        magnitude: m, float64.
+        squares: Sums of squares, float64, same shape.
+        eps: Added to the norm, dimensionless.
+
+    Source: arXiv:2402.09353, eq. 5; eps as in LyCORIS, lycoris/modules/locon.py.
+    """
+    norm = xp.sqrt(squares)
+    zero = norm == 0
+    quotient = magnitude / xp.where(zero, 1.0, norm + eps)
+    return xp.where(zero, 0.0, quotient), zero & (magnitude != 0)
+
+
+def merge_tile(
+    ops: Arithmetic,
+    tile: Tile,
+    changes: Sequence[LoadedChange],
+    zero_norm: ZeroNorm = "refuse",
+    strength: float = 1.0,
+) -> Array | None:
+    """Turn ``tile.values`` from W into ``W + strength * (W' - W)``, in place.
+
+    Args:
+        ops: Array library to compute with.
+        tile: Rows of W.
+        changes: Applied in turn; all of them about the matrix that the tile is part of.
+        zero_norm: What becomes of rows with ``||V|| = 0`` and ``m != 0``.
+        strength: Dimensionless; 1 gives W'.
+
+    Returns:
+        The factor on each row, float64, if a change had one.
+
+    Raises:
+        UndefinedRows: ``zero_norm`` is "refuse" and there is such a row.
+    """
+    row_factor = None
+    for loaded in changes:
+        add_product(ops, tile, loaded)
+        if loaded.change.over == "row":
+            row_factor = _normalise_rows(ops, tile, loaded, zero_norm)
+        elif loaded.change.over == "column":
+            _normalise_columns(ops, tile, loaded, zero_norm)
+        elif loaded.change.kind == "rows":
+            _replace_rows(tile, loaded)
+        elif loaded.change.kind in ("add", "replace"):
+            _stored_values(ops, tile, loaded)
+    if strength != 1.0:
+        ops.widen(tile.raw, tile.dtype, tile.work)
+        ops.xp.subtract(tile.values, tile.work, out=tile.values)
+        ops.xp.multiply(tile.values, strength, out=tile.values)
+        ops.xp.add(tile.values, tile.work, out=tile.values)
+    return row_factor
+
+
+def _normalise_rows(
+    ops: Arithmetic, tile: Tile, loaded: LoadedChange, zero_norm: ZeroNorm
+) -> Array:
+    assert loaded.magnitude is not None, "Bug: a norm without a magnitude"
+    scale, undefined = factor(
+        ops.xp, loaded.magnitude[tile.rows], ops.row_squares(tile.values), loaded.change.eps
+    )
+    ops.xp.multiply(tile.values, ops.as_working(scale)[:, None], out=tile.values)
+    if bool(undefined.any()):
+        if zero_norm == "refuse":
+            raise UndefinedRows
+        if zero_norm == "keep-base":
+            ops.widen(tile.raw, tile.dtype, tile.work)
+            tile.values[undefined] = tile.work[undefined]
+    return scale
+
+
+def _normalise_columns(
+    ops: Arithmetic, tile: Tile, loaded: LoadedChange, zero_norm: ZeroNorm
+) -> None:
+    assert loaded.column_factor is not None, "Bug: column norms are computed before the merge"
+    ops.xp.multiply(tile.values, loaded.column_factor, out=tile.values)
+    columns = loaded.undefined_columns
+    if zero_norm == "keep-base" and columns is not None and columns.size:
+        ops.widen(tile.raw, tile.dtype, tile.work)
+        tile.values[:, columns] = tile.work[:, columns]
+
+
+def _replace_rows(tile: Tile, loaded: LoadedChange) -> None:
+    assert loaded.value is not None, "Bug: kind rows carries a value"
+    for position, row in enumerate(loaded.change.row_indices):
+        if tile.rows.start <= row < tile.rows.stop:
+            tile.values[row - tile.first_row] = loaded.value[position]
+
+
+def _stored_values(ops: Arithmetic, tile: Tile, loaded: LoadedChange) -> None:
+    assert loaded.stored is not None, "Bug: kinds add and replace carry a value"
+    assert loaded.change.value is not None, "Bug: kinds add and replace carry a value"
+    columns = int(tile.values.shape[1])
+    raw = loaded.stored(tile.rows.start * columns, tile.rows.stop * columns)
+    ops.widen(raw.reshape(tuple(tile.values.shape)), loaded.change.value.dtype, tile.work)
+    if loaded.change.kind == "replace":
+        tile.values[...] = tile.work
+        return
+    ops.xp.multiply(tile.work, loaded.change.scaling, out=tile.work)
+    ops.xp.add(tile.values, tile.work, out=tile.values)

@@ -1,0 +1,155 @@
+"""From the adapter's names to the checkpoint's: one rule for a whole adapter, never a mix.
+
+An adapter names modules as the class it was trained on does; a checkpoint names tensors as the
+class it was saved from did. The two differ by one leading segment at most (transformers'
+``base_model_prefix``: "model", "transformer", "bert", ...), or by what the user says.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+from dora_export.errors import PlanError, shown
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A renaming of every name of an adapter.
+
+    Attributes:
+        what: For people, e.g. "model. added".
+        strip: Prefix taken away from the names that have it.
+        add: Prefix put before every name.
+        mapped: Prefixes replaced first, (old, new), the first that fits.
+    """
+
+    what: str
+    strip: str = ""
+    add: str = ""
+    mapped: tuple[tuple[str, str], ...] = ()
+
+    def __call__(self, name: str) -> str:
+        """Return the checkpoint's name for an adapter's name."""
+        for old, new in self.mapped:
+            if name.startswith(old):
+                return new + name[len(old) :]
+        if self.strip:
+            name = name.removeprefix(self.strip)
+        return self.add + name
+
+
+def parse_map_prefix(options: Iterable[str]) -> tuple[tuple[str, str], ...]:
+    """Return (old, new) pairs of ``--map-prefix OLD=NEW`` options.
+
+    Raises:
+        PlanError: An option has no "=".
+    """
+    pairs = []
+    for option in options:
+        old, equals, new = option.partition("=")
+        if not equals:
+            raise PlanError(f"--map-prefix {shown(option)}: expected OLD=NEW, e.g. model.=.")
+        pairs.append((old, new))
+    return tuple(pairs)
+
+
+def find_rule(
+    targets: Sequence[str],
+    names: Collection[str],
+    mapped: tuple[tuple[str, str], ...] = (),
+    base_name: str | None = None,
+) -> Rule:
+    """Return the rule that turns every target into a tensor name of the checkpoint.
+
+    Tried in this order: names as they are; one segment added; the first segment taken away.
+    With ``mapped`` only that mapping is tried.
+
+    Args:
+        targets: Tensor names in the adapter's terms.
+        names: Tensor names of the checkpoint.
+        mapped: Prefix replacements by the user.
+        base_name: What the adapter says it was trained on, for the message.
+
+    Raises:
+        PlanError: No rule resolves all targets, or two of the same kind do.
+    """
+    known = frozenset(names)
+    if mapped:
+        groups: list[list[Rule]] = [[Rule("--map-prefix", mapped=mapped)]]
+    else:
+        groups = [[Rule("as they are")], _adding(targets, known), _stripping(targets)]
+    for group in groups:
+        fitting = [rule for rule in group if all(rule(t) in known for t in targets)]
+        if len(fitting) > 1:
+            raise PlanError(
+                f"the adapter's names fit this base in more than one way: "
+                f"{' or '.join(rule.what for rule in fitting)}. Decide with --map-prefix, e.g. "
+                f"--map-prefix {_first(targets)}={fitting[0](_first(targets))}"
+            )
+        if fitting:
+            return fitting[0]
+    raise PlanError(_no_rule(targets, known, [r for g in groups for r in g], base_name))
+
+
+def _adding(targets: Sequence[str], known: frozenset[str]) -> list[Rule]:
+    ending = f".{targets[0]}" if targets else ""
+    prefixes = sorted(n.removesuffix(targets[0]) for n in known if targets and n.endswith(ending))
+    return [Rule(f"'{p}' added", add=p) for p in prefixes if p.count(".") == 1]
+
+
+def _stripping(targets: Sequence[str]) -> list[Rule]:
+    first = sorted({f"{t.partition('.')[0]}." for t in targets if t.count(".") > 1})
+    return [Rule(f"'{p}' taken away", strip=p) for p in first]
+
+
+def _no_rule(
+    targets: Sequence[str], known: frozenset[str], tried: list[Rule], base_name: str | None
+) -> str:
+    best = max(tried, key=lambda rule: sum(rule(t) in known for t in targets))
+    missing = [t for t in targets if best(t) not in known]
+    hit = len(targets) - len(missing)
+    trained = f" The adapter says it was trained on '{shown(base_name)}'." if base_name else ""
+    message = f"{hit} of {len(targets)} adapter targets match this base"
+    if hit:
+        return (
+            f"{message} (names {best.what}); not in the base: "
+            f"{', '.join(shown(m) for m in missing[:6])}{' ...' if len(missing) > 6 else ''}."
+            f"{trained} Check that this is the base it was trained on."
+        )
+    patterns = f'adapter "{_pattern(targets[0])}", base "{_nearest_pattern(targets[0], known)}"'
+    return f"{message}: {patterns}.{trained} {_hint(targets[0], known)}"
+
+
+def _hint(target: str, known: frozenset[str]) -> str:
+    old, new = _differing_prefixes(target, known)
+    if old is None:
+        return "Check that this is the base it was trained on, or pass --map-prefix OLD=NEW."
+    return f"If they are the same layers, pass --map-prefix {old}={new}"
+
+
+def _differing_prefixes(target: str, known: frozenset[str]) -> tuple[str | None, str]:
+    """Return what precedes the longest common ending of the target and any tensor name."""
+    segments = target.split(".")
+    for kept in range(len(segments) - 1, 2, -1):
+        ending = "." + ".".join(segments[-kept:])
+        found = sorted((n for n in known if n.endswith(ending)), key=lambda n: (len(n), n))
+        if found:
+            return target.removesuffix(ending[1:]), found[0].removesuffix(ending[1:])
+    return None, ""
+
+
+def _nearest_pattern(target: str, known: frozenset[str]) -> str:
+    leaf = ".".join(target.split(".")[-2:])
+    alike = sorted(n for n in known if n.endswith(leaf))
+    numbered = sorted(n for n in known if re.search(r"\.\d+\.", n))
+    return _pattern((alike or numbered or sorted(known))[0])
+
+
+def _pattern(name: str) -> str:
+    return shown(re.sub(r"(?<=\.)\d+(?=\.)", "*", name))
+
+
+def _first(targets: Sequence[str]) -> str:
+    return f"{targets[0].partition('.')[0]}."

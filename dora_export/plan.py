@@ -1,0 +1,480 @@
+"""The plan: every output tensor with its source and changes, every adapter tensor accounted for.
+
+Made from headers and configs alone. It is the two-way ledger (nothing of the adapter is left over,
+nothing of the base is missing) and the bill (bytes to write, bytes of memory).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from dora_export import layouts, naming, tying
+from dora_export.adapters.model import Adapter
+from dora_export.checkpoints.model import Checkpoint, WeightFile
+from dora_export.errors import PlanError, listing, shown
+from dora_export.formula import ZeroNorm
+from dora_export.storage.safetensors import header_bytes
+from dora_export.tensors import DType, TensorRef
+from dora_export.update import Change, Update
+
+Precision = Literal["float32", "float64"]
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user decides about the numbers.
+
+    Attributes:
+        dtype: Storage type of all floating-point tensors of the output; None keeps each one's own.
+        precision: Working precision.
+        strength: ``W + strength * (W' - W)``, dimensionless.
+        zero_norm: What becomes of rows with ``||V|| = 0`` and ``m != 0``.
+        map_prefix: (old, new) prefixes of tensor names.
+        fan_in_fan_out: Layout of square weights where the user knows it.
+        max_shard_bytes: Re-shard into files of at most this many bytes; None keeps the base's files.
+    """
+
+    dtype: DType | None = None
+    precision: Precision = "float32"
+    strength: float = 1.0
+    zero_norm: ZeroNorm = "refuse"
+    map_prefix: tuple[tuple[str, str], ...] = ()
+    fan_in_fan_out: bool | None = None
+    max_shard_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One output tensor.
+
+    Attributes:
+        name: Its name in the output.
+        dtype: Its storage type in the output.
+        source: Where its base values come from; has the output's shape.
+        changes: What happens to them, in order; empty: nothing.
+        consumes: Adapter tensors that go into it.
+        status: "unchanged", "cast" (another dtype only), "merged", "replaced" or "added".
+    """
+
+    name: str
+    dtype: DType
+    source: TensorRef
+    changes: tuple[Change, ...] = ()
+    consumes: tuple[str, ...] = ()
+    status: Literal["unchanged", "cast", "merged", "replaced", "added"] = "unchanged"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the output tensor."""
+        return self.source.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the output tensor."""
+        return self.source.size * self.dtype.itemsize
+
+    @property
+    def copies_bytes(self) -> bool:
+        """Whether the output has the source's very bytes."""
+        return not self.changes and self.dtype is self.source.dtype
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """One weight file of the output.
+
+    Attributes:
+        name: File name.
+        header: Its first bytes, up to the data.
+        steps: Its tensors, in the order of their bytes.
+    """
+
+    name: str
+    header: bytes = field(repr=False)
+    steps: tuple[Step, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the file."""
+        return len(self.header) + sum(s.nbytes for s in self.steps)
+
+    def offsets(self) -> Iterator[tuple[Step, int]]:
+        """Yield every step with the file offset of its first byte."""
+        offset = len(self.header)
+        for step in self.steps:
+            yield step, offset
+            offset += step.nbytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A merge, ready to run.
+
+    Attributes:
+        base: The base.
+        adapter: The adapter.
+        settings: The user's.
+        files: Weight files to write.
+        index: Content of the index file, or None for a single file.
+        index_name: Its name.
+        config_edits: Keys of config.json that the merge makes untrue, with their true values.
+        rule: How adapter names became the base's, for people.
+        ignored: Adapter tensors without effect on weights, and why.
+        notes: Decisions worth telling.
+        warnings: Doubts worth telling.
+    """
+
+    base: Checkpoint
+    adapter: Adapter
+    settings: Settings
+    files: tuple[OutputFile, ...]
+    index: Mapping[str, Any] | None
+    index_name: str
+    config_edits: Mapping[str, Any]
+    rule: str
+    ignored: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def steps(self) -> Iterator[Step]:
+        """All output tensors."""
+        return (step for file in self.files for step in file.steps)
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of all weight files."""
+        return sum(file.nbytes for file in self.files)
+
+
+def plan_merge(base: Checkpoint, adapter: Adapter, settings: Settings) -> Plan:
+    """Pair every base tensor with its updates; reads no weight.
+
+    Raises:
+        PlanError: Names do not resolve, shapes do not fit, updates contradict each other, targets
+            are quantised, or layers that should be adapted are not; all of a kind are listed.
+    """
+    targets = [u.target for u in adapter.updates]
+    rule = _rule(base, adapter, settings)
+    updates = [_renamed(u, rule) for u in adapter.updates]
+    saved = frozenset(rule(t) for t in adapter.saved_embeddings)
+    tied = tying.resolve(base, adapter, updates, saved)
+    shapes = _shapes(base, tied)
+    decided = layouts.with_layouts(tied.updates, shapes, base, adapter, settings.fan_in_fan_out)
+    by_target = _by_target(decided)
+    problems = [p for name, group in by_target.items()
+                for p in _problems(name, group, base, tied, settings)]  # fmt: skip
+    if problems:
+        trained = f" (the adapter names '{shown(adapter.base_name)}')" if adapter.base_name else ""
+        raise PlanError(
+            f"the adapter does not fit this base:{listing(problems)}\n"
+            f"Check that {base.path} is the base it was trained on{trained}."
+        )
+    _check_families(base, adapter, {rule(t) for t in targets})
+    files = _files(base, by_target, tied, settings)
+    _check_ledger(adapter, files, tied)
+    index_name = base.index_name or INDEX
+    return Plan(
+        base=base,
+        adapter=adapter,
+        settings=settings,
+        files=files,
+        index=_index(base, files) if len(files) > 1 or base.index_name else None,
+        index_name=index_name,
+        config_edits=_config_edits(base, files, tied, settings),
+        rule=rule.what,
+        ignored=adapter.ignored,
+        notes=tied.notes,
+        warnings=tuple(_warnings(base, adapter, files)),
+    )
+
+
+def _rule(base: Checkpoint, adapter: Adapter, settings: Settings) -> naming.Rule:
+    targets = [u.target for u in adapter.updates if u.kind != "replace"]
+    targets = targets or [u.target for u in adapter.updates]
+    absent_head = tying.head_of(base, targets)
+    required = [t for t in targets if t != absent_head] or targets
+    names = [*base.tensors, *([absent_head] if absent_head else [])]
+    return naming.find_rule(
+        list(dict.fromkeys(required)), names, settings.map_prefix, adapter.base_name
+    )
+
+
+def _renamed(update: Update, rule: naming.Rule) -> Update:
+    from dataclasses import replace
+
+    return replace(update, target=rule(update.target))
+
+
+def _shapes(base: Checkpoint, tied: tying.Tying) -> dict[str, tuple[int, ...]]:
+    """Return the shape each target has when its products are applied: after a replacement."""
+    shapes = {name: ref.shape for name, ref in base.tensors.items()}
+    shapes |= {name: ref.shape for name, ref in tied.sources.items()}
+    shapes |= {u.target: u.value.shape for u in tied.updates if u.kind == "replace" and u.value}
+    return shapes
+
+
+def _by_target(updates: Iterable[Update]) -> dict[str, list[Update]]:
+    order = {"replace": 0, "rows": 1, "lora": 2, "dora": 2, "magnitude": 2, "add": 3}
+    groups: dict[str, list[Update]] = defaultdict(list)
+    for update in updates:
+        groups[update.target].append(update)
+    return {n: sorted(g, key=lambda u: order[u.kind]) for n, g in groups.items()}
+
+
+def _problems(
+    name: str, group: Sequence[Update], base: Checkpoint, tied: tying.Tying, settings: Settings
+) -> Iterator[str]:
+    """Yield what keeps a tensor's updates from being applied."""
+    ref = tied.sources.get(name, base.tensors.get(name))
+    replaced = [u.value for u in group if u.kind == "replace"]
+    products = [u for u in group if u.kind in ("lora", "dora", "magnitude")]
+    if len(replaced) > 1:
+        yield f"{shown(name)}: replaced {len(replaced)} times"
+    if products and any(u.kind == "rows" for u in group):
+        yield f"{shown(name)}: trained tokens and LoRA on one tensor have no defined order"
+    for i, update in enumerate(products):
+        clash = [o for o in products[:i] if _overlap(update, o) and (update.normalises or o.normalises)]
+        if clash:
+            yield f"{shown(name)}: more than one update of which one normalises"
+    effective = replaced[0] if replaced else ref
+    if effective is None:
+        yield f"{shown(name)}: not in the base" + (
+            "; the layer has no bias to add to" if name.endswith(".bias") else ""
+        )
+        return
+    if ref is not None and not ref.dtype.mergeable:
+        yield (
+            f"{shown(name)}: stored as {ref.dtype.name}; merging into quantised weights is not "
+            "supported, dequantise the base first"
+        )
+    for update in group:
+        if why := update.misfit(effective.shape):
+            yield f"{shown(name)}: {why}"
+        for operand in (update.down, update.up, update.magnitude):
+            if operand and not operand.ref.dtype.mergeable:
+                yield f"'{shown(operand.ref.name)}': stored as {operand.ref.dtype.name}, not a float"
+        if update.value is not None and not update.value.dtype.mergeable and (
+            ref is None or ref.dtype is not update.value.dtype
+        ):
+            yield f"'{shown(update.value.name)}': stored as {update.value.dtype.name}, not a float"
+    if replaced and ref is not None and replaced[0] is not None:
+        yield from _resize_problems(name, ref, replaced[0], settings)
+
+
+def _overlap(a: Update, b: Update) -> bool:
+    if a.index is not None and b.index is not None and a.index != b.index:
+        return False
+    if a.rows is None or b.rows is None:
+        return True
+    return a.rows[0] < b.rows[1] and b.rows[0] < a.rows[1]
+
+
+def _resize_problems(
+    name: str, ref: TensorRef, value: TensorRef, settings: Settings
+) -> Iterator[str]:
+    if value.shape == ref.shape:
+        return
+    if value.shape[1:] != ref.shape[1:] or len(value.shape) != 2:
+        yield f"{shown(name)}: the base has {ref.shape}, the adapter's copy {value.shape}"
+    elif name.split(".")[-2] not in (*tying.EMBEDDINGS, *tying.HEADS):
+        yield f"{shown(name)}: the base has {ref.shape[0]} rows, the adapter's copy {value.shape[0]}"
+    elif settings.strength != 1.0:
+        yield f"{shown(name)}: resized vocabulary; --strength other than 1 is not defined for it"
+
+
+def _check_families(base: Checkpoint, adapter: Adapter, targets: set[str]) -> None:
+    """Refuse an adapter with gaps: layers alike but for their numbers are adapted all or none."""
+    if not adapter.whole_families:
+        return
+    adapted = {_family(u) for u in targets if _family(u) != u}
+    gaps = [n for n, ref in base.tensors.items()
+            if _family(n) in adapted and n not in targets and len(ref.shape) > 1]  # fmt: skip
+    if gaps:
+        raise PlanError(
+            f"{adapter.path}: {len(gaps)} layers like those adapted have no adapter tensors:"
+            f"{listing(shown(n) for n in gaps)}\nThe adapter is incomplete. If it was trained on "
+            "some layers only, say which in layers_to_transform of adapter_config.json."
+        )
+
+
+def _family(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def _files(
+    base: Checkpoint,
+    by_target: Mapping[str, Sequence[Update]],
+    tied: tying.Tying,
+    settings: Settings,
+) -> tuple[OutputFile, ...]:
+    dtype = _main_dtype(base)
+    groups = [
+        (file, [_step(ref.name, ref, by_target, tied, settings) for ref in file.tensors])
+        for file in base.files
+    ]
+    added = [n for n in by_target if n not in base.tensors]
+    extra = [_added(name, by_target[name], tied, dtype, settings) for name in added]
+    groups[-1][1].extend(extra)
+    if settings.max_shard_bytes is not None:
+        steps = [s for _, group in groups for s in group]
+        return _resharded(steps, base.files[0].metadata, settings.max_shard_bytes)
+    return tuple(_output_file(file.name, steps, file) for file, steps in groups)
+
+
+def _step(
+    name: str,
+    ref: TensorRef,
+    by_target: Mapping[str, Sequence[Update]],
+    tied: tying.Tying,
+    settings: Settings,
+) -> Step:
+    group = by_target.get(name, ())
+    dtype = settings.dtype if settings.dtype and ref.dtype.mergeable else ref.dtype
+    if not group:
+        return Step(name, dtype, ref, status="unchanged" if dtype is ref.dtype else "cast")
+    return _changed(name, dtype, tied.sources.get(name, ref), group, settings)
+
+
+def _added(
+    name: str, group: Sequence[Update], tied: tying.Tying, dtype: DType, settings: Settings
+) -> Step:
+    """Return the step for a tensor that the base does not store: an untied or a trained head."""
+    source = tied.sources.get(name) or group[0].value
+    assert source is not None, "Bug: _problems() lets only replacements be new"
+    if source.dtype.mergeable:
+        dtype = settings.dtype or dtype
+    step = _changed(name, dtype, source, group, settings)
+    return Step(name, step.dtype, step.source, step.changes, step.consumes, "added")
+
+
+def _changed(
+    name: str, dtype: DType, source: TensorRef, group: Sequence[Update], settings: Settings
+) -> Step:
+    consumes = tuple(key for update in group for key in update.source_keys)
+    value = group[0].value if group[0].kind == "replace" else None
+    if value is not None and (settings.strength == 1.0 or value.shape != source.shape):
+        source, group = value, group[1:]
+        status: Literal["merged", "replaced"] = "merged" if group else "replaced"
+    else:
+        status = "merged"
+    changes = tuple(update.change(source.shape) for update in group)
+    return Step(name, dtype, source, changes, consumes, status)
+
+
+def _main_dtype(base: Checkpoint) -> DType:
+    """Return the floating-point type that holds most of the base's bytes."""
+    nbytes: dict[DType, int] = defaultdict(int)
+    for ref in base.tensors.values():
+        if ref.dtype.mergeable:
+            nbytes[ref.dtype] += ref.nbytes
+    if not nbytes:
+        raise PlanError(
+            f"{base.path}: holds no floating-point tensors (F64, F32, F16, BF16). "
+            "Merging into quantised weights is not supported; dequantise the base first."
+        )
+    return max(nbytes, key=lambda d: nbytes[d])
+
+
+def _output_file(name: str, steps: Sequence[Step], like: WeightFile | None = None) -> OutputFile:
+    metadata = dict(like.metadata) if like else {"format": "pt"}
+    # Where tensors keep their places, data keeps its offset: file systems can share the extents.
+    data_start = like.data_start if like else 0
+    entries = [(s.name, s.dtype, s.shape) for s in steps]
+    return OutputFile(name, header_bytes(entries, metadata, data_start), tuple(steps))
+
+
+def _resharded(
+    steps: Sequence[Step], metadata: Mapping[str, str], max_bytes: int
+) -> tuple[OutputFile, ...]:
+    shards: list[list[Step]] = [[]]
+    for step in steps:
+        if shards[-1] and sum(s.nbytes for s in shards[-1]) + step.nbytes > max_bytes:
+            shards.append([])
+        shards[-1].append(step)
+    names = (
+        ["model.safetensors"]
+        if len(shards) == 1
+        else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    )
+    like = WeightFile("", (), metadata)
+    return tuple(_output_file(n, s, like) for n, s in zip(names, shards, strict=True))
+
+
+def _index(base: Checkpoint, files: Sequence[OutputFile]) -> dict[str, Any]:
+    """Return the index file's content; ``total_size`` counts bytes of tensors, as transformers does."""
+    metadata = dict(base.index_metadata)
+    metadata["total_size"] = sum(s.nbytes for f in files for s in f.steps)
+    if "total_parameters" in metadata:
+        metadata["total_parameters"] = sum(math.prod(s.shape) for f in files for s in f.steps)
+    weight_map = {s.name: f.name for f in files for s in f.steps}
+    return {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def _config_edits(
+    base: Checkpoint, files: Sequence[OutputFile], tied: tying.Tying, settings: Settings
+) -> dict[str, Any]:
+    """Return the keys of config.json that the merge makes untrue."""
+    edits: dict[str, Any] = {}
+    if tied.untie:
+        edits["tie_word_embeddings"] = False
+    rows = {
+        s.shape[0]
+        for f in files
+        for s in f.steps
+        if s.name in base.tensors and s.shape != base.tensors[s.name].shape
+    }
+    if len(rows) > 1:
+        raise PlanError(
+            f"embedding and head would have different vocabularies: {sorted(rows)} rows. "
+            "The adapter holds resized copies that do not belong together."
+        )
+    if rows:
+        edits["vocab_size"] = rows.pop()
+        heads = [s for f in files for s in f.steps
+                 if s.name.split(".")[-2:-1] and s.name.split(".")[-2] in (*tying.HEADS, *tying.EMBEDDINGS)
+                 and len(s.shape) == 2 and s.shape[0] != edits["vocab_size"]]  # fmt: skip
+        if heads:
+            raise PlanError(
+                f"{shown(heads[0].name)}: has {heads[0].shape[0]} rows, but the adapter resizes the "
+                f"vocabulary to {edits['vocab_size']} and brings no copy of it. Save the adapter "
+                "with save_embedding_layers=True."
+            )
+    if settings.dtype is not None:
+        edits["dtype"] = settings.dtype.torch
+    return edits
+
+
+def _check_ledger(adapter: Adapter, files: Sequence[OutputFile], tied: tying.Tying) -> None:
+    """Every adapter tensor goes into a step, repeats one that does, or is ignored by name."""
+    used = {key for file in files for step in file.steps for key in step.consumes}
+    left = sorted(adapter.tensors.keys() - used - set(tied.twins) - adapter.ignored.keys())
+    if left:
+        raise PlanError(
+            f"{adapter.path}: {len(left)} adapter tensors go nowhere:"
+            f"{listing(shown(k) for k in left)}\nNothing is merged unless all of it is."
+        )
+
+
+def _warnings(
+    base: Checkpoint, adapter: Adapter, files: Sequence[OutputFile]
+) -> Iterator[str]:
+    said = adapter.base_name
+    own = base.config.get("_name_or_path") or base.path.resolve().name
+    if said and str(said).rstrip("/").split("/")[-1].lower() not in (
+        base.path.resolve().name.lower(), str(own).rstrip("/").split("/")[-1].lower()
+    ) and f"models--{str(said).replace('/', '--')}".lower() not in str(base.path.resolve()).lower():  # fmt: skip
+        yield f"the adapter says its base is '{shown(said)}', this is '{shown(base.path.name)}'"
+    added = [s.name for f in files for s in f.steps if s.status == "added" and s.name not in
+             base.tensors and s.name.split(".")[-2] not in tying.HEADS]  # fmt: skip
+    if added:
+        yield (
+            f"tensors that the base has not: {', '.join(shown(n) for n in added)}; config.json still "
+            "names the base's class, load the model with the class the adapter was trained on"
+        )

@@ -1,0 +1,119 @@
+"""Elements where W and s B A cancel, computed again in float64.
+
+In float32 the product B A carries an absolute error of some 2**-24 of its terms. Where W + s B A is
+thousands of times smaller than its terms, that error is more than the last place of a bfloat16 or
+float16 result. Such elements are few (one in some thousands) and known by their size: everything
+that comes out smaller than a proven bound is computed again, so every element of the output is
+within one unit in the last place of the exact result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dora_export import cast
+from dora_export.tensors import BF16, DType
+
+FRACTION_BITS = {"BF16": 7, "F16": 10}
+SMALLEST_STEP = {"BF16": 0.0, "F16": 2.0**-24}  # bfloat16's 2**-133 is below any product's error
+CHUNK = 1 << 14  # elements computed again at once
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """A low-rank product as exactly as it is stored, with what bounds its float32 error.
+
+    Attributes:
+        left: ``(rows, rank)``, float32 or float64, scaling included.
+        right: ``(rank, columns)``, float32 or float64.
+        error: Most that a float32 element of each row can be off, float64, ``(rows,)``.
+    """
+
+    left: NDArray[Any]
+    right: NDArray[Any]
+    error: NDArray[np.float64]
+
+
+def product(left: NDArray[Any], right: NDArray[Any]) -> Product:
+    """Return a product with its error bounds.
+
+    With k terms, ``|fl(sum) - sum| <= k u / (1 - k u) * sum |terms|`` and
+    ``sum |l r| <= ||l|| ||r||``; the factors' own rounding to float32 and the addition to W add
+    three more u = 2**-24. Source: Higham, Accuracy and Stability of Numerical Algorithms, 3.1.
+    """
+    rank = left.shape[1]
+    row_norms = np.sqrt(np.einsum("ij,ij->i", left, left, dtype=np.float64))
+    column_squares = np.einsum("ij,ij->j", right, right, dtype=np.float64)
+    largest = float(np.sqrt(column_squares.max(initial=0.0)))
+    return Product(left, right, (rank + 4) * 2.0**-24 * row_norms * largest)
+
+
+def recompute_cancelled(
+    out: NDArray[Any],
+    dtype: DType,
+    stored: NDArray[Any],
+    stored_dtype: DType,
+    factors: Product,
+    first_row: int,
+    row_factor: NDArray[np.float64] | None,
+    column_factor: NDArray[np.float64] | None,
+) -> int:
+    """Replace the elements of ``out`` that float32 may have missed by more than half an ulp.
+
+    Args:
+        out: Merged elements as stored, ``(rows, columns)``; changed in place.
+        dtype: BF16 or F16.
+        stored: The base's elements, same shape.
+        stored_dtype: How they are stored.
+        factors: The product that was added.
+        first_row: Row of ``factors.left`` that ``out`` starts with.
+        row_factor: ``m / norm`` per row, or None.
+        column_factor: ``m / norm`` per column, or None.
+
+    Returns:
+        How many elements were computed again.
+    """
+    rows = slice(first_row, first_row + out.shape[0])
+    error = factors.error[rows]
+    if row_factor is not None:
+        error = error * np.abs(row_factor)
+    if column_factor is not None:
+        error = error * np.abs(column_factor).max(initial=0.0)
+    limit = _limit_bits(error, dtype)
+    if not limit.any():
+        return 0
+    small = np.bitwise_and(out, 0x7FFF) < limit[:, None]
+    found = np.flatnonzero(small)
+    for start in range(0, found.size, CHUNK):
+        row, column = np.divmod(found[start : start + CHUNK], out.shape[1])
+        values = cast.widened(stored[row, column], stored_dtype, np.float64)
+        left = factors.left[row + first_row].astype(np.float64)
+        right = factors.right[:, column].astype(np.float64)
+        values += np.einsum("ij,ji->i", left, right)
+        if row_factor is not None:
+            values *= row_factor[row]
+        if column_factor is not None:
+            values *= column_factor[column]
+        raw = np.empty(values.shape, dtype.raw)
+        cast.narrow(values, dtype, raw, np.empty_like(values))
+        out[row, column] = raw
+    return int(found.size)
+
+
+def _limit_bits(error: NDArray[np.float64], dtype: DType) -> NDArray[np.uint16]:
+    """Return, as bit patterns, below which size an error is more than half a unit in the last place.
+
+    A unit in the last place of x is at least ``|x| * 2**-(fraction bits + 1)``.
+    """
+    limit = error * 2.0 ** (FRACTION_BITS[dtype.name] + 2)
+    limit[error < 0.49 * SMALLEST_STEP[dtype.name]] = 0.0
+    if dtype is BF16:
+        bits = np.minimum(limit, 3e38).astype(np.float32).view(np.uint32)
+        found: NDArray[np.uint16] = np.where(limit > 0, (bits >> 16) + 1, 0).astype(np.uint16)
+        return found
+    half = np.minimum(limit, 65504.0).astype(np.float16).view(np.uint16)
+    return np.where(limit > 0, half + 1, 0).astype(np.uint16)

@@ -1,0 +1,130 @@
+"""What a merge and an inspection return: plain data, with the words for people beside it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What ``merge`` did, or, for a dry run, would do.
+
+    Attributes:
+        output: The folder.
+        dry_run: Nothing was written.
+        adapter_format: Name of the adapter's format.
+        method: "DoRA" or "LoRA".
+        magnitude: What one magnitude belongs to.
+        tensors: Output tensors by status: unchanged, cast, merged, replaced, added.
+        adapter_tensors: Adapter tensors there are.
+        adapter_tensors_used: Adapter tensors that went into the output; the rest is in ``ignored``.
+        ignored: Adapter tensors without effect on weights, and why.
+        files: Names of the weight files.
+        side_files: Names of the other files.
+        output_bytes: Bytes of all files.
+        memory_bytes: Bound on buffers and loaded adapter tensors, beyond what the process held.
+        peak_rss_bytes: Most memory the process has held so far, or None where unknown.
+        seconds: Wall time.
+        precision: Working precision.
+        dtypes: Storage types of the base's and of the output's changed tensors, e.g. "BF16".
+        names: How adapter names became the base's.
+        verified: "none", "fast" or "full".
+        worst_ulp: Largest distance from the float64 result found by the check, or None.
+        worst_tensor: Where that was.
+        notes: Decisions worth knowing.
+        warnings: Doubts worth knowing.
+    """
+
+    output: Path
+    dry_run: bool
+    adapter_format: str
+    method: str
+    magnitude: str
+    tensors: dict[str, int]
+    adapter_tensors: int
+    adapter_tensors_used: int
+    ignored: dict[str, str]
+    files: tuple[str, ...]
+    side_files: tuple[str, ...]
+    output_bytes: int
+    memory_bytes: int
+    peak_rss_bytes: int | None
+    seconds: float
+    precision: str
+    dtypes: tuple[str, str]
+    names: str
+    verified: str = "none"
+    worst_ulp: float | None = None
+    worst_tensor: str | None = None
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def changed(self) -> int:
+        """Tensors that are not the base's very values."""
+        return sum(n for status, n in self.tensors.items() if status not in ("unchanged", "cast"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON-ready data."""
+        return {**asdict(self), "output": str(self.output)}
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Whether a serving engine takes this adapter unmerged.
+
+    Attributes:
+        name: The engine.
+        takes: "yes", "no", or "wrong": it takes it and computes something else.
+        why: One clause.
+    """
+
+    name: str
+    takes: str
+    why: str
+
+
+@dataclass(frozen=True)
+class InspectReport:
+    """What ``inspect`` found.
+
+    Attributes:
+        path: The adapter.
+        format: Its format.
+        facts: Its settings in the format's own words.
+        kinds: Updates by kind of layer, e.g. {"dora (64 x 96)": 8}.
+        parameters: Adapter parameters.
+        nbytes: Bytes of its tensors.
+        base_name: The base that it names, or None.
+        modules: Adapted modules by their last name, with counts.
+        engines: Who takes it unmerged.
+        base: The base it was held against, or None.
+        fits: Whether it fits that base, or None.
+        misfit: Why not, or None.
+        merged: Base tensors that a merge would change, or None.
+        output_bytes: Size after a merge, or None.
+        notes: Decisions and doubts worth knowing.
+    """
+
+    path: Path
+    format: str
+    facts: dict[str, Any]
+    kinds: dict[str, int]
+    parameters: int
+    nbytes: int
+    base_name: str | None
+    modules: dict[str, int]
+    engines: tuple[Engine, ...]
+    base: Path | None = None
+    fits: bool | None = None
+    misfit: str | None = None
+    merged: int | None = None
+    output_bytes: int | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON-ready data."""
+        base = str(self.base) if self.base else None
+        return {**asdict(self), "path": str(self.path), "base": base}

@@ -1,0 +1,45 @@
+"""Which serving engines take an adapter as it is, and which need it merged.
+
+Sources, as of 2026: vllm-project/vllm vllm/lora/peft_helper.py (use_dora, modules_to_save and bias
+refused, rank limited by --max-lora-rank); sgl-project/sglang python/sglang/srt/lora (DoRA raises);
+ggml-org/llama.cpp convert_lora_to_gguf.py (unknown tensors abort, lora_alpha only);
+NVIDIA/TensorRT-LLM examples/dora (expects pre-normalised magnitudes); microsoft/Olive
+olive/cli/convert_adapters.py (DoRA refused); microsoft/onnxruntime-genai
+src/python/py/models/builders/base.py (magnitudes are not read).
+"""
+
+from __future__ import annotations
+
+from dora_export.adapters.model import Adapter
+from dora_export.report import Engine
+
+
+def engines(adapter: Adapter) -> tuple[Engine, ...]:
+    """Return who takes the adapter unmerged."""
+    if adapter.format != "peft":
+        return (Engine("all", "no", f"none reads the {adapter.format} format"),)
+    if any(u.normalises for u in adapter.updates):
+        return (
+            Engine("PEFT, transformers", "yes", "slow: the norm is computed in every forward"),
+            Engine("vLLM", "no", "refuses DoRA"),
+            Engine("SGLang", "no", "refuses DoRA"),
+            Engine("TensorRT-LLM", "no", "expects magnitudes divided by the norm beforehand"),
+            Engine("llama.cpp", "no", "refuses the magnitude tensors"),
+            Engine("Olive", "no", "refuses DoRA"),
+            Engine("onnxruntime-genai", "wrong", "ignores the magnitudes without a word"),
+        )
+    whole = any(u.kind in ("replace", "rows") for u in adapter.updates)
+    scaled = len(set(adapter.facts.get("scaling", ()))) > 1 or bool(adapter.facts.get("rslora"))
+    replaced = "no" if whole else "yes"
+    why = "refuses modules_to_save and trained tokens" if whole else "plain LoRA"
+    return (
+        Engine("PEFT, transformers", "yes", "plain LoRA"),
+        Engine("vLLM", replaced, why),
+        Engine("SGLang", replaced, why),
+        Engine(
+            "llama.cpp",
+            "no" if whole else "wrong" if scaled else "yes",
+            "refuses tensors other than A and B" if whole
+            else "reads lora_alpha only, not patterns or rslora" if scaled else "plain LoRA",
+        ),
+    )  # fmt: skip

@@ -1,0 +1,73 @@
+"""torch's ``.bin``/``.pt`` files, through torch's own restricted unpickler, mapped where possible.
+
+``torch.load(weights_only=True)`` executes no code from the file: it accepts tensors, containers
+and numbers only. It is behind ``--allow-pickle`` all the same, since the format was not made for
+strangers. Source: torch/_weights_only_unpickler.py.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from dora_export.errors import InputError, shown
+from dora_export.tensors import BY_TORCH, HeldBytes, TensorRef
+
+
+def read_pickled(path: Path, *, allow_pickle: bool) -> dict[str, TensorRef]:
+    """Return the tensors of a state dict saved by torch, by name.
+
+    Files in torch's zip format (all since torch 1.6) are mapped, not read.
+
+    Raises:
+        InputError: ``allow_pickle`` is false, or the file is not a state dict of plain tensors.
+    """
+    if not allow_pickle:
+        raise InputError(
+            f"{path}: a pickled file. Pass --allow-pickle to read it through torch's restricted "
+            "loader, or convert it to safetensors."
+        )
+    import torch  # noqa: PLC0415 - a second of import that only pickled files need
+
+    try:
+        loaded = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
+    except Exception as error:  # the unpickler raises many kinds; each means a file we cannot use
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise InputError(
+            f"{path}: torch's restricted loader refuses it: {shown(first_line, 200)} "
+            "The file holds more than tensors, or is damaged; convert it to safetensors."
+        ) from error
+    state = _state_dict(loaded)
+    if not state:
+        raise InputError(f"{path}: not a state dict (name -> tensor). Save model.state_dict().")
+    return {name: _ref(path, name, tensor) for name, tensor in state.items()}
+
+
+def _state_dict(loaded: Any) -> dict[str, Any]:
+    import torch  # noqa: PLC0415
+
+    for candidate in (loaded, loaded.get("state_dict") if isinstance(loaded, dict) else None):
+        if (
+            isinstance(candidate, dict)
+            and candidate
+            and all(isinstance(k, str) for k in candidate)
+            and all(isinstance(v, torch.Tensor) for v in candidate.values())
+        ):
+            return candidate
+    return {}
+
+
+def _ref(path: Path, name: str, tensor: Any) -> TensorRef:
+    import torch  # noqa: PLC0415
+
+    word = str(tensor.dtype).removeprefix("torch.")
+    if word not in BY_TORCH or tensor.layout is not torch.strided or tensor.is_meta:
+        raise InputError(
+            f"{path}: tensor '{shown(name)}' is {word}, {tensor.layout}. "
+            "Only dense tensors of the usual dtypes can be stored in safetensors."
+        )
+    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return TensorRef(name, BY_TORCH[word], tuple(tensor.shape), HeldBytes(data))

@@ -1,0 +1,163 @@
+"""The safetensors container: its header, checked before anything is believed, and its writing.
+
+Layout: 8 bytes little-endian header length, a JSON object, then the data without gaps.
+Source: github.com/huggingface/safetensors, README.md "Format" and safetensors/src/tensor.rs.
+The safetensors library gives tensors but not their offsets, which byte-range work needs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dora_export.errors import InputError, shown
+from dora_export.tensors import DTYPES, DType, FileRange, TensorRef
+
+MAX_HEADER_BYTES = 100_000_000  # as in the reference implementation
+MAX_DIMENSIONS = 16
+ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file holds.
+
+    Attributes:
+        path: The file.
+        tensors: By name, in the order of their bytes.
+        metadata: The file's ``__metadata__``.
+        data_start: Offset of the first data byte.
+    """
+
+    path: Path
+    tensors: Mapping[str, TensorRef]
+    metadata: Mapping[str, str]
+    data_start: int
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of a safetensors file.
+
+    Guarantees of what it returns: names are unique, byte ranges lie in the file, follow each
+    other without gaps or overlaps, and fit their shapes and dtypes.
+
+    Raises:
+        InputError: The file is missing, truncated or malformed.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+            if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+                raise InputError(
+                    f"{path}: not a whole safetensors file ({size} bytes, header of {length}). "
+                    "It is truncated, empty, or of another format; download it again."
+                )
+            text = file.read(length)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}. Check the path.") from error
+    entries = _parse(path, text)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise InputError(f"{path}: __metadata__ is not a map of strings. The file is malformed.")
+    start = 8 + length
+    refs = [_tensor(path, name, entry, start, size) for name, entry in entries.items()]
+    refs.sort(key=lambda ref: (ref.source.start, ref.source.nbytes))  # type: ignore[union-attr]
+    _check_contiguous(path, refs, start, size)
+    return Header(path, {ref.name: ref for ref in refs}, metadata, start)
+
+
+def header_bytes(
+    tensors: Sequence[tuple[str, DType, tuple[int, ...]]],
+    metadata: Mapping[str, str],
+    data_start: int = 0,
+) -> bytes:
+    """Return the file's first bytes, up to the data, for tensors stored one after another.
+
+    Args:
+        tensors: Name, dtype and shape, in the order of their bytes.
+        metadata: For ``__metadata__``.
+        data_start: Pad up to this offset if the header is shorter, so that a rewritten file keeps
+            the offsets of the file it comes from.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name, dtype, shape in tensors:
+        nbytes = math.prod(shape) * dtype.itemsize
+        entries[name] = {
+            "dtype": dtype.name,
+            "shape": list(shape),
+            "data_offsets": [offset, offset + nbytes],
+        }
+        offset += nbytes
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    text += b" " * max(0, data_start - 8 - len(text))
+    return struct.pack("<Q", len(text)) + text
+
+
+def _parse(path: Path, text: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise InputError(f"{path}: the header names a tensor twice. The file is malformed.")
+        return found
+
+    try:
+        entries = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: the header is not JSON ({error}). Download it again.") from error
+    if not isinstance(entries, dict):
+        raise InputError(f"{path}: the header is not a JSON object. The file is malformed.")
+    return entries
+
+
+def _tensor(path: Path, name: str, entry: Any, start: int, size: int) -> TensorRef:
+    where = f"{path}: tensor '{shown(name)}'"
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except (TypeError, KeyError, ValueError) as error:
+        raise InputError(f"{where}: no dtype, shape and data_offsets. Malformed.") from error
+    if dtype not in DTYPES:
+        raise InputError(
+            f"{where}: dtype {shown(dtype)} is not known. Known: {', '.join(DTYPES)}."
+        )
+    numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
+    if len(numbers) - 2 > MAX_DIMENSIONS or not all(
+        type(n) is int and 0 <= n < 1 << 63 for n in numbers
+    ):
+        raise InputError(f"{where}: shape {shown(shape)} or offsets are not sizes. Malformed.")
+    ref = TensorRef(name, DTYPES[dtype], tuple(shape), FileRange(path, start + begin, end - begin))
+    if end - begin != ref.nbytes:
+        raise InputError(
+            f"{where}: expected {ref.nbytes} bytes for {ref.shape} {dtype}, got {end - begin}. "
+            "The file is malformed; download it again."
+        )
+    if start + end > size:
+        raise InputError(
+            f"{where}: its bytes end at {start + end}, the file has {size}. "
+            "The file is truncated; download it again."
+        )
+    return ref
+
+
+def _check_contiguous(path: Path, refs: Sequence[TensorRef], start: int, size: int) -> None:
+    offset = start
+    for ref in refs:
+        assert isinstance(ref.source, FileRange), "Bug: a header's tensors lie in its file"
+        if ref.source.start != offset:
+            raise InputError(
+                f"{path}: tensor '{shown(ref.name)}' starts at byte {ref.source.start}, expected "
+                f"{offset}: there is a hole or an overlap. The file is malformed."
+            )
+        offset += ref.nbytes
+    if offset != size:
+        raise InputError(
+            f"{path}: {size - offset} bytes follow the last tensor. The file is malformed."
+        )

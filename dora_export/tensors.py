@@ -1,0 +1,212 @@
+"""Stored tensors: the one dtype table, and references to bytes that are read only on request."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dora_export.errors import InputError, shown
+
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class DType:
+    """One storage type, named as safetensors names it.
+
+    Attributes:
+        name: Name in a safetensors header, e.g. ``BF16``.
+        itemsize: Bytes per element.
+        raw: numpy type with the same bytes (an unsigned integer where numpy has no such float).
+        torch: Attribute of the torch module, e.g. ``bfloat16``; also the word in config.json.
+        mergeable: Whether a weight stored in it can be merged; others are only copied.
+        exponent_mask: Bits that are all set in inf and NaN, in units of ``raw``; 0 if not mergeable.
+        largest: Largest finite value; 0.0 if not mergeable.
+    """
+
+    name: str
+    itemsize: int
+    raw: str
+    torch: str
+    mergeable: bool = False
+    exponent_mask: int = 0
+    largest: float = 0.0
+
+
+# Source: safetensors/src/tensor.rs, enum Dtype (the byte-sized members and larger).
+DTYPES = {
+    d.name: d
+    for d in (
+        DType("F64", 8, "u8", "float64", True, 0x7FF0000000000000, 1.7976931348623157e308),
+        DType("F32", 4, "u4", "float32", True, 0x7F800000, 3.4028234663852886e38),
+        DType("F16", 2, "u2", "float16", True, 0x7C00, 65504.0),
+        DType("BF16", 2, "u2", "bfloat16", True, 0x7F80, 3.3895313892515355e38),
+        DType("F8_E4M3", 1, "u1", "float8_e4m3fn"),
+        DType("F8_E5M2", 1, "u1", "float8_e5m2"),
+        DType("F8_E4M3FNUZ", 1, "u1", "float8_e4m3fnuz"),
+        DType("F8_E5M2FNUZ", 1, "u1", "float8_e5m2fnuz"),
+        DType("F8_E8M0", 1, "u1", "float8_e8m0fnu"),
+        DType("I64", 8, "u8", "int64"),
+        DType("I32", 4, "u4", "int32"),
+        DType("I16", 2, "u2", "int16"),
+        DType("I8", 1, "u1", "int8"),
+        DType("U64", 8, "u8", "uint64"),
+        DType("U32", 4, "u4", "uint32"),
+        DType("U16", 2, "u2", "uint16"),
+        DType("U8", 1, "u1", "uint8"),
+        DType("BOOL", 1, "u1", "bool"),
+        DType("C64", 8, "u8", "complex64"),
+    )
+}
+F64, F32, F16, BF16 = (DTYPES[n] for n in ("F64", "F32", "F16", "BF16"))
+BY_TORCH = {d.torch: d for d in DTYPES.values()}
+OUTPUT_WORDS = {"fp32": F32, "float32": F32, "fp16": F16, "float16": F16, "bf16": BF16,
+                "bfloat16": BF16}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FileRange:
+    """Bytes ``[start, start + nbytes)`` of a file."""
+
+    path: Path
+    start: int
+    nbytes: int
+
+    def read(self, start: int, out: Bytes) -> None:
+        """Fill ``out`` with the bytes from ``start`` (relative to this range).
+
+        Raises:
+            InputError: The file ends too early or cannot be read.
+        """
+        view = memoryview(out.reshape(-1))
+        offset, done = self.start + start, 0
+        try:
+            # A handle per read: no shared state, and hundreds of shards need no open-file limit.
+            with open(self.path, "rb", buffering=0) as file:
+                file.seek(offset)
+                while done < len(view) and (got := file.readinto(view[done:])):
+                    done += got
+        except OSError as error:
+            raise InputError(
+                f"{self.path}: cannot be read at byte {offset + done}: {error.strerror}. "
+                "Check the disk or copy the file again."
+            ) from error
+        if done < len(view):
+            raise InputError(
+                f"{self.path}: ends at byte {offset + done}, expected {offset + len(view)}. "
+                "The file is truncated or changed while it was read; copy it again."
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class HeldBytes:
+    """Bytes that lie in memory or in a mapped file (torch's ``.bin``/``.pt`` tensors)."""
+
+    data: Bytes = field(repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes."""
+        return int(self.data.nbytes)
+
+    def read(self, start: int, out: Bytes) -> None:
+        """Fill ``out`` with the bytes from ``start``."""
+        np.copyto(out.reshape(-1), self.data[start : start + out.size])
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """A stored tensor: name, dtype and shape cost nothing; bytes are read on request.
+
+    Elements are row-major and little-endian, without gaps.
+
+    Attributes:
+        name: Name in its file.
+        dtype: Storage type.
+        shape: Dimensions, outermost first.
+        source: Where the bytes are.
+    """
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    source: FileRange | HeldBytes
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes."""
+        return self.size * self.dtype.itemsize
+
+    @property
+    def where(self) -> str:
+        """File and tensor name, for error messages."""
+        if isinstance(self.source, FileRange):
+            return f"{self.source.path.name}: tensor '{shown(self.name)}'"
+        return f"tensor '{shown(self.name)}'"
+
+    def raw(self, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """Return elements ``[start, stop)`` of the flattened tensor as ``dtype.raw``, a new array."""
+        stop = self.size if stop is None else stop
+        out = np.empty((stop - start) * self.dtype.itemsize, np.uint8)
+        self.source.read(start * self.dtype.itemsize, out)
+        return out.view(self.dtype.raw)
+
+
+Arrange = Callable[[NDArray[Any]], NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor of the adapter, arranged as the formula needs it; read on request.
+
+    Attributes:
+        ref: The stored tensor.
+        shape: Shape after all of ``steps``.
+        steps: Rearrangements applied in turn to an array of ``ref.shape``; none does arithmetic.
+    """
+
+    ref: TensorRef
+    shape: tuple[int, ...]
+    steps: tuple[Arrange, ...] = ()
+
+    @classmethod
+    def plain(cls, ref: TensorRef) -> Operand:
+        """Return the tensor as it is stored."""
+        return cls(ref, ref.shape)
+
+    @classmethod
+    def matrix(cls, ref: TensorRef) -> Operand:
+        """Return the tensor with all dimensions but the first flattened."""
+        return cls(ref, (ref.shape[0], math.prod(ref.shape[1:])), (_flatten_rows,))
+
+    @classmethod
+    def vector(cls, ref: TensorRef) -> Operand:
+        """Return the tensor flattened."""
+        return cls(ref, (ref.size,), (np.ravel,))
+
+    @property
+    def T(self) -> Operand:  # noqa: N802 - the name that numpy and torch give it
+        """The transpose of a 2-D operand."""
+        return Operand(self.ref, self.shape[::-1], (*self.steps, np.transpose))
+
+    def arranged(self, stored: NDArray[Any]) -> NDArray[Any]:
+        """Apply the rearrangements to the stored elements (flat or shaped)."""
+        array = stored.reshape(self.ref.shape)
+        for step in self.steps:
+            array = step(array)
+        return array
+
+
+def _flatten_rows(a: NDArray[Any]) -> NDArray[Any]:
+    return a.reshape(a.shape[0], -1)

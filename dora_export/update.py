@@ -1,0 +1,242 @@
+"""The normal form: what an adapter does to one base tensor, whatever format it came from.
+
+An ``Update`` is written by a reader in the adapter's own terms (A, B, m, out axis or in axis,
+weight seen as ``(out, in)``). ``Update.change`` turns it into a ``Change``: the same thing in terms
+of how the base tensor lies in memory, a matrix of stored rows. Fan-in-fan-out layouts, embeddings,
+convolutions, expert slices and fused rows all end there, so the formula knows none of them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from dora_export.tensors import Operand, TensorRef
+
+Kind = Literal["lora", "dora", "magnitude", "add", "replace", "rows"]
+Layout = Literal["oi", "io"]
+Axis = Literal["out", "in"]
+Over = Literal["row", "column"]
+
+
+@dataclass(frozen=True)
+class Update:
+    """One change to one base tensor, or to a slice of it.
+
+    With ``W`` seen as ``(out, in * kernel)``, ``A`` = down, ``B`` = up and ``s`` = scaling:
+
+    ========= ==========================================================================
+    lora      ``W + s B A``
+    dora      ``m (W + s B A) / (||W + s B A|| + eps)``
+    magnitude ``m W / (||W|| + eps)``
+    add       ``W + s value``
+    replace   ``value``
+    rows      ``W`` with the rows ``row_indices`` replaced by those of ``value``
+    ========= ==========================================================================
+
+    Attributes:
+        target: The tensor to change: an adapter's name for it, after naming the checkpoint's.
+        kind: Which of the formulas above.
+        source_keys: Adapter tensors that this update consumes.
+        down: A, shape ``(rank, in * kernel)``.
+        up: B, shape ``(out, rank)``.
+        scaling: Factor on ``B A`` (or on ``value`` for add), dimensionless.
+        magnitude: m, 1-D; one per output row (axis "out") or per input column (axis "in").
+        axis: What ``magnitude`` counts. The norm runs over all other dimensions, kernel included.
+        eps: Added to the norm, as the trainer did.
+        layout: How the base stores W: "oi" ``(out, in, *kernel)``, "io" ``(in, out)`` (GPT-2's
+            Conv1D; also an embedding, which PEFT sees as ``(dim, vocabulary)``). None: by shape.
+        index: Slice along the first of three dimensions (one expert), or None.
+        rows: Rows ``[start, stop)`` of W along its first stored dimension (one part of a fused
+            weight), or None. Within ``index`` if both are given.
+        value: Tensor of the target's shape (add, replace), or ``(len(row_indices), columns)``.
+        row_indices: For kind "rows".
+
+    Source: Liu et al. 2024, arXiv:2402.09353, eq. 5, for kind "dora".
+    """
+
+    target: str
+    kind: Kind
+    source_keys: tuple[str, ...]
+    down: Operand | None = None
+    up: Operand | None = None
+    scaling: float = 1.0
+    magnitude: Operand | None = None
+    axis: Axis = "out"
+    eps: float = 0.0
+    layout: Layout | None = None
+    index: int | None = None
+    rows: tuple[int, int] | None = None
+    value: TensorRef | None = None
+    row_indices: tuple[int, ...] = ()
+
+    @property
+    def rank(self) -> int | None:
+        """Rank of ``B A``, or None where there is no product."""
+        return None if self.down is None else self.down.shape[0]
+
+    @property
+    def normalises(self) -> bool:
+        """Whether the update divides by a norm."""
+        return self.magnitude is not None
+
+    def misfit(self, shape: tuple[int, ...]) -> str | None:
+        """Return why this update cannot apply to a tensor of ``shape``, or None if it can."""
+        region = self._region(shape)
+        if isinstance(region, str):
+            return region
+        if self.kind == "replace":
+            return None  # a resized vocabulary replaces a tensor of another shape
+        _, sliced = region
+        if self.kind in ("add", "rows"):
+            return self._value_misfit(sliced)
+        if len(sliced) < 2:
+            return f"is {len(sliced)}-D {shape}, expected a weight of 2 to 5 dimensions"
+        layout = self.layout or self.layout_by_shape(shape)
+        if layout is None:
+            return self._shape_misfit(sliced)
+        out, inner = _out_and_inner(sliced, layout)
+        if (self.down and self.down.shape[1] != inner) or (self.up and self.up.shape[0] != out):
+            return self._shape_misfit(sliced)
+        expected = out if self.axis == "out" else _inputs(sliced, layout)
+        if self.magnitude and self.magnitude.shape[0] != expected:
+            return (
+                f"magnitude has {self.magnitude.shape[0]} elements, "
+                f"expected {expected} (one per {'output' if self.axis == 'out' else 'input'})"
+            )
+        return None
+
+    def layout_by_shape(self, shape: tuple[int, ...]) -> Layout | None:
+        """Return the only layout that A and B fit, "oi" if both do, None if none does."""
+        region = self._region(shape)
+        if isinstance(region, str):
+            return None
+        sliced = region[1]
+        layouts: tuple[Layout, ...] = ("oi", "io") if len(sliced) == 2 else ("oi",)
+        for layout in layouts:
+            out, inner = _out_and_inner(sliced, layout)
+            fits = (self.down is None or self.down.shape[1] == inner) and (
+                self.up is None or self.up.shape[0] == out
+            )
+            if fits:
+                return layout
+        return None
+
+    def change(self, shape: tuple[int, ...]) -> Change:
+        """Return this update in terms of how a tensor of ``shape`` is stored; it must fit."""
+        assert self.misfit(shape) is None, f"Bug: {self.target}: {self.misfit(shape)}"
+        region = self._region(shape)
+        assert not isinstance(region, str), "Bug: misfit() has checked the region"
+        start, sliced = region
+        layout = self.layout or self.layout_by_shape(shape) or "oi"
+        rows, columns = _matrix(sliced)
+        left, right, over, group = self.up, self.down, None, 1
+        if layout == "io":
+            left = self.down.T if self.down else None
+            right = self.up.T if self.up else None
+        if self.magnitude is not None:
+            by_row = (self.axis == "out") == (layout == "oi")
+            over = "row" if by_row else "column"
+            group = 1 if by_row or layout == "io" else math.prod(sliced[2:])
+        return Change(
+            self.kind,
+            start,
+            rows,
+            columns,
+            left,
+            right,
+            self.scaling,
+            self.magnitude,
+            over,  # type: ignore[arg-type]
+            group,
+            self.eps,
+            self.value,
+            self.row_indices,
+            self.source_keys,
+        )
+
+    def _region(self, shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]] | str:
+        """Return the first element and the shape of the slice this update is about, or why not."""
+        start = 0
+        if self.index is not None:
+            if len(shape) != 3 or not 0 <= self.index < shape[0]:
+                return f"has shape {shape}, expected a 3-D tensor with slice {self.index}"
+            shape = shape[1:]
+            start = self.index * math.prod(shape)
+        if self.rows is not None:
+            first, last = self.rows
+            if not shape or not 0 <= first < last <= shape[0]:
+                return f"has shape {shape}, expected rows {first} to {last}"
+            start += first * math.prod(shape[1:])
+            shape = (last - first, *shape[1:])
+        return start, shape
+
+    def _shape_misfit(self, shape: tuple[int, ...]) -> str:
+        a = self.down.shape if self.down else "none"
+        b = self.up.shape if self.up else "none"
+        return f"base weight is {shape}, adapter has A {a} and B {b}"
+
+    def _value_misfit(self, shape: tuple[int, ...]) -> str | None:
+        assert self.value is not None, "Bug: kinds add and rows carry a value"
+        expected = shape if self.kind == "add" else (len(self.row_indices), *shape[1:])
+        if self.value.shape != expected:
+            return f"adapter tensor is {self.value.shape}, expected {expected}"
+        outside = [i for i in self.row_indices if not 0 <= i < shape[0]]
+        return f"rows {outside[:5]} do not exist, it has {shape[0]}" if outside else None
+
+
+@dataclass(frozen=True)
+class Change:
+    """An update in stored terms: a matrix of ``rows`` x ``columns`` elements from ``start``.
+
+    Attributes:
+        kind: As in ``Update``.
+        start: First element in the flattened base tensor.
+        rows: Stored rows.
+        columns: Elements per stored row.
+        left: ``(rows, rank)``; ``left @ right * scaling`` is added to the matrix.
+        right: ``(rank, columns)``.
+        scaling: Factor on the product, or on ``value``.
+        magnitude: One per row, or one per ``group`` columns.
+        over: Whether magnitude and norm belong to a stored row or column; None: no magnitude.
+        group: Neighbouring columns that share one norm (the kernel, for the in axis of a conv).
+        eps: Added to the norm.
+        value: Tensor with the elements to add, or to put into ``row_indices``.
+        row_indices: Rows that ``value`` replaces.
+        source_keys: Adapter tensors behind this change.
+    """
+
+    kind: Kind
+    start: int
+    rows: int
+    columns: int
+    left: Operand | None
+    right: Operand | None
+    scaling: float
+    magnitude: Operand | None
+    over: Over | None
+    group: int
+    eps: float
+    value: TensorRef | None
+    row_indices: tuple[int, ...]
+    source_keys: tuple[str, ...]
+
+    @property
+    def stop(self) -> int:
+        """One past the last element in the flattened base tensor."""
+        return self.start + self.rows * self.columns
+
+
+def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return the stored rows and columns of a tensor; a vector is one row."""
+    return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
+
+
+def _out_and_inner(shape: tuple[int, ...], layout: Layout) -> tuple[int, int]:
+    """Return the sizes of B's first and A's last dimension for a weight stored in ``shape``."""
+    return (shape[0], math.prod(shape[1:])) if layout == "oi" else (shape[1], shape[0])
+
+
+def _inputs(shape: tuple[int, ...], layout: Layout) -> int:
+    return shape[1] if layout == "oi" else shape[0]

@@ -1,0 +1,1 @@
+"""Outputs: staged folders of safetensors with their side files and manifest."""

@@ -1,0 +1,149 @@
+"""What belongs beside the weights: config, tokenizer, processor, code; and what does not."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from dora_export.plan import Plan
+from dora_export.writers.config import edited
+from dora_export.writers.files import write_small
+from dora_export.writers.staging import MANIFEST
+
+# Weights in any format, and what frameworks leave beside them.
+WEIGHT_SUFFIXES = frozenset(
+    ".safetensors .bin .pt .pth .ckpt .gguf .ggml .onnx .onnx_data .data .h5 .msgpack .npz .tflite "
+    ".mlmodel .mlpackage .pkl .pickle .xml .zip .tar .gz .nemo .index .engine".split()  # noqa: SIM905
+)
+# Folders that hold the same model again in another format.
+OTHER_FORMATS = frozenset(
+    "onnx openvino coreml original gguf metal tf flax .git .cache runs __pycache__".split()  # noqa: SIM905
+)
+ADAPTER_OWN = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+# The adapter's tokenizer wins over the base's, as one set.
+TOKENIZER = frozenset(
+    """tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json
+    vocab.txt merges.txt tokenizer.model spiece.model sentencepiece.bpe.model vocab.model
+    chat_template.jinja chat_template.json tekken.json""".split()  # noqa: SIM905
+)
+# Any of these says that the adapter brings a whole tokenizer, not just a template.
+WHOLE_TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
+                   "sentencepiece.bpe.model", "tekken.json")  # fmt: skip
+MAX_SIDE_FILE_BYTES = 256 << 20
+BIN_TOKENIZERS = ("sentencepiece.bpe.model",)
+
+
+@dataclass(frozen=True)
+class SideFile:
+    """One file to take over.
+
+    Attributes:
+        name: Path within the output, with "/" between folders.
+        source: Where it comes from.
+        owner: "base" or "adapter".
+    """
+
+    name: str
+    source: Path
+    owner: str
+
+
+def collect(plan: Plan) -> tuple[SideFile, ...]:
+    """Return the side files of the output, sorted by name.
+
+    From the base: everything but weights, other formats of the same model and hidden files;
+    weights in sub-folders only where modules.json (sentence-transformers) makes them part of the
+    model. From the adapter: tokenizer and chat template, which win over the base's.
+    """
+    found: dict[str, SideFile] = {}
+    written = {file.name for file in plan.files} | {plan.index_name}
+    if plan.base.folder is not None:
+        for name, path in _walk(plan.base.folder):
+            if name not in written and _belongs(name, path, plan.base.folder):
+                found[name] = SideFile(name, path, "base")
+    adapter = _adapter_tokenizer(plan.adapter.folder) if plan.adapter.folder else {}
+    if any(name in WHOLE_TOKENIZER for name in adapter):
+        # One tokenizer, not a mix: the base's leave where the adapter has its own.
+        template = {n for n in found if n.startswith("chat_template")}
+        keep = template if not any(n.startswith("chat_template") for n in adapter) else set()
+        found = {n: f for n, f in found.items() if n not in TOKENIZER or n in keep}
+    found |= {name: SideFile(name, path, "adapter") for name, path in adapter.items()}
+    return tuple(found[name] for name in sorted(found))
+
+
+def write(plan: Plan, files: tuple[SideFile, ...], folder: Path) -> None:
+    """Write the side files, config.json edited and the index file made anew."""
+    for file in files:
+        target = folder / file.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        data = file.source.read_bytes()
+        if file.name == "config.json" and plan.config_edits:
+            data = edited(data.decode("utf-8"), plan.config_edits).encode("utf-8")
+        write_small(target, data)
+    if plan.index is not None:
+        text = json.dumps(plan.index, indent=2, ensure_ascii=False) + "\n"
+        write_small(folder / plan.index_name, text.encode())
+
+
+def side_bytes(files: tuple[SideFile, ...]) -> int:
+    """Return the bytes of all side files."""
+    return sum(file.source.stat().st_size for file in files)
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
+    for root, folders, names in os.walk(folder):
+        folders[:] = sorted(
+            d for d in folders if d not in OTHER_FORMATS and not d.startswith(".")
+        )
+        for name in sorted(names):
+            path = Path(root) / name
+            yield path.relative_to(folder).as_posix(), path
+
+
+def _belongs(name: str, path: Path, folder: Path) -> bool:
+    leaf = name.rpartition("/")[2]
+    if leaf.startswith(".") or leaf in (*ADAPTER_OWN, MANIFEST, "README.md"):
+        return False
+    if not path.is_file() or name.endswith(".index.json"):
+        return False
+    if path.suffix in WEIGHT_SUFFIXES and leaf not in BIN_TOKENIZERS:
+        return name.rpartition("/")[0] in _modules(folder) and path.suffix == ".safetensors"
+    return path.stat().st_size <= MAX_SIDE_FILE_BYTES
+
+
+def _modules(folder: Path) -> set[str]:
+    """Return the sub-folders that sentence-transformers loads modules from."""
+    path = folder / "modules.json"
+    if not path.is_file():
+        return set()
+    try:
+        modules = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return set()
+    return {m["path"] for m in modules if isinstance(m, dict) and m.get("path")}
+
+
+def _adapter_tokenizer(folder: Path) -> dict[str, Path]:
+    names = [n for n in sorted(TOKENIZER) if (folder / n).is_file()]
+    # A chat template alone is taken; a tokenizer_config.json alone belongs to no tokenizer here.
+    return {n: folder / n for n in names}
+
+
+def licence(plan: Plan) -> str | None:
+    """Return the ``license:`` of the base's model card, or None."""
+    card = plan.base.folder / "README.md" if plan.base.folder else None
+    if card is None or not card.is_file():
+        return None
+    lines = card.read_text(encoding="utf-8", errors="replace")[:20_000].splitlines()
+    if not lines or lines[0].strip() != "---":
+        return None
+    for line in lines[1:]:
+        if line.strip() == "---":
+            return None
+        key, _, value = line.partition(":")
+        if key == "license":
+            return value.strip().strip("'\"")
+    return None
