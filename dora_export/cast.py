@@ -77,10 +77,21 @@ def narrow(values: Array, dtype: DType, raw: Array, work: Array) -> None:
             _float32_to_float16(values, raw, work)
 
 
-def nonfinite(raw: Array, dtype: DType) -> bool:
-    """Return whether any stored element is inf or NaN."""
+def nonfinite(raw: Array, dtype: DType) -> NDArray[np.bool_]:
+    """Return where stored elements are inf or NaN."""
     mask = raw.dtype.type(dtype.exponent_mask)
-    return bool(raw.size) and bool(np.bitwise_and(raw, mask).max() == mask)
+    found: NDArray[np.bool_] = np.bitwise_and(raw, mask) == mask
+    return found
+
+
+def magnitudes(raw: Array, dtype: DType, out: Array) -> bool:
+    """Put the bit patterns of the absolute values into ``out``; return whether any is inf or NaN.
+
+    Bit patterns of absolute values are ordered as the values are.
+    """
+    bits = 8 * dtype.itemsize
+    np.bitwise_and(raw, (1 << (bits - 1)) - 1, out=out)
+    return bool(out.size) and bool(out.max() >= dtype.exponent_mask)
 
 
 def _float32_to_bfloat16(values: Array, raw: Array, work: Array) -> None:

@@ -35,7 +35,7 @@ from dora_export.tensors import F64, DType, FileRange, Operand
 from dora_export.update import Change
 
 MAX_THREADS = 16
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 2 << 20
 GPU_BLOCK_BYTES = 32 << 20
 GPU_THREADS = 4  # one reads, one copies in, one computes, one copies out and writes
 SCAN_BYTES = 4 << 20
@@ -166,7 +166,7 @@ def check_adapter(plan: Plan) -> None:
         ref = plan.adapter.tensors[name]
         step = SCAN_BYTES // ref.dtype.itemsize
         if ref.dtype.mergeable and any(
-            cast.nonfinite(ref.raw(i, min(i + step, ref.size)), ref.dtype)
+            cast.nonfinite(ref.raw(i, min(i + step, ref.size)), ref.dtype).any()
             for i in range(0, ref.size, step)
         ):
             broken.append(shown(name))
@@ -347,6 +347,15 @@ class _Lane:
         return self.values[:size].reshape(shape), self.work[:size].reshape(shape)
 
 
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """Stored rows read at once, and their tiles, each widened when it is asked for."""
+
+    raw: NDArray[Any]
+    first_row: int
+    tiles: Iterator[Tile]
+
+
 class _Worker:
     """One thread's arithmetic and buffers."""
 
@@ -356,7 +365,7 @@ class _Worker:
         self._make, self._settings, self._sink = make, settings, sink
         self._block_bytes = block_bytes
         self._lanes: dict[Precision, _Lane] = {}
-        self._stored = self._written = np.empty(0, np.uint8)
+        self._stored = self._written = self._sizes = self._spare = np.empty(0, np.uint8)
 
     def _lane(self, step: Step) -> _Lane:
         precision = working_precision(step, self._settings)
@@ -442,15 +451,18 @@ class _Worker:
         step, columns, ops = piece.step, piece.region.columns, self._lane(piece.step).ops
         out = self._buffer("_written", piece.nbytes).view(step.dtype.raw)
         out = out.reshape(piece.last_row - piece.first_row, columns)
-        for tiles in self._blocks(step, piece.region, piece.first_row, piece.last_row):
-            done: list[tuple[Tile, Array | None]] = []
-            for tile in tiles:
-                raw = out[tile.rows.start - piece.first_row : tile.rows.stop - piece.first_row]
-                done.append((tile, self._merge_tile(ops, piece, tile, changes)))
+        for block in self._blocks(step, piece.region, piece.first_row, piece.last_row):
+            written = out[block.first_row - piece.first_row :][: block.raw.shape[0]]
+            row_factors: list[Array | None] = []
+            for tile in block.tiles:
+                raw = written[tile.first_row - block.first_row :][: tile.raw.shape[0]]
+                row_factors.append(self._merge_tile(ops, piece, tile, changes))
                 ops.narrow(tile.values, step.dtype, raw, tile.work)
-                if cast.nonfinite(raw, step.dtype):
-                    self._refuse_nonfinite(step, piece.region, tile, raw)
-            self._refine(ops, piece, changes, out, done)
+            sizes = self._buffer("_sizes", written.nbytes).view(step.dtype.raw)
+            sizes = sizes.reshape(written.shape)
+            if cast.magnitudes(written, step.dtype, sizes):
+                self._refuse_nonfinite(step, piece.region, block, written)
+            self._refine(ops, piece, block, changes, written, sizes, row_factors)
         self._sink.write(piece.file, piece.offset, out.view(np.uint8))
 
     def _merge_tile(
@@ -467,34 +479,37 @@ class _Worker:
         self,
         ops: Arithmetic,
         piece: Merge,
+        block: _Block,
         changes: list[LoadedChange],
-        out: NDArray[Any],
-        done: list[tuple[Tile, Array | None]],
+        written: NDArray[Any],
+        sizes: NDArray[Any],
+        row_factors: list[Array | None],
     ) -> None:
-        """Compute the cancelled elements of a block of tiles again, in float64."""
-        if len(changes) != 1 or changes[0].product is None or not done:
+        """Compute the cancelled elements of a block again, in float64."""
+        if len(changes) != 1 or changes[0].product is None:
             return
-        first, last = done[0][0].rows.start, done[-1][0].rows.stop
-        row_factors = [ops.host(f) for _, f in done if f is not None]
+        factors = [ops.host(f) for f in row_factors if f is not None]
         recompute_cancelled(
-            out[first - piece.first_row : last - piece.first_row],
+            written,
             piece.step.dtype,
-            np.concatenate([tile.raw for tile, _ in done]) if len(done) > 1 else done[0][0].raw,
+            block.raw,
             piece.step.source.dtype,
             changes[0].product,
-            first,
-            np.concatenate(row_factors) if row_factors else None,
+            block.first_row,
+            np.concatenate(factors) if factors else None,
             changes[0].column_factor_host,
+            sizes,
+            self._buffer("_spare", written.size),
         )
 
     def _tiles(self, step: Step, region: Region, first: int, last: int) -> Iterator[Tile]:
         """Read rows [first, last) and yield them tile by tile, widened."""
-        for tiles in self._blocks(step, region, first, last):
-            yield from tiles
+        for block in self._blocks(step, region, first, last):
+            yield from block.tiles
 
     def _blocks(
         self, step: Step, region: Region, first: int, last: int
-    ) -> Iterator[Iterator[Tile]]:
+    ) -> Iterator[_Block]:
         """Read rows [first, last) block by block; the tiles of a block share its stored bytes."""
         itemsize, columns = step.source.dtype.itemsize, region.columns
         lane = self._lane(step)
@@ -505,7 +520,7 @@ class _Worker:
             stored = self._buffer("_stored", (stop - start) * columns * itemsize)
             step.source.source.read((region.start + start * columns) * itemsize, stored)
             raw = stored.view(step.source.dtype.raw).reshape(stop - start, columns)
-            yield self._tiles_of(lane, raw, step.source.dtype, start, size)
+            yield _Block(raw, start, self._tiles_of(lane, raw, step.source.dtype, start, size))
 
     def _tiles_of(
         self, lane: _Lane, raw: NDArray[Any], dtype: DType, start: int, size: int
@@ -530,13 +545,13 @@ class _Worker:
         return np.concatenate(found)
 
     def _refuse_nonfinite(
-        self, step: Step, region: Region, tile: Tile, raw: NDArray[Any]
+        self, step: Step, region: Region, block: _Block, raw: NDArray[Any]
     ) -> None:
-        mask = raw.dtype.type(step.dtype.exponent_mask)
-        rows = np.flatnonzero(((raw & mask) == mask).any(axis=1))
-        base_mask = tile.raw.dtype.type(tile.dtype.exponent_mask)
-        if ((tile.raw & base_mask) == base_mask).any():
-            if not region.changes:
+        bad = cast.nonfinite(raw, step.dtype)
+        rows = np.flatnonzero(bad.any(axis=1))
+        stored = cast.nonfinite(block.raw, step.source.dtype)
+        if stored.any():
+            if not region.changes and np.array_equal(stored, bad):
                 return  # the base's own inf or NaN, kept in another dtype
             cause = "the base has inf or NaN there; the adapter cannot have been trained on it"
         else:
@@ -546,7 +561,7 @@ class _Worker:
             )
         name = shown(step.name)
         raise ArithmeticRefusal(
-            f"{name}: row {tile.first_row + int(rows[0])} would not be finite: {cause}."
+            f"{name}: row {block.first_row + int(rows[0])} would not be finite: {cause}."
         )
 
     def _buffer(self, name: str, nbytes: int) -> NDArray[np.uint8]:

@@ -61,6 +61,8 @@ def recompute_cancelled(
     first_row: int,
     row_factor: NDArray[np.float64] | None,
     column_factor: NDArray[np.float64] | None,
+    sizes: NDArray[Any],
+    scratch: NDArray[np.uint8],
 ) -> int:
     """Replace the elements of ``out`` that float32 may have missed by more than half an ulp.
 
@@ -73,6 +75,8 @@ def recompute_cancelled(
         first_row: Row of ``factors.left`` that ``out`` starts with.
         row_factor: ``m / norm`` per row, or None.
         column_factor: ``m / norm`` per column, or None.
+        sizes: Bit patterns of the absolute values of ``out``.
+        scratch: At least one byte per element; its contents are lost.
 
     Returns:
         How many elements were computed again.
@@ -86,7 +90,9 @@ def recompute_cancelled(
     limit = _limit_bits(error, dtype)
     if not limit.any():
         return 0
-    small = np.bitwise_and(out, 0x7FFF) < limit[:, None]
+    # Without new arrays: this looks at every element, and fresh memory would cost more than that.
+    small = scratch[: out.size].view(np.bool_).reshape(out.shape)
+    np.less(sizes, limit[:, None], out=small)
     found = np.flatnonzero(small)
     for start in range(0, found.size, CHUNK):
         row, column = np.divmod(found[start : start + CHUNK], out.shape[1])

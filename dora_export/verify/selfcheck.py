@@ -154,9 +154,9 @@ def _exact(
     values = base.copy()
     for change in region.changes:
         if change.left is not None and change.right is not None:
-            left, right = _operand(change.left), _operand(change.right)
-            product = left @ right[:, pick] if by_column else left[pick] @ right
-            values = values + change.scaling * product
+            left = _operand(change.left, None if by_column else (pick,))
+            right = _operand(change.right, (slice(None), pick) if by_column else None)
+            values = values + change.scaling * (left @ right)
         if change.magnitude is not None:
             m = _operand(change.magnitude)
             values = _scaled(values, base, m, change, pick, settings)
@@ -214,8 +214,10 @@ def _columns(
     return np.concatenate(parts)
 
 
-def _operand(operand: Operand) -> Floats:
-    return operand.arranged(_floats(operand.ref.raw(), operand.ref.dtype))
+def _operand(operand: Operand, part: tuple[Any, ...] | None = None) -> Floats:
+    """Return an adapter tensor, or a part of it, arranged."""
+    stored = operand.arranged(operand.ref.raw())
+    return _floats(stored if part is None else stored[part], operand.ref.dtype)
 
 
 def _floats(raw: NDArray[Any], dtype: DType) -> Floats:
