@@ -305,7 +305,11 @@ def _check_place(target: Path, plan: Plan, force: bool) -> None:
     for what, path in (("base", plan.base.path), ("adapter", plan.adapter.path)):
         other = Path(os.path.realpath(path))
         folder = other if other.is_dir() else None
-        if real == other or (folder is not None and folder in real.parents) or real in other.parents:
+        if (
+            real == other
+            or (folder is not None and folder in real.parents)
+            or real in other.parents
+        ):
             raise OutputError(
                 f"{target}: is, holds, or lies in the {what} ({path}). Pass an -o outside of it."
             )
@@ -386,7 +390,9 @@ def _output_dtype(word: str | None) -> DType | None:
     if word is None:
         return None
     if word.lower() not in OUTPUT_WORDS:
-        raise DoraExportError(f"--dtype {word}: unknown. Expected one of {', '.join(OUTPUT_WORDS)}.")
+        raise DoraExportError(
+            f"--dtype {word}: unknown. Expected one of {', '.join(OUTPUT_WORDS)}."
+        )
     return OUTPUT_WORDS[word.lower()]
 
 

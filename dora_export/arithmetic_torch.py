@@ -52,7 +52,8 @@ class TorchArithmetic:
 
     def __init__(self, device: torch.device, precision: torch.dtype) -> None:
         self.device, self.precision = device, precision
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        stream: Any = torch.cuda.Stream  # its constructor has no annotations
+        self.stream = stream(device) if device.type == "cuda" else None
         if self.stream is not None:
             torch.cuda.set_device(device)
             torch.cuda.set_stream(self.stream)  # streams are current per thread
@@ -94,10 +95,12 @@ class TorchArithmetic:
             self.stream.synchronize()
 
     def row_squares(self, values: torch.Tensor) -> torch.Tensor:  # noqa: D102
-        return torch.linalg.vector_norm(values, dim=1, dtype=torch.float64).square_()
+        norms: torch.Tensor = torch.linalg.vector_norm(values, dim=1, dtype=torch.float64)
+        return norms.square_()
 
     def column_squares(self, values: torch.Tensor, work: torch.Tensor) -> torch.Tensor:  # noqa: D102
-        return torch.linalg.vector_norm(values, dim=0, dtype=torch.float64).square_()
+        norms: torch.Tensor = torch.linalg.vector_norm(values, dim=0, dtype=torch.float64)
+        return norms.square_()
 
     def host_buffer(self, nbytes: int) -> NDArray[np.uint8]:  # noqa: D102
         # Pinned: the device copies from and to it while the CPU goes on.

@@ -116,10 +116,13 @@ def working_precision(step: Step, settings: Settings) -> Precision:
     if not step.changes:
         return "float32"
     simple = all(
-        len(r.changes) <= 1 and all(c.kind in ("lora", "dora", "magnitude", "rows") for c in r.changes)
+        len(r.changes) <= 1
+        and all(c.kind in ("lora", "dora", "magnitude", "rows") for c in r.changes)
         for r in regions(step)
     )
-    return "float32" if simple and step.dtype.itemsize == 2 and settings.strength == 1 else "float64"
+    return (
+        "float32" if simple and step.dtype.itemsize == 2 and settings.strength == 1 else "float64"
+    )
 
 
 def memory_bound(plan: Plan, resources: Resources, tile_elements: int) -> int:
@@ -277,7 +280,7 @@ class Engine:
                 if piece is None:
                     return
                 self._run_piece(worker, piece)
-        except BaseException as error:  # noqa: BLE001 - handed to the caller's thread
+        except BaseException as error:
             self._fail(error)
 
     def _run_piece(self, worker: _Worker, piece: Piece) -> None:
@@ -376,9 +379,7 @@ class _Worker:
     def copy(self, piece: Copy) -> None:
         """Take bytes over as they are."""
         if isinstance(piece.source, FileRange):
-            source = FileRange(
-                piece.source.path, piece.source.start + piece.start, piece.nbytes
-            )
+            source = FileRange(piece.source.path, piece.source.start + piece.start, piece.nbytes)
             self._sink.copy(piece.file, piece.offset, source)
             return
         stop = piece.start + piece.nbytes
@@ -507,9 +508,7 @@ class _Worker:
         for block in self._blocks(step, region, first, last):
             yield from block.tiles
 
-    def _blocks(
-        self, step: Step, region: Region, first: int, last: int
-    ) -> Iterator[_Block]:
+    def _blocks(self, step: Step, region: Region, first: int, last: int) -> Iterator[_Block]:
         """Read rows [first, last) block by block; the tiles of a block share its stored bytes."""
         itemsize, columns = step.source.dtype.itemsize, region.columns
         lane = self._lane(step)
@@ -593,4 +592,3 @@ def _undefined(step: Step, what: str, where: NDArray[np.intp]) -> ArithmeticRefu
         "magnitude is not zero, so they have no direction to scale. Pass --zero-norm zero to make "
         "them zero, or --zero-norm keep-base to leave the base's values."
     )
-

@@ -10,7 +10,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from dora_export import layouts, naming, tying
@@ -37,7 +37,7 @@ class Settings:
         zero_norm: What becomes of rows with ``||V|| = 0`` and ``m != 0``.
         map_prefix: (old, new) prefixes of tensor names.
         fan_in_fan_out: Layout of square weights where the user knows it.
-        max_shard_bytes: Re-shard into files of at most this many bytes; None keeps the base's files.
+        max_shard_bytes: Re-shard into files of at most this size; None keeps the base's files.
     """
 
     dtype: DType | None = None
@@ -207,8 +207,6 @@ def _rule(base: Checkpoint, adapter: Adapter, settings: Settings) -> naming.Rule
 
 
 def _renamed(update: Update, rule: naming.Rule) -> Update:
-    from dataclasses import replace
-
     return replace(update, target=rule(update.target))
 
 
@@ -240,7 +238,9 @@ def _problems(
     if products and any(u.kind == "rows" for u in group):
         yield f"{shown(name)}: trained tokens and LoRA on one tensor have no defined order"
     for i, update in enumerate(products):
-        clash = [o for o in products[:i] if _overlap(update, o) and (update.normalises or o.normalises)]
+        clash = [
+            o for o in products[:i] if _overlap(update, o) and (update.normalises or o.normalises)
+        ]
         if clash:
             yield f"{shown(name)}: more than one update of which one normalises"
     effective = replaced[0] if replaced else ref
@@ -257,11 +257,14 @@ def _problems(
     for update in group:
         if why := update.misfit(effective.shape):
             yield f"{shown(name)}: {why}"
-        for operand in (update.down, update.up, update.magnitude):
-            if operand and not operand.ref.dtype.mergeable:
-                yield f"'{shown(operand.ref.name)}': stored as {operand.ref.dtype.name}, not a float"
-        if update.value is not None and not update.value.dtype.mergeable and (
-            ref is None or ref.dtype is not update.value.dtype
+        operands = [o.ref for o in (update.down, update.up, update.magnitude) if o]
+        for stored in operands:
+            if not stored.dtype.mergeable:
+                yield f"'{shown(stored.name)}': stored as {stored.dtype.name}, not a float"
+        if (
+            update.value is not None
+            and not update.value.dtype.mergeable
+            and (ref is None or ref.dtype is not update.value.dtype)
         ):
             yield f"'{shown(update.value.name)}': stored as {update.value.dtype.name}, not a float"
     if replaced and ref is not None and replaced[0] is not None:
@@ -283,8 +286,8 @@ def _resize_problems(
         return
     if value.shape[1:] != ref.shape[1:] or len(value.shape) != 2:
         yield f"{shown(name)}: the base has {ref.shape}, the adapter's copy {value.shape}"
-    elif name.split(".")[-2] not in (*tying.EMBEDDINGS, *tying.HEADS):
-        yield f"{shown(name)}: the base has {ref.shape[0]} rows, the adapter's copy {value.shape[0]}"
+    elif _module_name(name) not in (*tying.EMBEDDINGS, *tying.HEADS):
+        yield f"{shown(name)}: {ref.shape[0]} rows in the base, {value.shape[0]} in the adapter"
     elif settings.strength != 1.0:
         yield f"{shown(name)}: resized vocabulary; --strength other than 1 is not defined for it"
 
@@ -408,7 +411,7 @@ def _resharded(
 
 
 def _index(base: Checkpoint, files: Sequence[OutputFile]) -> dict[str, Any]:
-    """Return the index file's content; ``total_size`` counts bytes of tensors, as transformers does."""
+    """Return the index file's content; ``total_size`` counts the tensors' bytes."""
     metadata = dict(base.index_metadata)
     metadata["total_size"] = sum(s.nbytes for f in files for s in f.steps)
     if "total_parameters" in metadata:
@@ -437,13 +440,19 @@ def _config_edits(
         )
     if rows:
         edits["vocab_size"] = rows.pop()
-        heads = [s for f in files for s in f.steps
-                 if s.name.split(".")[-2:-1] and s.name.split(".")[-2] in (*tying.HEADS, *tying.EMBEDDINGS)
-                 and len(s.shape) == 2 and s.shape[0] != edits["vocab_size"]]  # fmt: skip
+        ends = (*tying.HEADS, *tying.EMBEDDINGS)
+        heads = [
+            s
+            for f in files
+            for s in f.steps
+            if _module_name(s.name) in ends
+            and len(s.shape) == 2
+            and s.shape[0] != edits["vocab_size"]
+        ]
         if heads:
             raise PlanError(
-                f"{shown(heads[0].name)}: has {heads[0].shape[0]} rows, but the adapter resizes the "
-                f"vocabulary to {edits['vocab_size']} and brings no copy of it. Save the adapter "
+                f"{shown(heads[0].name)}: has {heads[0].shape[0]} rows, but the adapter resizes "
+                f"the vocabulary to {edits['vocab_size']} and brings no copy of it. Save the adapter "
                 "with save_embedding_layers=True."
             )
     if settings.dtype is not None:
@@ -462,19 +471,32 @@ def _check_ledger(adapter: Adapter, files: Sequence[OutputFile], tied: tying.Tyi
         )
 
 
-def _warnings(
-    base: Checkpoint, adapter: Adapter, files: Sequence[OutputFile]
-) -> Iterator[str]:
-    said = adapter.base_name
-    own = base.config.get("_name_or_path") or base.path.resolve().name
-    if said and str(said).rstrip("/").split("/")[-1].lower() not in (
-        base.path.resolve().name.lower(), str(own).rstrip("/").split("/")[-1].lower()
-    ) and f"models--{str(said).replace('/', '--')}".lower() not in str(base.path.resolve()).lower():  # fmt: skip
-        yield f"the adapter says its base is '{shown(said)}', this is '{shown(base.path.name)}'"
-    added = [s.name for f in files for s in f.steps if s.status == "added" and s.name not in
-             base.tensors and s.name.split(".")[-2] not in tying.HEADS]  # fmt: skip
+def _warnings(base: Checkpoint, adapter: Adapter, files: Sequence[OutputFile]) -> Iterator[str]:
+    if adapter.base_name and not _same_model(adapter.base_name, base):
+        said, here = shown(adapter.base_name), shown(base.path.name)
+        yield f"the adapter says its base is '{said}', this is '{here}'"
+    added = [
+        s.name
+        for f in files
+        for s in f.steps
+        if s.status == "added" and _module_name(s.name) not in tying.HEADS
+    ]
     if added:
         yield (
-            f"tensors that the base has not: {', '.join(shown(n) for n in added)}; config.json still "
-            "names the base's class, load the model with the class the adapter was trained on"
+            f"tensors that the base has not: {', '.join(shown(n) for n in added)}; config.json "
+            "still names the base's class, load the model with the class the adapter was trained on"
         )
+
+
+def _same_model(said: str, base: Checkpoint) -> bool:
+    """Return whether a model's name, as an adapter gives it, can be this base's."""
+    path = str(base.path.resolve()).lower()
+    named = str(base.config.get("_name_or_path") or path)
+    last = said.rstrip("/").split("/")[-1].lower()
+    in_cache = f"models--{said.replace('/', '--')}".lower() in path
+    return in_cache or last in (path.rsplit("/", 1)[-1], named.rstrip("/").split("/")[-1].lower())
+
+
+def _module_name(tensor: str) -> str:
+    """Return the last name of the module that a tensor belongs to, e.g. "lm_head"."""
+    return tensor.rpartition(".")[0].rpartition(".")[2]

@@ -111,7 +111,7 @@ def recompute_cancelled(
 
 
 def _limit_bits(error: NDArray[np.float64], dtype: DType) -> NDArray[np.uint16]:
-    """Return, as bit patterns, below which size an error is more than half a unit in the last place.
+    """Return, as bit patterns, the sizes below which an error is more than half an ulp.
 
     A unit in the last place of x is at least ``|x| * 2**-(fraction bits + 1)``.
     """

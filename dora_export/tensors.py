@@ -26,7 +26,7 @@ class DType:
         raw: numpy type with the same bytes (an unsigned integer where numpy has no such float).
         torch: Attribute of the torch module, e.g. ``bfloat16``; also the word in config.json.
         mergeable: Whether a weight stored in it can be merged; others are only copied.
-        exponent_mask: Bits that are all set in inf and NaN, in units of ``raw``; 0 if not mergeable.
+        exponent_mask: Bits that are all set in inf and NaN; 0 if not mergeable.
         largest: Largest finite value; 0.0 if not mergeable.
     """
 
@@ -84,7 +84,7 @@ class FileRange:
         Raises:
             InputError: The file ends too early or cannot be read.
         """
-        view = memoryview(out.reshape(-1))
+        view = out.reshape(-1).data
         offset, done = self.start + start, 0
         try:
             # A handle per read: no shared state, and hundreds of shards need no open-file limit.
@@ -156,7 +156,7 @@ class TensorRef:
         return f"tensor '{shown(self.name)}'"
 
     def raw(self, start: int = 0, stop: int | None = None) -> NDArray[Any]:
-        """Return elements ``[start, stop)`` of the flattened tensor as ``dtype.raw``, a new array."""
+        """Return elements ``[start, stop)``, flattened, as a new array of ``dtype.raw``."""
         stop = self.size if stop is None else stop
         out = np.empty((stop - start) * self.dtype.itemsize, np.uint8)
         self.source.read(start * self.dtype.itemsize, out)

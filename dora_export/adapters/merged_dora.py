@@ -85,12 +85,14 @@ def _problems(layer: str, tensors: Mapping[str, TensorRef]) -> list[str]:
     missing = [part for part in PARTS if f"{layer}.{part}" not in tensors]
     if missing:
         return [f"{shown(layer)}: {', '.join(missing)} missing"]
-    weight, a, b, m = (tensors[f"{layer}.{part}"] for part in PARTS)
+    weight, a, b, _ = (tensors[f"{layer}.{part}"] for part in PARTS)
     problems = []
     if len(weight.shape) != 2:
         problems.append(f"{shown(weight.name)}: expected 2 dimensions, got {weight.shape}")
-    elif a.shape[:1] != weight.shape[1:] or b.shape[1:] != weight.shape[:1] or (
-        len(a.shape) != 2 or a.shape[1:] != b.shape[:1]
+    elif (
+        a.shape[:1] != weight.shape[1:]
+        or b.shape[1:] != weight.shape[:1]
+        or (len(a.shape) != 2 or a.shape[1:] != b.shape[:1])
     ):
         problems.append(
             f"{shown(layer)}: W {weight.shape} needs A (in, rank) and B (rank, out), "

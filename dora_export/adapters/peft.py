@@ -298,7 +298,9 @@ def _replacement(target: str, ref: TensorRef) -> Update:
 
 
 def _check_magnitudes(config: PeftConfig, found: _Sorted) -> None:
-    adapted = {n: lay.parts for n, lay in found.layers.items() if {"A", "embedding_A"} & set(lay.parts)}
+    adapted = {
+        n: lay.parts for n, lay in found.layers.items() if {"A", "embedding_A"} & set(lay.parts)
+    }
     without = [n for n, parts in adapted.items() if "m" not in parts]
     if config.dora and without:
         found.problems.append(

@@ -20,12 +20,12 @@ NO_EFFECT = frozenset(
     """task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode
     target_modules exclude_modules layers_to_transform layers_pattern lora_dropout runtime_config
     megatron_core eva_config corda_config lora_ga_config velora_config monteclora_config
-    qalora_group_size""".split()  # noqa: SIM905 - reads as the list it is
+    qalora_group_size""".split()
 )
 APPLIED = frozenset(
     """r lora_alpha use_rslora rank_pattern alpha_pattern use_dora bias lora_bias modules_to_save
     trainable_token_indices ensure_weight_tying fan_in_fan_out init_lora_weights
-    loftq_config""".split()  # noqa: SIM905
+    loftq_config""".split()
 )
 REFUSED = {
     "megatron_config": "the layers were split over devices; gather them in Megatron first",
@@ -54,7 +54,7 @@ OTHER_METHODS = frozenset(
     """ADALORA LOHA LOKR GRALORA HIRA MISS BONE OFT BOFT HRA ROAD IA3 C3A SUPERTUNING DEFT GLORA
     DELORA VERA PVERA RANDLORA FOURIERFT WAVEFT VBLORA UNILORA SHIRA OSF PSOFT TINYLORA ADAMSS FROD
     LN_TUNING BEFT TRAINABLE_TOKENS PEANUT LILY XLORA POLY SHADOW CARTRIDGE ADAPTION_PROMPT
-    PROMPT_TUNING P_TUNING PREFIX_TUNING MULTITASK_PROMPT_TUNING CPT DORA""".split()  # noqa: SIM905
+    PROMPT_TUNING P_TUNING PREFIX_TUNING MULTITASK_PROMPT_TUNING CPT DORA""".split()
 )
 HEAD_TASKS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"),
               "QUESTION_ANS": ("qa_outputs",)}  # fmt: skip
@@ -76,7 +76,7 @@ class PeftConfig:
         saved_modules: Names of modules stored whole.
         token_indices: Module name (or None: the input embedding) -> replaced rows.
         ensure_weight_tying: Tied ends were trained as one.
-        fan_in_fan_out: What the file says of weight layouts; a hint only, PEFT does not keep it true.
+        fan_in_fan_out: What the file says of layouts; a hint only, PEFT does not keep it true.
         base_name: Base model by the trainer's name for it.
     """
 

@@ -1,4 +1,4 @@
-"""The ``dora-export`` command and its options; work is imported only by the command that does it."""
+"""The ``dora-export`` command and its options; each command imports what its work needs."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def cli() -> None:
 def adapter_options(command: F) -> F:
     """Add the options that say what an adapter's files do not."""
     options = [
-        click.option("--alpha", type=float, help="Scaling numerator, where the format stores none."),
+        click.option(
+            "--alpha", type=float, help="Scaling numerator, where the format stores none."
+        ),
         click.option(
             "--axis",
             type=click.Choice(["out", "in"]),
@@ -80,7 +82,9 @@ def adapter_options(command: F) -> F:
 @cli.command()
 @click.argument("base")
 @click.argument("adapter", nargs=-1)
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to publish.")  # fmt: skip
+@click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to publish."
+)
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
 @click.option("--dtype", help="bf16, fp16 or fp32 for all weights. Default: each one's own.")
 @click.option(
@@ -90,7 +94,9 @@ def adapter_options(command: F) -> F:
     show_default=True,
     help="float32: within 1 ulp. float64: correctly rounded, slower.",
 )
-@click.option("--strength", type=float, default=1.0, show_default=True, help="W + STRENGTH * (W' - W).")  # fmt: skip
+@click.option(
+    "--strength", type=float, default=1.0, show_default=True, help="W + STRENGTH * (W' - W)."
+)
 @click.option(
     "--zero-norm",
     type=click.Choice(["refuse", "zero", "keep-base"]),
@@ -105,7 +111,9 @@ def adapter_options(command: F) -> F:
 )
 @click.option("--max-shard-size", metavar="SIZE", help="Re-shard, e.g. 5GB. Default: as the base.")
 @click.option("--threads", type=int, help="Workers. Default: one per CPU.")
-@click.option("--block", "block_bytes", type=int, metavar="BYTES", help="Bytes a worker takes at once.")  # fmt: skip
+@click.option(
+    "--block", "block_bytes", type=int, metavar="BYTES", help="Bytes a worker takes at once."
+)
 @click.option(
     "--verify",
     type=click.Choice(["none", "fast", "full"]),
@@ -165,7 +173,9 @@ def inspect(adapter: str, base: str | None, as_json: bool, **options: Any) -> No
     show_default=True,
     help="Folder for the demo's models.",
 )
-@click.option("--tokens", type=int, default=40, show_default=True, help="Tokens to write per prompt.")  # fmt: skip
+@click.option(
+    "--tokens", type=int, default=40, show_default=True, help="Tokens to write per prompt."
+)
 def demo(output: Path, tokens: int) -> None:
     """Merge the small model and adapter inside this package, and let both write."""
     from dora_export.cli import demo as demo_command  # noqa: PLC0415

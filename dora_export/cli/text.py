@@ -122,7 +122,8 @@ def inspect_summary(report: InspectReport) -> str:
     """Return what an adapter is, as an aligned list."""
     facts = report.facts
     numbers = {
-        name: ", ".join(f"{v:g}" for v in facts.get(name, ())) for name in ("rank", "alpha", "scaling")
+        name: ", ".join(f"{v:g}" for v in facts.get(name, ()))
+        for name in ("rank", "alpha", "scaling")
     }
     rows = [
         ("format", report.format),

@@ -1,4 +1,4 @@
-"""Containers of tensors: safetensors files and torch's pickled files, opened without reading data."""
+"""Containers of tensors: safetensors and torch's pickled files, opened without reading data."""
 
 from __future__ import annotations
 

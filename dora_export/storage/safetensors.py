@@ -125,9 +125,7 @@ def _tensor(path: Path, name: str, entry: Any, start: int, size: int) -> TensorR
     except (TypeError, KeyError, ValueError) as error:
         raise InputError(f"{where}: no dtype, shape and data_offsets. Malformed.") from error
     if dtype not in DTYPES:
-        raise InputError(
-            f"{where}: dtype {shown(dtype)} is not known. Known: {', '.join(DTYPES)}."
-        )
+        raise InputError(f"{where}: dtype {shown(dtype)} is not known. Known: {', '.join(DTYPES)}.")
     numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
     if len(numbers) - 2 > MAX_DIMENSIONS or not all(
         type(n) is int and 0 <= n < 1 << 63 for n in numbers

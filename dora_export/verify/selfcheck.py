@@ -111,9 +111,7 @@ def _difference(step: Step, ref: TensorRef, level: Level) -> list[str]:
     return []
 
 
-def _worst_ulp(
-    step: Step, ref: TensorRef, settings: Settings, level: Level
-) -> tuple[int, float]:
+def _worst_ulp(step: Step, ref: TensorRef, settings: Settings, level: Level) -> tuple[int, float]:
     """Return how many elements of a changed tensor were compared, and their largest distance."""
     count, worst = 0, 0.0
     for region in regions(step):
@@ -165,7 +163,8 @@ def _exact(
         elif change.value is not None:
             stored = (_columns if by_column else _rows)(change.value, region, pick, 0)
             values = stored if change.kind == "replace" else values + change.scaling * stored
-    return base + settings.strength * (values - base)
+    result: Floats = base + settings.strength * (values - base)
+    return result
 
 
 def _scaled(
@@ -234,4 +233,5 @@ def _ulp(exact: Floats, dtype: DType) -> Floats:
     """Return the distance of neighbouring stored values around each exact value."""
     fraction, smallest = STEPS[dtype.name]
     _, exponent = np.frexp(exact)  # exact = f * 2**exponent with 0.5 <= |f| < 1
-    return np.ldexp(1.0, np.maximum(exponent - 1 - fraction, smallest))
+    unit: Floats = np.ldexp(1.0, np.maximum(exponent - 1 - fraction, smallest))
+    return unit

@@ -100,7 +100,7 @@ class FileSink:
             OutputError: The disk is full, or writing fails.
         """
         target = self._files[file]
-        view, done = memoryview(data.reshape(-1)), 0
+        view, done = data.reshape(-1).data, 0
         try:
             descriptor = target.open()
             # The kernel lets one writer into a file at a time and lets others spin: queue here.
@@ -214,13 +214,11 @@ def _kernel_copy(source: FileRange, descriptor: int, offset: int) -> int:
     return done
 
 
-if hasattr(os, "pwrite"):
-    _pwrite = os.pwrite
-else:
-
-    def _pwrite(descriptor: int, data: memoryview, offset: int) -> int:
-        os.lseek(descriptor, offset, os.SEEK_SET)
-        return os.write(descriptor, data)
+def _pwrite(descriptor: int, data: memoryview, offset: int) -> int:
+    if hasattr(os, "pwrite"):
+        return os.pwrite(descriptor, data, offset)
+    os.lseek(descriptor, offset, os.SEEK_SET)  # Windows; the file's lock is held
+    return os.write(descriptor, data)
 
 
 def _refusal(path: Path, error: OSError) -> OutputError:

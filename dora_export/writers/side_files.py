@@ -16,18 +16,18 @@ from dora_export.writers.staging import MANIFEST
 # Weights in any format, and what frameworks leave beside them.
 WEIGHT_SUFFIXES = frozenset(
     ".safetensors .bin .pt .pth .ckpt .gguf .ggml .onnx .onnx_data .data .h5 .msgpack .npz .tflite "
-    ".mlmodel .mlpackage .pkl .pickle .xml .zip .tar .gz .nemo .index .engine".split()  # noqa: SIM905
+    ".mlmodel .mlpackage .pkl .pickle .xml .zip .tar .gz .nemo .index .engine".split()
 )
 # Folders that hold the same model again in another format.
 OTHER_FORMATS = frozenset(
-    "onnx openvino coreml original gguf metal tf flax .git .cache runs __pycache__".split()  # noqa: SIM905
+    "onnx openvino coreml original gguf metal tf flax .git .cache runs __pycache__".split()
 )
 ADAPTER_OWN = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 # The adapter's tokenizer wins over the base's, as one set.
 TOKENIZER = frozenset(
     """tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json
     vocab.txt merges.txt tokenizer.model spiece.model sentencepiece.bpe.model vocab.model
-    chat_template.jinja chat_template.json tekken.json""".split()  # noqa: SIM905
+    chat_template.jinja chat_template.json tekken.json""".split()
 )
 # Any of these says that the adapter brings a whole tokenizer, not just a template.
 WHOLE_TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
@@ -95,9 +95,7 @@ def side_bytes(files: tuple[SideFile, ...]) -> int:
 
 def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
     for root, folders, names in os.walk(folder):
-        folders[:] = sorted(
-            d for d in folders if d not in OTHER_FORMATS and not d.startswith(".")
-        )
+        folders[:] = sorted(d for d in folders if d not in OTHER_FORMATS and not d.startswith("."))
         for name in sorted(names):
             path = Path(root) / name
             yield path.relative_to(folder).as_posix(), path

