@@ -378,12 +378,16 @@ def _dtype_names(dtypes: Iterable[DType]) -> str:
 
 def peak_rss() -> int | None:
     """Return the most memory this process has held, in bytes, or None where unknown."""
-    if sys.platform == "win32":
-        return None
-    import resource  # noqa: PLC0415 - not on Windows
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # Not ru_maxrss: on Linux that starts at the size of whatever process started this one.
+        found = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE)
+        return int(found[1]) * 1024 if found else None
+    if sys.platform == "darwin":
+        import resource  # noqa: PLC0415 - not on Windows
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return None
 
 
 def _output_dtype(word: str | None) -> DType | None:

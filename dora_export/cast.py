@@ -32,14 +32,16 @@ def widen(raw: Array, dtype: DType, out: Array) -> None:
     elif dtype is BF16:
         bits = raw.astype(np.uint32)
         np.left_shift(bits, 16, out=bits)
-        np.copyto(out, bits.view(np.float32))
-    elif dtype is F16:
-        if out.dtype == np.float32:
-            np.take(_float16_values(), raw, out=out, mode="clip")
-        else:
-            np.copyto(out, raw.view(np.float16))
+        _convert(bits.view(np.float32), out)
+    elif dtype is F16 and out.dtype == np.float32:
+        np.take(_float16_values(), raw, out=out, mode="clip")
     else:
-        np.copyto(out, raw.view(np.float32 if dtype is F32 else np.float64), casting="same_kind")
+        _convert(raw.view({F16: np.float16, F32: np.float32, F64: np.float64}[dtype]), out)
+
+
+def _convert(values: Array, out: Array) -> None:
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # NaN may be signalling
+        np.copyto(out, values, casting="same_kind")
 
 
 def widened(raw: Array, dtype: DType, precision: Any) -> Array:

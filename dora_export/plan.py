@@ -244,6 +244,12 @@ def _problems(
         if clash:
             yield f"{shown(name)}: more than one update of which one normalises"
     effective = replaced[0] if replaced else ref
+    if ref is None and (like := _longer_names(name, base)):
+        yield (
+            f"{shown(name)}: not in the base, which has '{shown(like[0])}'; if they are the same, "
+            f"pass --map-prefix {shown(name)}={shown(like[0])}"
+        )
+        return
     if effective is None:
         yield f"{shown(name)}: not in the base" + (
             "; the layer has no bias to add to" if name.endswith(".bias") else ""
@@ -269,6 +275,11 @@ def _problems(
             yield f"'{shown(update.value.name)}': stored as {update.value.dtype.name}, not a float"
     if replaced and ref is not None and replaced[0] is not None:
         yield from _resize_problems(name, ref, replaced[0], settings)
+
+
+def _longer_names(name: str, base: Checkpoint) -> list[str]:
+    """Return the base's tensors of a name with a prefix: a new tensor beside one goes unread."""
+    return sorted(n for n in base.tensors if n.endswith(f".{name}"))
 
 
 def _overlap(a: Update, b: Update) -> bool:
@@ -322,8 +333,9 @@ def _files(
         (file, [_step(ref.name, ref, by_target, tied, settings) for ref in file.tensors])
         for file in base.files
     ]
-    added = [n for n in by_target if n not in base.tensors]
-    extra = [_added(name, by_target[name], tied, dtype, settings) for name in added]
+    new_head = [tied.new_head] if tied.new_head else []  # written even where nothing changes it
+    added = [n for n in dict.fromkeys((*by_target, *new_head)) if n not in base.tensors]
+    extra = [_added(name, by_target.get(name, ()), tied, dtype, settings) for name in added]
     groups[-1][1].extend(extra)
     if settings.max_shard_bytes is not None:
         steps = [s for _, group in groups for s in group]
@@ -349,12 +361,18 @@ def _added(
     name: str, group: Sequence[Update], tied: tying.Tying, dtype: DType, settings: Settings
 ) -> Step:
     """Return the step for a tensor that the base does not store: an untied or a trained head."""
-    source = tied.sources.get(name) or group[0].value
-    assert source is not None, "Bug: _problems() lets only replacements be new"
+    source = tied.sources.get(name)
+    if source is not None:
+        dtype = source.dtype  # the embedding's own, which need not be that of the other tensors
+    else:
+        source = group[0].value
+        assert source is not None, "Bug: _problems() lets only replacements be new"
     if source.dtype.mergeable:
         dtype = settings.dtype or dtype
+    if not group:
+        return Step(name, dtype, source, status="added")
     step = _changed(name, dtype, source, group, settings)
-    return Step(name, step.dtype, step.source, step.changes, step.consumes, "added")
+    return replace(step, status="added")
 
 
 def _changed(

@@ -28,6 +28,7 @@ HEADS = ("lm_head", "embed_out")
 WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 # More than two tied tensors, or names of their own: the pair below would be incomplete.
 SHARED_BY_MORE = ("t5", "mt5", "umt5", "bart", "mbart", "pegasus", "longt5", "led", "m2m_100")
+COMPARED_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ def resolve(checkpoint: Checkpoint, adapter: Adapter, updates: Sequence[Update],
             saved_embeddings: frozenset[str]) -> Tying:  # fmt: skip
     """Return what becomes of the two ends of a tied model.
 
+    Reads the two ends of the base only where both are stored and the adapter changes one.
+
     Args:
         checkpoint: The base.
         adapter: Where the updates come from.
@@ -74,16 +77,17 @@ def resolve(checkpoint: Checkpoint, adapter: Adapter, updates: Sequence[Update],
         saved_embeddings: ``adapter.saved_embeddings`` under the checkpoint's names.
 
     Raises:
-        PlanError: The ends are tied in a way this tool does not know.
+        PlanError: The ends are tied in a way this tool does not know, or files contradict each
+            other on whether they are one.
     """
+    _refuse_shared_by_more(checkpoint, updates)
     ends = _tied_ends(checkpoint, [u.target for u in updates])
     if ends is None:
         return Tying(tuple(updates), {})
     embedding = [u for u in updates if u.target == ends.embedding]
     head = [u for u in updates if u.target == ends.head]
-    if not embedding and not head:
+    if not (embedding or head) or _stored_apart(checkpoint, ends):
         return Tying(tuple(updates), {})
-    _refuse_unknown(checkpoint, adapter, ends, embedding, head)
     others = [u for u in updates if u.target not in (ends.embedding, ends.head)]
     embedding, head, twins = _share(adapter, ends, embedding, head, saved_embeddings)
     base = checkpoint.tensors[ends.embedding]
@@ -105,11 +109,8 @@ def resolve(checkpoint: Checkpoint, adapter: Adapter, updates: Sequence[Update],
 
 
 def _tied_ends(checkpoint: Checkpoint, targets: Sequence[str]) -> _Ends | None:
-    """Return the two ends if the model ties them, else None."""
-    config = checkpoint.config
-    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
-    flag = config.get("tie_word_embeddings", text.get("tie_word_embeddings"))  # type: ignore[union-attr]
-    if flag is False:
+    """Return the two ends if the config lets the model tie them, else None."""
+    if _flag(checkpoint) is False:
         return None
     found = [n for n in checkpoint.tensors if _leaf(n) in EMBEDDINGS and n.endswith(".weight")]
     named = [t for t in (*checkpoint.tensors, *targets)
@@ -117,64 +118,91 @@ def _tied_ends(checkpoint: Checkpoint, targets: Sequence[str]) -> _Ends | None:
     has_head = bool(named) or _architecture(checkpoint).endswith(WITH_HEAD)
     if len(found) != 1 or not has_head:
         return None
-    head = named[0] if named else _head_name(checkpoint, found[0])
-    if flag is None and head in checkpoint.tensors:
-        return None  # stored apart, and nothing says that they are one
-    return _Ends(found[0], head)
+    return _Ends(found[0], named[0] if named else _head_name(checkpoint, found[0]))
 
 
-def _refuse_unknown(
-    checkpoint: Checkpoint,
-    adapter: Adapter,
-    ends: _Ends,
-    embedding: Sequence[Update],
-    head: Sequence[Update],
-) -> None:
+def _flag(checkpoint: Checkpoint) -> object:
+    """Return ``tie_word_embeddings``, None where the config leaves it to the model's class."""
+    config = checkpoint.config
+    text = config.get("text_config")
+    inner = text.get("tie_word_embeddings") if isinstance(text, dict) else None
+    return config.get("tie_word_embeddings", inner)
+
+
+def _stored_apart(checkpoint: Checkpoint, ends: _Ends) -> bool:
+    """Return whether the base holds the two ends as two tensors that are not one."""
+    head = checkpoint.tensors.get(ends.head)
+    if head is None or _equal_tensors(checkpoint.tensors[ends.embedding], head):
+        return False
+    if _flag(checkpoint) is None:
+        return True
+    raise PlanError(
+        f"{shown(ends.embedding)} and {shown(ends.head)} differ in the base, though its config.json "
+        "says tie_word_embeddings: true; the adapter changes them, and loaders disagree on which "
+        "one is the head. Set it to false if both are used, or remove the head if it is not."
+    )
+
+
+def _refuse_shared_by_more(checkpoint: Checkpoint, updates: Sequence[Update]) -> None:
     model_type = checkpoint.config.get("model_type")
-    if model_type in SHARED_BY_MORE:
+    if model_type not in SHARED_BY_MORE:
+        return
+    tied = (*EMBEDDINGS, "shared", *(HEADS if _flag(checkpoint) is not False else ()))
+    if targets := [u.target for u in updates if _leaf(u.target) in tied]:
         raise PlanError(
-            f"{shown(ends.embedding)}: the adapter changes embeddings that {model_type} shares "
+            f"{shown(targets[0])}: the adapter changes embeddings that {shown(model_type)} shares "
             "between more than two tensors, which is not supported. Merge with PEFT."
-        )
-    both = [u for u in (*embedding, *head) if u.normalises]
-    if adapter.ensure_weight_tying and both:
-        raise PlanError(
-            f"{shown(ends.embedding)}: DoRA on tied ends with ensure_weight_tying has no defined "
-            "meaning (one magnitude per embedding dimension here, per token there). "
-            "Train without ensure_weight_tying."
         )
 
 
 def _share(
     adapter: Adapter,
     ends: _Ends,
-    embedding: list[Update],
-    head: list[Update],
+    embedding: Sequence[Update],
+    head: Sequence[Update],
     saved_embeddings: frozenset[str],
 ) -> tuple[list[Update], list[Update], tuple[str, ...]]:
-    """Return both ends' updates with what belongs to the pair given to both, and the repeats."""
-    twins: list[str] = []
-    pair_wide = [u for u in (*embedding, *head) if adapter.ensure_weight_tying or u.kind == "rows"
-                 or (u.target in saved_embeddings and u.kind == "replace")]  # fmt: skip
-    shared: list[Update] = []
-    for update in pair_wide:
-        if any(_same(update, other) for other in shared):
-            twins += update.source_keys
-        else:
-            shared.append(update)
-    own_e = [u for u in embedding if u not in pair_wide]
-    own_h = [u for u in head if u not in pair_wide]
-    own_h_kept = [u for u in own_h if not any(u.kind == "replace" and _same(u, e) for e in own_e)]
-    if len(own_h_kept) < len(own_h):
-        # Two equal copies of one trained tensor: one update for both.
-        same = [u for u in own_h if u not in own_h_kept]
-        twins += [key for u in same for key in u.source_keys]
-        own_h_kept += [replace(e, target=ends.head) for e in own_e if e.kind == "replace"]
+    """Return both ends' updates with what belongs to the pair given to both, and the repeats.
+
+    Stored for both ends: each has its own, equal ones are one. Stored for one end: the other has
+    it too where PEFT keeps the ends alike (ensure_weight_tying, token rows of the embedding) or
+    saved a tied tensor along once; else it keeps the base's.
+    """
+    tied = adapter.ensure_weight_tying
+    _refuse_ensured(tied, ends, embedding, head)
+    same = {h.source_keys: e for h in head for e in embedding
+            if (tied or h.kind in ("replace", "rows")) and _same(e, h)}  # fmt: skip
+    apart = [h for h in head if h.source_keys not in same]
+    if tied and any(h.kind == e.kind for h in apart for e in embedding):
+        raise PlanError(
+            f"{shown(ends.embedding)}: the adapter says ensure_weight_tying: true, but its tensors "
+            f"for {shown(ends.head)} are others than those for the embedding. Set it to false in "
+            "adapter_config.json to apply each to its own end, as the trained model did."
+        )
+
+    def for_the_pair(update: Update, others: Sequence[Update]) -> bool:
+        saved_along = update.kind == "replace" and update.target in saved_embeddings
+        rows = update.kind == "rows" and update.target == ends.embedding
+        return (tied or saved_along or rows) and all(o.kind != update.kind for o in others)
+
+    to_head = [e for e in embedding if for_the_pair(e, head)]
+    to_embedding = [h for h in head if for_the_pair(h, embedding)]
     return (
-        [*(_on(u, ends.embedding) for u in shared), *own_e],
-        [*(_on(u, ends.head) for u in shared), *own_h_kept],
-        tuple(twins),
+        [*embedding, *(_on(h, ends.embedding) for h in to_embedding)],
+        [_on(u, ends.head) for u in (*same.values(), *apart, *to_head)],
+        tuple(key for keys in same for key in keys),
     )
+
+
+def _refuse_ensured(
+    tied: bool, ends: _Ends, embedding: Sequence[Update], head: Sequence[Update]
+) -> None:
+    if tied and any(u.normalises for u in (*embedding, *head)):
+        raise PlanError(
+            f"{shown(ends.embedding)}: DoRA on tied ends with ensure_weight_tying has no defined "
+            "meaning (one magnitude per embedding dimension here, per token there). "
+            "Train without ensure_weight_tying."
+        )
 
 
 def _on(update: Update, target: str) -> Update:
@@ -191,7 +219,7 @@ def _same(a: Update, b: Update) -> bool:
     if a.kind != b.kind or a.scaling != b.scaling or a.row_indices != b.row_indices:
         return False
     if a.value is not None and b.value is not None:
-        return _equal_values(Operand.plain(a.value), Operand.plain(b.value))
+        return _equal_tensors(a.value, b.value)
     if a.down is None or b.down is None or a.up is None or b.up is None:
         return False
     if a.layout == b.layout:
@@ -204,6 +232,22 @@ def _equal_values(a: Operand, b: Operand) -> bool:
         return False
     one, other = (o.arranged(widened(o.ref.raw(), o.ref.dtype, np.float64)) for o in (a, b))
     return bool(np.array_equal(one, other))
+
+
+def _equal_tensors(a: TensorRef, b: TensorRef) -> bool:
+    """Return whether two stored tensors hold the same; a block at a time, for whole embeddings."""
+    if a.shape != b.shape:
+        return False
+    if not (a.dtype.mergeable and b.dtype.mergeable) and a.dtype is not b.dtype:
+        return False
+    for start in range(0, a.size, COMPARED_ELEMENTS):
+        stop = min(start + COMPARED_ELEMENTS, a.size)
+        one, other = a.raw(start, stop), b.raw(start, stop)
+        if a.dtype is not b.dtype:
+            one, other = (widened(one, a.dtype, np.float64), widened(other, b.dtype, np.float64))
+        if not np.array_equal(one, other):
+            return False
+    return True
 
 
 def _leaf(tensor: str) -> str:

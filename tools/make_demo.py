@@ -363,7 +363,7 @@ def make_adapter(base: Path, out: Path, rows: list[list[int]], steps: int) -> No
     )
     model: Any = get_peft_model(load_base(base), config)
     train(model, rows, steps, batch=16, peak_lr=4e-3, name="adapter")
-    model.peft_config["default"].base_model_name_or_path = "dora-export-demo-base"
+    model.peft_config["default"].base_model_name_or_path = "base"
     model.save_pretrained(out, save_embedding_layers=False)
     (out / "README.md").unlink(missing_ok=True)
     path = out / "adapter_config.json"

@@ -135,7 +135,10 @@ def _check_shards(index: Path, names: list[str]) -> None:
         )
     wrong = [n for n in names if Path(n).suffix not in (".safetensors", *PICKLED)]
     if wrong:
-        raise InputError(f"{index}: names files that hold no weights: {wrong[:3]}.")
+        raise InputError(
+            f"{index}: names files that hold no weights: {[shown(n) for n in wrong[:3]]}. "
+            "Download it again."
+        )
 
 
 def _check_weight_map(
@@ -161,7 +164,10 @@ def _close(checkpoint: Checkpoint) -> Checkpoint:
                 twice.append(f"'{shown(tensor.name)}' in {seen[tensor.name]} and {file.name}")
             seen[tensor.name] = file.name
     if twice:
-        raise InputError(f"{checkpoint.path}: tensors stored twice:{listing(twice)}")
+        raise InputError(
+            f"{checkpoint.path}: tensors stored twice:{listing(twice)}\n"
+            "Which one counts is not defined; download the model again."
+        )
     if not seen:
         raise InputError(f"{checkpoint.path}: holds no tensors. Check that this is the base model.")
     return checkpoint

@@ -6,9 +6,14 @@ import os
 import re
 from pathlib import Path
 
+from dora_export.checkpoints.folder import read_json
 from dora_export.errors import InputError, shown
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+# A cached snapshot without any of these was left by something that wanted the config only.
+WEIGHTS = ("model.safetensors.index.json", "model.safetensors", "adapter_model.safetensors",
+           "pytorch_model.bin.index.json", "pytorch_model.bin", "adapter_model.bin")  # fmt: skip
+NOT_NEEDED = ["*.gguf", "*.onnx", "*.h5", "*.msgpack", "original/*"]
 
 
 def locate(name: str | os.PathLike[str], what: str) -> Path:
@@ -24,9 +29,8 @@ def locate(name: str | os.PathLike[str], what: str) -> Path:
     Raises:
         InputError: There is neither such a path nor such a model.
     """
-    path = Path(name)
-    if path.exists():
-        return path
+    if os.path.exists(name):  # Path.exists() raises for names that are too long
+        return Path(name)
     if not HUB_ID.fullmatch(str(name)):
         raise InputError(f"{shown(name)}: no such file or folder. Check the path of the {what}.")
     return _snapshot(str(name), what)
@@ -34,29 +38,49 @@ def locate(name: str | os.PathLike[str], what: str) -> Path:
 
 def _snapshot(name: str, what: str) -> Path:
     from huggingface_hub import constants, snapshot_download  # noqa: PLC0415 - slow, rarely needed
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError  # noqa: PLC0415
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError  # noqa: PLC0415
 
     repo, _, revision = name.partition("@")
     try:
-        return Path(snapshot_download(repo, revision=revision or None, local_files_only=True))
-    except LocalEntryNotFoundError as missing:
+        cached = _cached(repo, revision or None)
+        if cached is not None and (constants.HF_HUB_OFFLINE or _is_whole(cached)):
+            return cached
+        return Path(
+            snapshot_download(repo, revision=revision or None, ignore_patterns=NOT_NEEDED)
+        )
+    except HFValidationError as error:
+        raise InputError(
+            f"{shown(name)}: no such file or folder. Check the path of the {what}."
+        ) from error
+    except (OSError, HfHubHTTPError) as error:
         if constants.HF_HUB_OFFLINE:
             raise InputError(
                 f"{name}: no such folder here, and not in the local Hugging Face cache "
                 f"({constants.HF_HUB_CACHE}); HF_HUB_OFFLINE forbids a download. "
                 f"Check the path of the {what}, or unset HF_HUB_OFFLINE."
-            ) from missing
-    try:
-        return Path(
-            snapshot_download(
-                repo,
-                revision=revision or None,
-                ignore_patterns=["*.gguf", "*.onnx", "*.h5", "*.msgpack", "original/*"],
-            )
-        )
-    except (OSError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+            ) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"{name}: no such folder here, and the hub did not give it: {shown(reason, 200)} "
             f"Check the path of the {what}, the network, or your access to the model."
         ) from error
+
+
+def _cached(repo: str, revision: str | None) -> Path | None:
+    """Return the cached snapshot that holds weights, or None."""
+    from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415
+
+    for file in WEIGHTS:
+        found = try_to_load_from_cache(repo, file, revision=revision)
+        if isinstance(found, str):
+            return Path(found).parent
+    return None
+
+
+def _is_whole(folder: Path) -> bool:
+    """Return whether all shards are there that the folder's index names, if it has one."""
+    indexes = [i for i in WEIGHTS if i.endswith(".index.json") and (folder / i).is_file()]
+    if not indexes:
+        return True
+    places = read_json(folder / indexes[0]).get("weight_map")
+    return isinstance(places, dict) and all((folder / str(s)).is_file() for s in places.values())

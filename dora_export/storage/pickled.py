@@ -7,11 +7,13 @@ strangers. Source: torch/_weights_only_unpickler.py.
 
 from __future__ import annotations
 
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
 
 from dora_export.errors import InputError, shown
+from dora_export.storage.safetensors import is_text
 from dora_export.tensors import BY_TORCH, HeldBytes, TensorRef
 
 
@@ -31,19 +33,27 @@ def read_pickled(path: Path, *, allow_pickle: bool) -> dict[str, TensorRef]:
     import torch  # noqa: PLC0415 - a second of import that only pickled files need
 
     try:
-        loaded = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols; what matters is raised
+            loaded = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
     except Exception as error:  # the unpickler raises many kinds; each means a file we cannot use
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise InputError(
-            f"{path}: torch's restricted loader refuses it: {shown(first_line, 200)} "
-            "The file holds more than tensors, or is damaged; convert it to safetensors."
+            f"{path}: torch's restricted loader refuses it ({_reason(error)}). The file holds more "
+            "than tensors, or is damaged; get it as safetensors, or download it again."
         ) from error
     state = _state_dict(loaded)
     if not state:
         raise InputError(f"{path}: not a state dict (name -> tensor). Save model.state_dict().")
     return {name: _ref(path, name, tensor) for name, tensor in state.items()}
+
+
+def _reason(error: Exception) -> str:
+    """Return what the unpickler met, without torch's advice to load it unrestricted."""
+    text = str(error).strip() or repr(error)
+    _, said, detail = text.partition("WeightsUnpickler error: ")
+    return shown((detail if said else text).strip().splitlines()[0].rstrip("."), 120)
 
 
 def _state_dict(loaded: Any) -> dict[str, Any]:
@@ -64,6 +74,8 @@ def _ref(path: Path, name: str, tensor: Any) -> TensorRef:
     import torch  # noqa: PLC0415
 
     word = str(tensor.dtype).removeprefix("torch.")
+    if name == "__metadata__" or not is_text([name]):
+        raise InputError(f"{path}: '{shown(name)}' cannot be a tensor's name in safetensors.")
     if word not in BY_TORCH or tensor.layout is not torch.strided or tensor.is_meta:
         raise InputError(
             f"{path}: tensor '{shown(name)}' is {word}, {tensor.layout}. "

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,8 @@ def read_header(path: Path) -> Header:
         raise InputError(f"{path}: cannot be read: {error.strerror}. Check the path.") from error
     entries = _parse(path, text)
     metadata = entries.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+    words = [*metadata, *metadata.values()] if isinstance(metadata, dict) else [None]
+    if not all(isinstance(w, str) for w in words) or not is_text(words):
         raise InputError(f"{path}: __metadata__ is not a map of strings. The file is malformed.")
     start = 8 + length
     refs = [_tensor(path, name, entry, start, size) for name, entry in entries.items()]
@@ -115,7 +116,18 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
         raise InputError(f"{path}: the header is not JSON ({error}). Download it again.") from error
     if not isinstance(entries, dict):
         raise InputError(f"{path}: the header is not a JSON object. The file is malformed.")
+    if not is_text(entries):
+        raise InputError(f"{path}: the header holds half a character. The file is malformed.")
     return entries
+
+
+def is_text(names: Iterable[str]) -> bool:
+    """Return whether all names can be written as UTF-8; JSON's escapes allow half characters."""
+    try:
+        "".join(names).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _tensor(path: Path, name: str, entry: Any, start: int, size: int) -> TensorRef:
@@ -124,7 +136,7 @@ def _tensor(path: Path, name: str, entry: Any, start: int, size: int) -> TensorR
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise InputError(f"{where}: no dtype, shape and data_offsets. Malformed.") from error
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise InputError(f"{where}: dtype {shown(dtype)} is not known. Known: {', '.join(DTYPES)}.")
     numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
     if len(numbers) - 2 > MAX_DIMENSIONS or not all(

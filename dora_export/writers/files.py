@@ -14,6 +14,7 @@ import queue
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -25,9 +26,6 @@ from dora_export.tensors import FileRange
 
 SYNC_BYTES = 128 << 20  # unsynced bytes of one file after which a sync starts in the background
 COPY_CHUNK = 8 << 20
-# What copy_file_range answers where the pair of files does not support it.
-NOT_SUPPORTED = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM,
-                 errno.ETXTBSY)  # fmt: skip
 
 
 class _File:
@@ -46,7 +44,11 @@ class _File:
                 flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
                 flags |= getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
                 descriptor = os.open(self.path, flags, 0o666)
-                _reserve(descriptor, self.nbytes)
+                try:
+                    _reserve(descriptor, self.nbytes)
+                except OSError:
+                    os.close(descriptor)
+                    raise
                 self.descriptor = descriptor
             return self.descriptor
 
@@ -64,7 +66,7 @@ class FileSink:
     def __init__(self, paths: Sequence[Path], sizes: Sequence[int]) -> None:
         self._files = [_File(p, n) for p, n in zip(paths, sizes, strict=True)]
         self._to_sync: queue.SimpleQueue[tuple[_File, bool] | None] = queue.SimpleQueue()
-        self._sync_error: OSError | None = None
+        self._unsynced: tuple[Path, OSError] | None = None
         self._syncer = threading.Thread(target=self._sync, name="sync", daemon=True)
 
     def __enter__(self) -> FileSink:
@@ -84,8 +86,8 @@ class FileSink:
                 os.close(file.descriptor)
                 file.descriptor = None
         if kind is None:
-            if self._sync_error is not None:
-                raise _refusal(self._files[0].path, self._sync_error) from self._sync_error
+            if self._unsynced is not None:
+                raise _refusal(*self._unsynced) from self._unsynced[1]
             unfinished = [f.path.name for f in self._files if f.left]
             assert not unfinished, f"Bug: bytes were never written: {unfinished}"
 
@@ -121,9 +123,9 @@ class FileSink:
         target = self._files[file]
         try:
             descriptor = target.open()
-            done = _kernel_copy(source, descriptor, offset)
         except OSError as error:
             raise _refusal(target.path, error) from error
+        done = _kernel_copy(source, descriptor, offset)
         self._account(target, done)
         while done < source.nbytes:
             chunk = np.empty(min(COPY_CHUNK, source.nbytes - done), np.uint8)
@@ -148,7 +150,7 @@ class FileSink:
             try:
                 os.fsync(descriptor)
             except OSError as error:  # told to the caller when the block ends
-                self._sync_error = self._sync_error or error
+                self._unsynced = self._unsynced or (file.path, error)
             if complete:
                 file.descriptor = None
                 os.close(descriptor)
@@ -158,11 +160,15 @@ def sync_folder(folder: Path) -> None:
     """Put a folder's entries on the disk; without effect where folders cannot be opened."""
     if os.name == "nt":
         return
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system that cannot
+            raise _refusal(folder, error) from error
 
 
 def write_small(path: Path, data: bytes) -> None:
@@ -193,23 +199,22 @@ def _reserve(descriptor: int, nbytes: int) -> None:
 
 
 def _kernel_copy(source: FileRange, descriptor: int, offset: int) -> int:
-    """Copy inside the kernel as far as it can; return the bytes copied."""
-    if not hasattr(os, "copy_file_range"):
-        return 0
+    """Copy inside the kernel as far as it can; return the bytes copied.
+
+    Not every pair of files supports it, and an error does not say which of the two it is about:
+    the caller reads and writes the rest, and meets it there if it was a real one.
+    """
     done = 0
-    with open(source.path, "rb", buffering=0) as file:
+    if not hasattr(os, "copy_file_range"):
+        return done
+    with suppress(OSError), open(source.path, "rb", buffering=0) as file:
         while done < source.nbytes:
             count = min(COPY_CHUNK, source.nbytes - done)
-            try:
-                got = os.copy_file_range(
-                    file.fileno(), descriptor, count, source.start + done, offset + done
-                )
-            except OSError as error:
-                if error.errno in NOT_SUPPORTED:
-                    return done
-                raise
+            got = os.copy_file_range(
+                file.fileno(), descriptor, count, source.start + done, offset + done
+            )
             if got == 0:
-                return done
+                break
             done += got
     return done
 

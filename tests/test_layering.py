@@ -1,0 +1,55 @@
+"""Imports point down: a lower floor never imports a higher one, and there is no circle."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import dora_export
+
+PACKAGE = Path(dora_export.__file__).parent
+FLOORS = (
+    "_version errors",
+    "tensors",
+    "cast update",
+    "storage arithmetic refine",
+    "arithmetic_torch formula checkpoints",
+    "adapters",
+    "naming tying layouts report",
+    "plan serving",
+    "pieces",
+    "engine verify",
+    "writers",
+    "api",
+    "cli",
+    "__init__ __main__",
+)
+FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names.split()}
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imported(path):
+    """Top-level parts of the package that a module imports, lazily or not."""
+    nodes = ast.walk(ast.parse(path.read_text()))
+    imports = [n for n in nodes if isinstance(n, ast.Import | ast.ImportFrom)]
+    names = [
+        f"{getattr(n, 'module', '') or ''}.{a.name}".lstrip(".") for n in imports for a in n.names
+    ]
+    return {name.split(".")[1] for name in names if name.startswith("dora_export.")}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_to_a_lower_floor(path):
+    own = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    assert [n for n in imported(path) - {own} if FLOOR[n] >= FLOOR[own]] == []
+
+
+def test_verify_shares_no_arithmetic_with_the_engine():
+    used = {name for path in (PACKAGE / "verify").rglob("*.py") for name in imported(path)}
+    assert used & {"formula", "engine", "arithmetic", "arithmetic_torch", "refine", "cast"} == set()
+
+
+def test_readers_know_no_arithmetic():
+    folders = ("adapters", "checkpoints", "storage")
+    used = {n for f in folders for path in (PACKAGE / f).rglob("*.py") for n in imported(path)}
+    assert used & {"formula", "engine", "arithmetic", "refine", "cast"} == set()
