@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -279,13 +280,14 @@ def _with_own_base(path: Path, options: ReadOptions, adapter_format: str | None)
 
 
 def _write(plan: Plan, folder: Path, resources: Resources, progress: Progress | None) -> None:
-    total, done = plan.output_bytes, 0
+    total, done, counting = plan.output_bytes, 0, threading.Lock()
 
     def on_bytes(count: int) -> None:
         nonlocal done
-        done += count
-        if progress is not None:
-            progress(done, total)
+        with counting:  # workers report side by side
+            done += count
+            if progress is not None:
+                progress(done, total)
 
     paths = [folder / file.name for file in plan.files]
     with FileSink(paths, [file.nbytes for file in plan.files]) as sink:

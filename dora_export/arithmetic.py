@@ -15,6 +15,10 @@ from dora_export import cast
 from dora_export.tensors import DType
 
 Array = Any  # numpy.ndarray or torch.Tensor, whichever the Arithmetic at hand works on
+# A product of few rows with a right side that stays in the cache takes BLAS's path without packing,
+# twice as fast where the rank is small.
+BATCH_ROWS = 8
+BATCH_BYTES = 512 << 10
 SQUARES_PER_SUM = 512  # float32 squares added up before the sum goes on in float64
 
 
@@ -22,7 +26,7 @@ class Arithmetic(Protocol):
     """One worker's array library: numpy, or torch on one device and stream."""
 
     xp: Any
-    """Module with ``matmul``, ``add``, ``multiply``, ``subtract``, ``sqrt`` and ``where``."""
+    """Module with ``add``, ``multiply``, ``subtract``, ``sqrt`` and ``where``."""
     tile_elements: int
     """Elements that go through the formula at once, so that they stay in the fastest memory."""
 
@@ -46,6 +50,9 @@ class Arithmetic(Protocol):
 
     def narrow(self, values: Array, dtype: DType, raw: NDArray[Any], work: Array) -> None:
         """Round ``values`` once to ``dtype`` into host memory; ``values`` and ``work`` are lost."""
+
+    def product(self, left: Array, right: Array, out: Array) -> None:
+        """Put ``left @ right`` into ``out``."""
 
     def row_squares(self, values: Array) -> Array:
         """Return each row's sum of squares, float64, shape ``(rows,)``."""
@@ -96,6 +103,15 @@ class NumpyArithmetic:
 
     def narrow(self, values: Array, dtype: DType, raw: NDArray[Any], work: Array) -> None:  # noqa: D102
         cast.narrow(values, dtype, raw, work)
+
+    def product(self, left: Array, right: Array, out: Array) -> None:  # noqa: D102
+        rows, rank = left.shape
+        whole = rows - rows % BATCH_ROWS if right.nbytes <= BATCH_BYTES else 0
+        if whole:
+            batches = left[:whole].reshape(-1, BATCH_ROWS, rank)
+            np.matmul(batches, right, out=out[:whole].reshape(-1, BATCH_ROWS, right.shape[1]))
+        if whole < rows:
+            np.matmul(left[whole:], right, out=out[whole:])
 
     def row_squares(self, values: Array) -> Array:  # noqa: D102
         rows, columns = values.shape

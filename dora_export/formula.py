@@ -82,7 +82,7 @@ class Tile:
 def add_product(ops: Arithmetic, tile: Tile, loaded: LoadedChange) -> None:
     """V = W + (s B) A, in place."""
     if loaded.left is not None:
-        ops.xp.matmul(loaded.left[tile.rows], loaded.right, out=tile.work)
+        ops.product(loaded.left[tile.rows], loaded.right, tile.work)
         ops.xp.add(tile.values, tile.work, out=tile.values)
 
 

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from dora_export.adapters.model import Adapter
 from dora_export.checkpoints.model import Checkpoint
 from dora_export.update import Layout, Update
 
-# Models whose weights are transformers' Conv1D, and the modules that are.
+# Models whose weights are transformers' Conv1D, and the modules that are. Other models use the
+# same names for Linear layers (GPT-Neo, GPT-BigCode) or hold one of these (encoder-decoders).
 # Source: github.com/huggingface/transformers, src/transformers/models/*/modeling_*.py.
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 CONV1D_MODULES = ("c_attn", "c_proj", "c_fc", "q_attn")
+
+
+@dataclass(frozen=True)
+class _Evidence:
+    """What decides about square weights.
+
+    Attributes:
+        model_type: Of config.json, or None.
+        biases: Module name -> layouts that the biases of its weights that are not square show.
+        factors: Module name -> layouts that the adapter's A and B show for such weights.
+        square_io: What the adapter says of its layers, one word for all of them.
+    """
+
+    model_type: str | None
+    biases: Mapping[str, set[Layout]]
+    factors: Mapping[str, set[Layout]]
+    square_io: bool
 
 
 def with_layouts(
@@ -24,8 +43,9 @@ def with_layouts(
 ) -> tuple[Update, ...]:
     """Return the updates with the layout of every square weight decided.
 
-    Evidence, strongest first: what the user says; the model's type in config.json; the other
-    layers of the same adapter, where they all agree; what the adapter says.
+    Evidence, strongest first: what the user says; the model's type in config.json, for the names
+    of Conv1D layers; weights of the same name that are not square, by their biases or by the
+    adapter's factors; the same of all Conv1D names, or of all others; what the adapter says.
 
     Args:
         updates: Under the checkpoint's names.
@@ -36,12 +56,23 @@ def with_layouts(
     """
     open_ = [u for u in updates if u.layout is None and u.down is not None]
     square = {u.target for u in open_ if _square(shapes.get(u.target, ()))}
-    seen = {u.layout_by_shape(shapes[u.target]) for u in open_
-            if u.target in shapes and u.target not in square}  # fmt: skip
+    if not square:
+        return tuple(updates)
+    told = [u for u in open_ if u.target in shapes and u.target not in square]
+    evidence = _Evidence(
+        checkpoint.config.get("model_type"),
+        _by_biases(checkpoint),
+        _by_module((u.target, u.layout_by_shape(shapes[u.target])) for u in told),
+        bool(adapter.square_io),
+    )
+
+    def decided(update: Update) -> Layout:
+        if fan_in_fan_out is not None:
+            return "io" if fan_in_fan_out else "oi"
+        return _square_layout(_module(update.target), evidence)
+
     return tuple(
-        replace(u, layout=_square_layout(u, checkpoint, adapter, seen, fan_in_fan_out))
-        if u.target in square and u.layout is None
-        else u
+        replace(u, layout=decided(u)) if u.target in square and u.layout is None else u
         for u in updates
     )
 
@@ -50,19 +81,43 @@ def _square(shape: tuple[int, ...]) -> bool:
     return len(shape) == 2 and shape[0] == shape[1]
 
 
-def _square_layout(
-    update: Update,
-    checkpoint: Checkpoint,
-    adapter: Adapter,
-    seen: set[Layout | None],
-    fan_in_fan_out: bool | None,
-) -> Layout:
-    if fan_in_fan_out is not None:
-        return "io" if fan_in_fan_out else "oi"
-    model_type = checkpoint.config.get("model_type")
-    if model_type is not None:
-        module = update.target.split(".")[-2:-1]
-        return "io" if model_type in CONV1D_MODELS and module[0] in CONV1D_MODULES else "oi"
-    if len(seen) == 1 and (layout := next(iter(seen))) is not None:
-        return layout
-    return "io" if adapter.square_io else "oi"
+def _square_layout(module: str, evidence: _Evidence) -> Layout:
+    conv1d_name = module in CONV1D_MODULES
+    if evidence.model_type in CONV1D_MODELS:
+        return "io" if conv1d_name else "oi"
+    if evidence.model_type is not None and not conv1d_name:
+        return "oi"
+    kin = {m for m in (*evidence.biases, *evidence.factors) if (m in CONV1D_MODULES) == conv1d_name}
+    for names in ({module}, kin):
+        for layouts in (evidence.biases, evidence.factors):
+            found = {layout for name in names for layout in layouts.get(name, ())}
+            if len(found) == 1:
+                return found.pop()
+    # One word for a whole adapter: where it has Conv1D layers as well, the word is about those.
+    others = not conv1d_name and any(m in CONV1D_MODULES for m in evidence.factors)
+    return "io" if evidence.square_io and not others else "oi"
+
+
+def _by_biases(checkpoint: Checkpoint) -> Mapping[str, set[Layout]]:
+    """Return the layouts of weights that are not square: a bias has as many elements as outputs."""
+    found: list[tuple[str, Layout | None]] = []
+    for name, ref in checkpoint.tensors.items():
+        bias = checkpoint.tensors.get(f"{name.removesuffix('weight')}bias")
+        if name.endswith(".weight") and bias is not None and len(ref.shape) == 2:
+            rows, columns = ref.shape
+            if rows != columns and bias.shape in ((rows,), (columns,)):
+                found.append((name, "oi" if bias.shape == (rows,) else "io"))
+    return _by_module(found)
+
+
+def _by_module(found: Iterable[tuple[str, Layout | None]]) -> Mapping[str, set[Layout]]:
+    layouts: dict[str, set[Layout]] = defaultdict(set)
+    for name, layout in found:
+        if layout is not None:
+            layouts[_module(name)].add(layout)
+    return layouts
+
+
+def _module(tensor: str) -> str:
+    """Return the name of the module that a weight belongs to."""
+    return tensor.split(".")[-2] if tensor.count(".") else ""

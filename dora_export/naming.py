@@ -119,24 +119,33 @@ def _no_rule(
             f"{trained} Check that this is the base it was trained on."
         )
     patterns = f'adapter "{_pattern(targets[0])}", base "{_nearest_pattern(targets[0], known)}"'
-    return f"{message}: {patterns}.{trained} {_hint(targets[0], known)}"
+    return f"{message}: {patterns}.{trained} {_hint(targets, known)}"
 
 
-def _hint(target: str, known: frozenset[str]) -> str:
-    old, new = _differing_prefixes(target, known)
+def _hint(targets: Sequence[str], known: frozenset[str]) -> str:
+    old, new = _differing_prefixes(targets, known)
     if old is None:
         return "Check that this is the base it was trained on, or pass --map-prefix OLD=NEW."
     return f"If they are the same layers, pass --map-prefix {old}={new}"
 
 
-def _differing_prefixes(target: str, known: frozenset[str]) -> tuple[str | None, str]:
-    """Return what precedes the longest common ending of the target and any tensor name."""
+def _differing_prefixes(targets: Sequence[str], known: frozenset[str]) -> tuple[str | None, str]:
+    """Return what precedes the longest common ending of the first target and any tensor name.
+
+    Of several such names, that whose prefix fits most targets: towers have layers of equal names.
+    """
+    target = targets[0]
     segments = target.split(".")
+
+    def fitting(old: str, new: str) -> int:
+        return sum(new + t.removeprefix(old) in known for t in targets if t.startswith(old))
+
     for kept in range(len(segments) - 1, 2, -1):
-        ending = "." + ".".join(segments[-kept:])
-        found = sorted((n for n in known if n.endswith(ending)), key=lambda n: (len(n), n))
-        if found:
-            return target.removesuffix(ending[1:]), found[0].removesuffix(ending[1:])
+        ending = ".".join(segments[-kept:])
+        old = target.removesuffix(ending)
+        prefixes = [n.removesuffix(ending) for n in known if n.endswith(f".{ending}")]
+        if prefixes:
+            return old, min(prefixes, key=lambda new: (-fitting(old, new), len(new), new))
     return None, ""
 
 

@@ -161,6 +161,7 @@ def plan_merge(base: Checkpoint, adapter: Adapter, settings: Settings) -> Plan:
             are quantised, or layers that should be adapted are not; all of a kind are listed.
     """
     targets = [u.target for u in adapter.updates]
+    tying.refuse_unknown(base, adapter.updates)  # before names are: such heads are never stored
     rule = _rule(base, adapter, settings)
     updates = [_renamed(u, rule) for u in adapter.updates]
     saved = frozenset(rule(t) for t in adapter.saved_embeddings)
@@ -180,12 +181,13 @@ def plan_merge(base: Checkpoint, adapter: Adapter, settings: Settings) -> Plan:
     files = _files(base, by_target, tied, settings)
     _check_ledger(adapter, files, tied)
     index_name = base.index_name or INDEX
+    keeps_index = base.index_name is not None and settings.max_shard_bytes is None
     return Plan(
         base=base,
         adapter=adapter,
         settings=settings,
         files=files,
-        index=_index(base, files) if len(files) > 1 or base.index_name else None,
+        index=_index(base, files) if len(files) > 1 or keeps_index else None,
         index_name=index_name,
         config_edits=_config_edits(base, files, tied, settings),
         rule=rule.what,
@@ -470,8 +472,8 @@ def _config_edits(
         if heads:
             raise PlanError(
                 f"{shown(heads[0].name)}: has {heads[0].shape[0]} rows, but the adapter resizes "
-                f"the vocabulary to {edits['vocab_size']} and brings no copy of it. Save the adapter "
-                "with save_embedding_layers=True."
+                f"the vocabulary to {edits['vocab_size']} and brings no copy of it. Save the "
+                "adapter with save_embedding_layers=True."
             )
     if settings.dtype is not None:
         edits["dtype"] = settings.dtype.torch
@@ -491,7 +493,7 @@ def _check_ledger(adapter: Adapter, files: Sequence[OutputFile], tied: tying.Tyi
 
 def _warnings(base: Checkpoint, adapter: Adapter, files: Sequence[OutputFile]) -> Iterator[str]:
     if adapter.base_name and not _same_model(adapter.base_name, base):
-        said, here = shown(adapter.base_name), shown(base.path.name)
+        said, here = shown(adapter.base_name), shown(base.model_name)
         yield f"the adapter says its base is '{said}', this is '{here}'"
     added = [
         s.name
@@ -508,11 +510,10 @@ def _warnings(base: Checkpoint, adapter: Adapter, files: Sequence[OutputFile]) -
 
 def _same_model(said: str, base: Checkpoint) -> bool:
     """Return whether a model's name, as an adapter gives it, can be this base's."""
-    path = str(base.path.resolve()).lower()
-    named = str(base.config.get("_name_or_path") or path)
-    last = said.rstrip("/").split("/")[-1].lower()
-    in_cache = f"models--{said.replace('/', '--')}".lower() in path
-    return in_cache or last in (path.rsplit("/", 1)[-1], named.rstrip("/").split("/")[-1].lower())
+    names = (base.model_name, str(base.path.resolve()), str(base.config.get("_name_or_path")))
+    return said.rstrip("/").split("/")[-1].lower() in (
+        name.rstrip("/").split("/")[-1].lower() for name in names
+    )
 
 
 def _module_name(tensor: str) -> str:

@@ -26,6 +26,12 @@ from dora_export.update import Update
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
 HEADS = ("lm_head", "embed_out")
 WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+# Architectures with some head over the vocabulary, whatever its name.
+WITH_VOCABULARY = (*WITH_HEAD, "ForMaskedLM", "ForPreTraining", "DoubleHeadsModel")
+# Models of the above whose head is not "lm_head" or "embed_out" (_tied_weights_keys of the class).
+OTHER_HEADS = ("whisper", "moonshine", "moonshine_streaming", "cohere_asr", "canary", "trocr",
+               "biogpt", "git", "modernbert-decoder", "xlnet", "rwkv", "speecht5", "xlm",
+               "flaubert")  # fmt: skip
 # More than two tied tensors, or names of their own: the pair below would be incomplete.
 SHARED_BY_MORE = ("t5", "mt5", "umt5", "bart", "mbart", "pegasus", "longt5", "led", "m2m_100")
 COMPARED_ELEMENTS = 1 << 20
@@ -80,7 +86,7 @@ def resolve(checkpoint: Checkpoint, adapter: Adapter, updates: Sequence[Update],
         PlanError: The ends are tied in a way this tool does not know, or files contradict each
             other on whether they are one.
     """
-    _refuse_shared_by_more(checkpoint, updates)
+    refuse_unknown(checkpoint, updates)
     ends = _tied_ends(checkpoint, [u.target for u in updates])
     if ends is None:
         return Tying(tuple(updates), {})
@@ -137,22 +143,53 @@ def _stored_apart(checkpoint: Checkpoint, ends: _Ends) -> bool:
     if _flag(checkpoint) is None:
         return True
     raise PlanError(
-        f"{shown(ends.embedding)} and {shown(ends.head)} differ in the base, though its config.json "
-        "says tie_word_embeddings: true; the adapter changes them, and loaders disagree on which "
-        "one is the head. Set it to false if both are used, or remove the head if it is not."
+        f"{shown(ends.embedding)} and {shown(ends.head)} differ in the base, though its "
+        "config.json says tie_word_embeddings: true; the adapter changes them, and loaders "
+        "disagree on which one is the head. Set it to false if both are used, or remove the head "
+        "if it is not."
     )
 
 
-def _refuse_shared_by_more(checkpoint: Checkpoint, updates: Sequence[Update]) -> None:
-    model_type = checkpoint.config.get("model_type")
-    if model_type not in SHARED_BY_MORE:
-        return
-    tied = (*EMBEDDINGS, "shared", *(HEADS if _flag(checkpoint) is not False else ()))
-    if targets := [u.target for u in updates if _leaf(u.target) in tied]:
+def refuse_unknown(checkpoint: Checkpoint, updates: Sequence[Update]) -> None:
+    """Refuse updates of embeddings that the model may share with tensors unknown here.
+
+    Args:
+        checkpoint: The base.
+        updates: Updates under the adapter's or the checkpoint's names.
+
+    Raises:
+        PlanError: An update is for such an embedding.
+    """
+    model_type, tied = checkpoint.config.get("model_type"), _flag(checkpoint) is not False
+    embeddings = [u.target for u in updates if _is_token_embedding(checkpoint, u.target)]
+    heads = [u.target for u in updates if tied and _leaf(u.target) in HEADS]
+    if model_type in SHARED_BY_MORE and (embeddings or heads):
         raise PlanError(
-            f"{shown(targets[0])}: the adapter changes embeddings that {shown(model_type)} shares "
-            "between more than two tensors, which is not supported. Merge with PEFT."
+            f"{shown((embeddings or heads)[0])}: the adapter changes embeddings that {model_type} "
+            "shares between more than two tensors, which is not supported. Merge with PEFT."
         )
+    unknown = [t for t in embeddings if _has_other_head(checkpoint, t)]
+    if tied and unknown and _architecture(checkpoint).endswith(WITH_VOCABULARY):
+        raise PlanError(
+            f"{shown(unknown[0])}: the adapter changes an embedding that {shown(model_type)} may "
+            "tie to an output head of another name. If the head is not used, or is stored apart, "
+            "set tie_word_embeddings to false in the base's config.json."
+        )
+
+
+def _is_token_embedding(checkpoint: Checkpoint, target: str) -> bool:
+    leaf, ref = _leaf(target), checkpoint.tensors.get(target)
+    if leaf in HEADS:
+        return False
+    rows = checkpoint.config.get("vocab_size")
+    by_shape = ref is not None and len(ref.shape) == 2 and ref.shape[0] == rows
+    return leaf in EMBEDDINGS or leaf == "shared" or ("embed" in leaf and by_shape)
+
+
+def _has_other_head(checkpoint: Checkpoint, embedding: str) -> bool:
+    encoder = f".{embedding}".endswith(".embeddings.word_embeddings.weight")
+    known = _leaf(embedding) in EMBEDDINGS and not encoder
+    return not known or checkpoint.config.get("model_type") in OTHER_HEADS
 
 
 def _share(
@@ -260,7 +297,7 @@ def _architecture(checkpoint: Checkpoint) -> str:
 
 
 def _head_name(checkpoint: Checkpoint, embedding: str) -> str:
-    if checkpoint.config.get("model_type") == "gpt_neox":
+    if str(checkpoint.config.get("model_type")).startswith("gpt_neox"):
         return "embed_out.weight"
     prefix = "language_model." if embedding.startswith("language_model.model.") else ""
     return f"{prefix}lm_head.weight"

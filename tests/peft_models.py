@@ -143,11 +143,11 @@ def _train(path, module, dtype):
         m.data = (norm * torch.empty_like(norm).uniform_(0.7, 1.3)).reshape(m.shape).to(dtype)
 
 
-def save_base(folder, model, rename=lambda name: name):
+def save_base(folder, model):
     """Save the weights under PEFT's wrappers as a checkpoint folder, with its config if any."""
     folder.mkdir(parents=True)
     state = {
-        rename(name.replace("base_layer.", "")): tensor.detach().contiguous().clone()
+        name.replace("base_layer.", ""): tensor.detach().contiguous().clone()
         for name, tensor in model.state_dict().items()
         if "lora_" not in name
     }
@@ -179,22 +179,30 @@ def merged_weight(made, layer, formula=None, name=None):
     """
     W = base_weight(made, layer, name)
     A, B, m = trained(made, layer)
-    formula = formula or (oracle.dora if m is not None else lambda W, A, B, m, s: oracle.lora(W, A, B, s))
+    formula = formula or (
+        oracle.dora if m is not None else lambda W, A, B, m, s: oracle.lora(W, A, B, s)
+    )
     seen = W.T if layer.transposed else W.reshape(W.shape[0], -1)
     result = formula(seen, A, B, m, layer.scaling)
     return result.T if layer.transposed else result.reshape(W.shape)
 
 
-def forget_prefix(made, prefix):
-    """Store the base as the Hub does: without the name of the inner model."""
+def forget_prefix(made, prefix, drop=()):
+    """Store the base as the Hub does: without the name of the inner model and without repeats."""
     path = made.base / "model.safetensors"
-    save_file({n.removeprefix(prefix): t for n, t in load_file(path).items()}, path)
+    kept = {n: t for n, t in load_file(path).items() if n not in drop}
+    save_file({n.removeprefix(prefix): t for n, t in kept.items()}, path, {"format": "pt"})
+
+
+def edit_json(path, **changes):
+    """Change entries of a JSON object in a file; None takes one away."""
+    content = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
 
 
 def edit_config(folder, **changes):
     """Change settings in an adapter's config."""
-    path = Path(folder) / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    edit_json(Path(folder) / "adapter_config.json", **changes)
 
 
 def rekey(folder, rename):

@@ -1,4 +1,4 @@
-"""Tiny random transformers models with trained PEFT adapters; the reference is the unmerged forward.
+"""Tiny random transformers models with trained PEFT adapters, run unmerged as the reference.
 
 PEFT's own merge is no reference: it changes both ends of a tied pair, or adds an update twice.
 """
@@ -35,7 +35,7 @@ WARNINGS = (
     "ignore:Setting `save_embedding_layers` to `True`",
     "ignore:fan_in_fan_out is set to False",  # PEFT corrects it for Conv1D, and says so
     "ignore:Could not find a config file",  # models made from a config have no path
-    "ignore:You have requested `ensure_weight_tying`",
+    "ignore:Model with `tie_word_embeddings=True`",  # the same, of its merge
     "ignore:.*ensure_weight_tying.*",
     "ignore:Adapter 'default'.*LoRA tensor.*invalid shape",  # of a bias of B, which has one axis
 )

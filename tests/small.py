@@ -114,9 +114,7 @@ def write_pair(folder, *, dtype=torch.bfloat16, dora=True):
     """A base and an adapter that fit each other, as ``folder/base`` and ``folder/adapter``."""
     tensors = base_tensors(dtype=dtype)
     base = write_base(folder / "base", tensors)
-    adapter = write_adapter(
-        folder / "adapter", adapter_tensors(tensors, dora=dora), use_dora=dora
-    )
+    adapter = write_adapter(folder / "adapter", adapter_tensors(tensors, dora=dora), use_dora=dora)
     return base, adapter
 
 

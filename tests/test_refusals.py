@@ -22,6 +22,17 @@ CONFIG = "adapter/adapter_config.json"
 BASE = "base/model.safetensors"
 
 
+BEYOND_A_DRY_RUN = (  # it reads no weight and makes no folder
+    "NaN in the adapter",
+    "inf in the adapter",
+    "NaN in the base",
+    "a result larger than float16 holds",
+    "a row without direction",
+    "an output under a file",
+    "an output name longer than names may be",
+)
+
+
 def merge(at, *options, base="base", adapters=("adapter",), out="out"):
     return ["merge", at / base, *(at / a for a in adapters), "-o", at / out, *options]
 
@@ -62,7 +73,9 @@ def other_model(at):
 
 
 def one_layer_of_another_model(at):
-    edit_adapter(at, lambda ts: {k.replace("layers.1.mlp", "layers.7.mlp"): t for k, t in ts.items()})
+    edit_adapter(
+        at, lambda ts: {k.replace("layers.1.mlp", "layers.7.mlp"): t for k, t in ts.items()}
+    )
 
 
 def other_width(at):
@@ -217,7 +230,9 @@ def as_dtype(dtype):
     def quantised(at):
         small.edit_tensors(
             at / BASE,
-            lambda ts: ts | {f"{Q_PROJ}.weight": ts[f"{Q_PROJ}.weight"].to(torch.float32).to(dtype)},
+            lambda ts: (
+                ts | {f"{Q_PROJ}.weight": ts[f"{Q_PROJ}.weight"].to(torch.float32).to(dtype)}
+            ),
         )
 
     return quantised
@@ -271,7 +286,7 @@ def pickle_of_another_kind(at):
 
 def malicious_pickle(at):
     with (at / "adapter/adapter_model.bin").open("wb") as file:
-        pickle.dump({"x": Payload(at / "pwned")}, file)
+        pickle.dump({"x": Payload(at / "pwned")}, file, protocol=2)
     (at / WEIGHTS).unlink()
     return merge(at, "--allow-pickle")
 
@@ -285,7 +300,7 @@ def malicious_pickle_in_torch_format(at):
     ):
         for name in source.namelist():
             evil = name.endswith("data.pkl")
-            data = pickle.dumps({"x": Payload(at / "pwned")}) if evil else source.read(name)
+            data = pickle.dumps({"x": Payload(at / "pwned")}, 2) if evil else source.read(name)
             target.writestr(name, data)
     (at / BASE).unlink()
     return merge(at, "--allow-pickle")
@@ -438,8 +453,8 @@ CASES = {
     "a pickled adapter": (pickled_adapter, "Pass --allow-pickle"),
     "a pickled base": (pickled_base, "Pass --allow-pickle"),
     "a pickle that is no state dict": (pickle_of_another_kind, "model.state_dict()"),
-    "a malicious pickle": (malicious_pickle, "get it as safetensors"),
-    "a malicious torch file": (malicious_pickle_in_torch_format, "get it as safetensors"),
+    "a malicious pickle": (malicious_pickle, "system.*get it as safetensors"),
+    "a malicious torch file": (malicious_pickle_in_torch_format, "system.*get it as safetensors"),
     "an unknown device": (unknown_device, "Use cpu, cuda or cuda:N"),
     "an unsupported device": (unsupported_device, "Use cpu, cuda or cuda:N"),
     "a GPU that is not there": (cuda, "Use --device cpu"),
@@ -513,8 +528,7 @@ def test_dry_run_refuses_the_same_as_far_as_headers_tell(case, tmp_path):
     command = [*(arrange(tmp_path) or merge(tmp_path)), "--dry-run"]
     before = small.entries(tmp_path)
     result = small.run(*command)
-    reads_weights = ("NaN", "inf in", "larger than", "a row without", "longer than names", "under a")
-    if not any(word in case for word in reads_weights):
+    if case not in BEYOND_A_DRY_RUN:
         check_refusal(result.exit_code, result.stdout, result.stderr, remedy)
     assert small.entries(tmp_path) == before
 
@@ -550,7 +564,7 @@ def test_usage_errors_exit_with_2_and_name_the_choices(words, remedy, tmp_path):
 
 
 def test_force_replaces_an_earlier_output_and_leaves_nothing_beside_it(tmp_path):
-    base, _ = small.write_pair(tmp_path)
+    small.write_pair(tmp_path)
     assert small.run(*merge(tmp_path)).exit_code == 0
     first = small.entries(tmp_path / "out")
     other = small.adapter_tensors(small.base_tensors(), seed=9)
@@ -562,7 +576,7 @@ def test_force_replaces_an_earlier_output_and_leaves_nothing_beside_it(tmp_path)
 
 
 def test_empty_folder_is_accepted_as_output(tmp_path):
-    base, adapter = small.write_pair(tmp_path)
+    small.write_pair(tmp_path)
     (tmp_path / "out").mkdir()
     assert small.run(*merge(tmp_path)).exit_code == 0
     tensors = small.base_tensors()
@@ -576,7 +590,8 @@ def test_pickled_code_is_never_executed(case, allow, tmp_path):
     command = CASES[case][0](tmp_path)
     if not allow:
         command.remove("--allow-pickle")
-    for command_line in (command, ["inspect", tmp_path / "adapter", "--allow-pickle"]):
+    pair = (tmp_path / "adapter", "--base", tmp_path / "base")
+    for command_line in (command, ["inspect", *pair, *["--allow-pickle"] * allow]):
         small.run(*command_line)
         assert not (tmp_path / "pwned").exists()
 
@@ -606,4 +621,3 @@ def test_many_problems_of_one_kind_are_listed_once_and_counted(tmp_path):
     assert result.exit_code == 2
     assert result.stderr.count("unknown tensor") == 12
     assert "... and 8 more" in result.stderr
-

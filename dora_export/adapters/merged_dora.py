@@ -12,6 +12,7 @@ normalises activations, which no weight can reproduce, and is refused.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -52,6 +53,8 @@ def read(path: Path, options: ReadOptions) -> Adapter:
         )
     if options.alpha == 0:
         raise AdapterError(f"{path}: alpha is 0, so A and B would have no effect. Check --alpha.")
+    if not math.isfinite(options.alpha):
+        raise AdapterError(f"--alpha {options.alpha}: expected a finite number.")
     updates = tuple(_update(path, layer, tensors, options) for layer in layers)
     own = {key for update in updates for key in update.source_keys}
     ranks = sorted({u.rank for u in updates if u.rank is not None})
@@ -74,18 +77,24 @@ def read(path: Path, options: ReadOptions) -> Adapter:
 
 def _layers(tensors: Mapping[str, TensorRef]) -> list[str]:
     """Return the layers that have any part of their own; ``X.linear.weight`` alone is no sign."""
-    found = {n.removesuffix(f".{part}") for part in PARTS[1:3] for n in tensors
-             if n.endswith(f".{part}")}  # fmt: skip
-    found |= {n.removesuffix(".m") for n in tensors if n.endswith(".m")
-              and f"{n.removesuffix('.m')}.linear.weight" in tensors}  # fmt: skip
-    return sorted(found)
+    own = [(n, part) for n in tensors for part in ("lora.A", "lora.B", "m")
+           if n == part or n.endswith(f".{part}")]  # fmt: skip
+    found = {(n[: -len(part) - 1], part) for n, part in own}
+    return sorted({layer for layer, part in found
+                   if part != "m" or _key(layer, "linear.weight") in tensors})  # fmt: skip
+
+
+def _key(layer: str, part: str) -> str:
+    """Return a tensor's name; a layer saved alone, ``""``, has no path before its parts."""
+    return f"{layer}.{part}" if layer else part
 
 
 def _problems(layer: str, tensors: Mapping[str, TensorRef]) -> list[str]:
-    missing = [part for part in PARTS if f"{layer}.{part}" not in tensors]
+    named = shown(layer or "the layer")
+    missing = [part for part in PARTS if _key(layer, part) not in tensors]
     if missing:
-        return [f"{shown(layer)}: {', '.join(missing)} missing"]
-    weight, a, b, _ = (tensors[f"{layer}.{part}"] for part in PARTS)
+        return [f"{named}: {', '.join(missing)} missing"]
+    weight, a, b, _ = (tensors[_key(layer, part)] for part in PARTS)
     problems = []
     if len(weight.shape) != 2:
         problems.append(f"{shown(weight.name)}: expected 2 dimensions, got {weight.shape}")
@@ -95,22 +104,22 @@ def _problems(layer: str, tensors: Mapping[str, TensorRef]) -> list[str]:
         or (len(a.shape) != 2 or a.shape[1:] != b.shape[:1])
     ):
         problems.append(
-            f"{shown(layer)}: W {weight.shape} needs A (in, rank) and B (rank, out), "
+            f"{named}: W {weight.shape} needs A (in, rank) and B (rank, out), "
             f"got {a.shape} and {b.shape}"
         )
-    taken = [n for n in ("weight", "bias") if f"{layer}.{n}" in tensors]
+    taken = [n for n in ("weight", "bias") if _key(layer, n) in tensors]
     if taken:
-        problems.append(f"{shown(layer)}: has {taken} beside linear.weight")
+        problems.append(f"{named}: has {taken} beside linear.weight")
     return problems
 
 
 def _update(
     path: Path, layer: str, tensors: Mapping[str, TensorRef], options: ReadOptions
 ) -> Update:
-    weight, a, b, m = (tensors[f"{layer}.{part}"] for part in PARTS)
+    weight, a, b, m = (tensors[_key(layer, part)] for part in PARTS)
     assert options.alpha is not None, "Bug: read() has checked alpha"
     return Update(
-        target=f"{layer}.weight",
+        target=_key(layer, "weight"),
         kind="dora",
         source_keys=(a.name, b.name, m.name),
         down=Operand.plain(a).T,
@@ -159,7 +168,9 @@ def _base(
     path: Path, tensors: Mapping[str, TensorRef], own: set[str], layers: list[str]
 ) -> Checkpoint:
     """Return the base that the file carries, its layers under their plain names."""
-    plain = {f"{layer}.linear.{p}": f"{layer}.{p}" for layer in layers for p in ("weight", "bias")}
+    plain = {
+        _key(layer, f"linear.{p}"): _key(layer, p) for layer in layers for p in ("weight", "bias")
+    }
     kept = tuple(
         replace(ref, name=plain.get(name, name)) for name, ref in tensors.items() if name not in own
     )

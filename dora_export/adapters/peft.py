@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from dora_export.adapters import peft_config
 from dora_export.adapters.model import Adapter, ReadOptions
@@ -23,7 +24,6 @@ from dora_export.update import Kind, Update
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-PREFIX = "base_model.model."
 # Segments that wrappers of the training loop leave in names.
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 EMBEDDING_LEAVES = frozenset(
@@ -34,7 +34,7 @@ TRAINING_ONLY = ("lora_velora_embed", "lora_monteclora_sampler")
 
 # Part of a layer -> how its key ends. The adapter's name may stand before the last ".weight".
 LAYER_PARTS = {
-    part: re.compile(rf"(?P<module>.+)\.{pattern}")
+    part: re.compile(rf"(?P<module>.+?)\.{pattern}")
     for part, pattern in {
         "A": r"lora_A(\.(?P<name>[^.]+))?\.weight",
         "B": r"lora_B(\.(?P<name>[^.]+))?\.weight",
@@ -42,7 +42,7 @@ LAYER_PARTS = {
         "embedding_A": r"lora_embedding_A(\.(?P<name>[^.]+))?",
         "embedding_B": r"lora_embedding_B(\.(?P<name>[^.]+))?",
         "m": r"lora_magnitude_vector(\.(?P<name>(?!weight$)[^.]+))?(\.weight)?",
-        "base.weight": r"base_layer\.(?P<name>)weight",
+        "base.weight": r"(token_adapter\.)?base_layer\.(?P<name>)weight",
         "base.bias": r"base_layer\.(?P<name>)bias",
         "tokens": r"token_adapter\.trainable_tokens_delta(\.(?P<name>[^.]+))?",
     }.items()
@@ -110,8 +110,7 @@ def read(path: Path, options: ReadOptions) -> Adapter:
         base_name=config.base_name,
         ensure_weight_tying=config.ensure_weight_tying,
         saved_embeddings=_saved_embeddings(sorted_, config),
-        whole_families=isinstance(raw.get("target_modules"), list)
-        and not any(raw.get(k) for k in ("exclude_modules", "layers_to_transform")),
+        whole_families=_means_all_layers(raw),
         square_io=config.fan_in_fan_out,
         facts=_facts(config, updates),
     )
@@ -124,6 +123,18 @@ def _config_path(path: Path) -> Path | None:
     if "fine_tune_type" in read_json(folder / CONFIG):
         return None  # MLX's folders use the same file name
     return folder / CONFIG
+
+
+def _means_all_layers(raw: Mapping[str, Any]) -> bool:
+    """Return whether the config names layers by what they are, not by their numbers."""
+    targets = raw.get("target_modules")
+    if (
+        not isinstance(targets, list)
+        or raw.get("exclude_modules")
+        or raw.get("layers_to_transform")
+    ):
+        return False
+    return not any(part.isdigit() for target in targets for part in str(target).split("."))
 
 
 def _refuse_options(config_path: Path, options: ReadOptions) -> None:
@@ -158,6 +169,9 @@ def _sort_one(key: str, ref: TensorRef, config: PeftConfig, found: _Sorted) -> N
     if any(f".{part}" in name for part in TRAINING_ONLY):
         found.ignored[key] = "used in training only"
         return
+    if ".original_module." in f".{name}":
+        found.ignored[key] = "the base's own copy beside a module saved whole"
+        return
     for part, pattern in LAYER_PARTS.items():
         if match := pattern.fullmatch(name):
             if match["name"]:
@@ -168,18 +182,30 @@ def _sort_one(key: str, ref: TensorRef, config: PeftConfig, found: _Sorted) -> N
                                       "are the same part of one layer")  # fmt: skip
             layer.parts[part] = ref
             return
-    if match := SAVED_MODULE.fullmatch(name):
-        found.whole[f"{match['module']}.{match['leaf']}"] = ref
-    elif _may_be_whole(name, config):
-        found.whole[name] = ref
-    else:
+    match = SAVED_MODULE.fullmatch(name)
+    target = f"{match['module']}.{match['leaf']}" if match else name
+    if match is None and not _may_be_whole(name, config):
         found.problems.append(f"unknown tensor '{shown(key)}'")
+    elif (twin := found.whole.setdefault(target, ref)) is ref:
+        return
+    elif (twin.dtype, twin.shape) == (ref.dtype, ref.shape) and (twin.raw() == ref.raw()).all():
+        found.ignored[key] = f"repeats '{twin.name}'"  # bias="all" stores a saved module's twice
+    else:
+        found.problems.append(f"'{shown(key)}' and '{shown(twin.name)}' are two copies of one "
+                              "tensor and differ")  # fmt: skip
 
 
 def _plain_name(key: str) -> str:
     """Return the module path and parameter in the model that PEFT wrapped."""
-    segments = [s for s in key.removeprefix(PREFIX).split(".") if s not in WRAPPERS]
-    return ".".join(segments[1:] if segments[0] == "module" else segments)
+    segments = _unwrapped([s for s in key.split(".") if s not in WRAPPERS])
+    if segments[:2] == ["base_model", "model"]:
+        segments = _unwrapped(segments[2:])
+    return ".".join(segments)
+
+
+def _unwrapped(segments: list[str]) -> list[str]:
+    """Return a path without DistributedDataParallel's leading "module"."""
+    return segments[1:] if segments[:1] == ["module"] else segments
 
 
 def _may_be_whole(name: str, config: PeftConfig) -> bool:
@@ -193,7 +219,9 @@ def _may_be_whole(name: str, config: PeftConfig) -> bool:
 
 
 def _is_saved_module(module: str, config: PeftConfig) -> bool:
-    return any(f".{saved}." in f".{module}." for saved in config.saved_modules)
+    """Return whether PEFT saved a module, or one that holds it: by the end of its path."""
+    parents = [module, *(module[: m.start()] for m in re.finditer(r"\.", module))]
+    return any(parent.endswith(saved) for parent in parents for saved in config.saved_modules)
 
 
 def _saved_embeddings(found: _Sorted, config: PeftConfig) -> frozenset[str]:

@@ -145,7 +145,7 @@ def _check_method(path: Path, raw: Mapping[str, Any]) -> None:
     method = raw.get("peft_type", "LORA" if "r" in raw and "lora_alpha" in raw else None)
     if method == "LORA":
         return
-    if method in OTHER_METHODS:
+    if isinstance(method, str) and method in OTHER_METHODS:
         raise AdapterError(
             f"{path}: peft_type {method} is not supported; LORA (with or without use_dora) is. "
             "Merge it with PEFT's own merge_and_unload()."
@@ -179,18 +179,15 @@ def _refusals(raw: Mapping[str, Any]) -> list[str]:
 
 def _type_problems(raw: Mapping[str, Any]) -> list[str]:
     problems = []
-    if not _is_rank(raw.get("r")):
-        problems.append(f"r: expected a positive integer, got {shown(raw.get('r'))}")
-    if not _is_alpha(raw.get("lora_alpha")):
-        problems.append(_alpha_problem("lora_alpha", raw.get("lora_alpha")))
-    for name, valid in (("rank_pattern", _is_rank), ("alpha_pattern", _is_alpha)):
+    problems += _rank_problems("r", raw.get("r"))
+    problems += _alpha_problems("lora_alpha", raw.get("lora_alpha"))
+    for name, check in (("rank_pattern", _rank_problems), ("alpha_pattern", _alpha_problems)):
         pattern = raw.get(name) or {}
         if not isinstance(pattern, dict):
             problems.append(f"{name}: expected a map, got {shown(pattern)}")
             continue
         for key, value in pattern.items():
-            if not valid(value):
-                problems.append(_alpha_problem(f"{name}[{shown(key)}]", value))
+            problems += check(f"{name}[{shown(key)}]", value)
             try:
                 re.compile(key)
             except re.error as error:
@@ -209,18 +206,18 @@ def _type_problems(raw: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _is_rank(value: object) -> bool:
-    return type(value) is int and value > 0
+def _rank_problems(name: str, value: object) -> list[str]:
+    if type(value) is int and value > 0:
+        return []
+    return [f"{name}: expected a positive integer, got {shown(value)}"]
 
 
-def _is_alpha(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and value != 0  # type: ignore[arg-type]
-
-
-def _alpha_problem(name: str, value: object) -> str:
+def _alpha_problems(name: str, value: object) -> list[str]:
+    if type(value) not in (int, float) or not math.isfinite(value):  # type: ignore[arg-type]
+        return [f"{name}: expected a finite number other than 0, got {shown(value)}"]
     if value == 0:
-        return f"{name}: 0, so the adapter would have no effect. Check how it was saved"
-    return f"{name}: expected a finite number other than 0, got {shown(value)}"
+        return [f"{name}: 0, so the adapter would have no effect. Check how it was saved"]
+    return []
 
 
 def _token_indices(value: Any) -> dict[str | None, tuple[int, ...]]:

@@ -45,9 +45,7 @@ def _snapshot(name: str, what: str) -> Path:
         cached = _cached(repo, revision or None)
         if cached is not None and (constants.HF_HUB_OFFLINE or _is_whole(cached)):
             return cached
-        return Path(
-            snapshot_download(repo, revision=revision or None, ignore_patterns=NOT_NEEDED)
-        )
+        return Path(snapshot_download(repo, revision=revision or None, ignore_patterns=NOT_NEEDED))
     except HFValidationError as error:
         raise InputError(
             f"{shown(name)}: no such file or folder. Check the path of the {what}."
@@ -61,7 +59,8 @@ def _snapshot(name: str, what: str) -> Path:
             ) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"{name}: no such folder here, and the hub did not give it: {shown(reason, 200)} "
+            f"{name}: no such folder here, and the hub did not give it: "
+            f"{shown(reason.rstrip('.'), 200)}. "
             f"Check the path of the {what}, the network, or your access to the model."
         ) from error
 

@@ -53,6 +53,14 @@ class Checkpoint:
     index_metadata: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def model_name(self) -> str:
+        """The model's name: org/name in the Hugging Face cache, else that of the folder or file."""
+        for part in self.path.absolute().parts:
+            if part.startswith("models--"):
+                return part.removeprefix("models--").replace("--", "/")
+        return self.path.absolute().name
+
     @cached_property
     def tensors(self) -> dict[str, TensorRef]:
         """All tensors by name."""

@@ -50,8 +50,13 @@ def _bar(what: str) -> Iterator[Progress]:
     )
     bar = RichProgress(*columns, console=Console(stderr=True), transient=True)
     task = bar.add_task(what, total=None)
+
+    def show(done: int, total: int) -> None:
+        phase = what if done < total else "checking and publishing"
+        bar.update(task, description=phase, completed=done, total=total)
+
     with bar:
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        yield show
 
 
 def _lines(what: str) -> Progress:
@@ -81,7 +86,7 @@ def merge_summary(report: MergeReport, output: Path) -> str:
     counts = report.tensors
     kind = f"{report.adapter_format}, magnitude {report.magnitude}"
     kind = kind if report.method == "DoRA" else report.adapter_format
-    head = f"{done} {counts.get('merged', 0)} {report.method} tensors ({kind})"
+    head = f"{done} {_count(counts.get('merged', 0), f'{report.method} tensor')} ({kind})"
     rest = [f"{counts[s]} {s}" for s in ("replaced", "added", "cast", "unchanged") if s in counts]
     ignored = f", {len(report.ignored)} ignored" if report.ignored else ""
     lines = [
@@ -90,8 +95,8 @@ def merge_summary(report: MergeReport, output: Path) -> str:
         f" · base tensors {', '.join(rest) or 'all merged'} · names {report.names}",
         f"  {report.dtypes[0]} -> {report.dtypes[1]}, math {report.precision} or better"
         f" · {_verified(report)}",
-        f"  {size(report.output_bytes)} in {len(report.files)} weight file"
-        f"{'s' if len(report.files) > 1 else ''} and {len(report.side_files)} side files"
+        f"  {size(report.output_bytes)} in {_count(len(report.files), 'weight file')}"
+        f" and {_count(len(report.side_files), 'side file')}"
         f" · {_memory(report)} · {report.seconds:.1f} s",
     ]
     lines += [f"  {note}" for note in report.notes]
@@ -101,6 +106,10 @@ def merge_summary(report: MergeReport, output: Path) -> str:
         else f"-> {output}/   manifest {output / 'dora_export.json'}"
     )
     return "\n".join(lines)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
 def _verified(report: MergeReport) -> str:

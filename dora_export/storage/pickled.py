@@ -7,6 +7,7 @@ strangers. Source: torch/_weights_only_unpickler.py.
 
 from __future__ import annotations
 
+import re
 import warnings
 import zipfile
 from pathlib import Path
@@ -52,6 +53,8 @@ def read_pickled(path: Path, *, allow_pickle: bool) -> dict[str, TensorRef]:
 def _reason(error: Exception) -> str:
     """Return what the unpickler met, without torch's advice to load it unrestricted."""
     text = str(error).strip() or repr(error)
+    if wanted := re.search(r"GLOBAL (\S+)", text):
+        return f"it asks for {shown(wanted[1])}, which is no tensor"
     _, said, detail = text.partition("WeightsUnpickler error: ")
     return shown((detail if said else text).strip().splitlines()[0].rstrip("."), 120)
 

@@ -64,8 +64,11 @@ def read_header(path: Path) -> Header:
         raise InputError(f"{path}: cannot be read: {error.strerror}. Check the path.") from error
     entries = _parse(path, text)
     metadata = entries.pop("__metadata__", {})
-    words = [*metadata, *metadata.values()] if isinstance(metadata, dict) else [None]
-    if not all(isinstance(w, str) for w in words) or not is_text(words):
+    if (
+        not isinstance(metadata, dict)
+        or not all(isinstance(v, str) for v in metadata.values())
+        or not is_text([*metadata, *metadata.values()])
+    ):
         raise InputError(f"{path}: __metadata__ is not a map of strings. The file is malformed.")
     start = 8 + length
     refs = [_tensor(path, name, entry, start, size) for name, entry in entries.items()]

@@ -46,7 +46,7 @@ def manifest(plan: Plan, resources: Resources, side_files: tuple[SideFile, ...])
         "schema": SCHEMA,
         "tool": {"name": "dora-export", "version": __version__},
         "base": {
-            "path": plan.base.path.name,
+            "path": plan.base.model_name,
             "files": [_weight_file(f) for f in _sources(plan)],
         },
         "adapter": {
@@ -87,7 +87,7 @@ def as_json(content: dict[str, Any]) -> bytes:
 
 def model_card(plan: Plan) -> bytes:
     """Return a model card stub that keeps the base's licence and says how the model was made."""
-    base, adapter = plan.base.path.name, plan.adapter.path.name
+    base, adapter = plan.base.model_name, plan.adapter.path.name
     front = [f"license: {licence(plan)}"] if licence(plan) else []
     front += [f"base_model: {plan.adapter.base_name}"] if plan.adapter.base_name else []
     merged = sum(step.status == "merged" for step in plan.steps)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from dora_export.checkpoints.folder import read_json
 from dora_export.plan import Plan
 from dora_export.writers.config import edited
 from dora_export.writers.files import write_small
@@ -32,6 +33,7 @@ TOKENIZER = frozenset(
 # Any of these says that the adapter brings a whole tokenizer, not just a template.
 WHOLE_TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
                    "sentencepiece.bpe.model", "tekken.json")  # fmt: skip
+TEMPLATES = "additional_chat_templates"
 MAX_SIDE_FILE_BYTES = 256 << 20
 BIN_TOKENIZERS = ("sentencepiece.bpe.model",)
 
@@ -67,9 +69,9 @@ def collect(plan: Plan) -> tuple[SideFile, ...]:
     adapter = _adapter_tokenizer(plan.adapter.folder) if plan.adapter.folder else {}
     if any(name in WHOLE_TOKENIZER for name in adapter):
         # One tokenizer, not a mix: the base's leave where the adapter has its own.
-        template = {n for n in found if n.startswith("chat_template")}
-        keep = template if not any(n.startswith("chat_template") for n in adapter) else set()
-        found = {n: f for n, f in found.items() if n not in TOKENIZER or n in keep}
+        found = {n: f for n, f in found.items() if n not in TOKENIZER or _is_template(n)}
+    if any(_is_template(n) for n in adapter) or _holds_template(adapter):
+        found = {n: f for n, f in found.items() if not _is_template(n)}
     found |= {name: SideFile(name, path, "adapter") for name, path in adapter.items()}
     return tuple(found[name] for name in sorted(found))
 
@@ -108,8 +110,15 @@ def _belongs(name: str, path: Path, folder: Path) -> bool:
     if not path.is_file() or name.endswith(".index.json"):
         return False
     if path.suffix in WEIGHT_SUFFIXES and leaf not in BIN_TOKENIZERS:
-        return name.rpartition("/")[0] in _modules(folder) and path.suffix == ".safetensors"
+        return name.rpartition("/")[0] in _modules(folder) and _is_module_weight(path)
     return path.stat().st_size <= MAX_SIDE_FILE_BYTES
+
+
+def _is_module_weight(path: Path) -> bool:
+    """Return whether a module of sentence-transformers loads this file: safetensors, else .bin."""
+    if path.name == "pytorch_model.bin":
+        return not path.with_name("model.safetensors").is_file()
+    return path.suffix == ".safetensors"
 
 
 def _modules(folder: Path) -> set[str]:
@@ -125,9 +134,24 @@ def _modules(folder: Path) -> set[str]:
 
 
 def _adapter_tokenizer(folder: Path) -> dict[str, Path]:
-    names = [n for n in sorted(TOKENIZER) if (folder / n).is_file()]
-    # A chat template alone is taken; a tokenizer_config.json alone belongs to no tokenizer here.
-    return {n: folder / n for n in names}
+    """Return a whole tokenizer with its templates, or the templates alone.
+
+    A tokenizer_config.json without a vocabulary belongs to a tokenizer that is not here.
+    """
+    names = [n for n in TOKENIZER if (folder / n).is_file()]
+    names += [f"{TEMPLATES}/{p.name}" for p in folder.glob(f"{TEMPLATES}/*.jinja") if p.is_file()]
+    whole = any(n in WHOLE_TOKENIZER for n in names)
+    return {n: folder / n for n in sorted(names) if whole or _is_template(n)}
+
+
+def _is_template(name: str) -> bool:
+    return name.startswith(("chat_template.", f"{TEMPLATES}/"))
+
+
+def _holds_template(adapter: Mapping[str, Path]) -> bool:
+    """Return whether the adapter's tokenizer_config.json holds a template, as it used to."""
+    path = adapter.get("tokenizer_config.json")
+    return path is not None and bool(read_json(path).get("chat_template"))
 
 
 def licence(plan: Plan) -> str | None:

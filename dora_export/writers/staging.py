@@ -32,7 +32,7 @@ def staged(target: Path, *, force: bool = False) -> Iterator[Path]:
     """
     check_target(target, force=force)
     partial = target.with_name(f".{target.name}.dora_export-partial")
-    made = [folder for folder in target.parents if not folder.exists()]
+    made = [parent for parent in target.parents if not parent.exists()]
     lock = _claim(partial)
     try:
         _empty(partial)
@@ -43,8 +43,8 @@ def staged(target: Path, *, force: bool = False) -> Iterator[Path]:
     except BaseException:  # Ctrl-C too: half a model must never look like a whole one
         shutil.rmtree(partial, ignore_errors=True)
         with suppress(OSError):  # someone else's by now
-            for folder in made:
-                folder.rmdir()
+            for parent in made:
+                parent.rmdir()
         raise
     finally:
         if lock is not None:
