@@ -552,7 +552,10 @@ class _Worker:
         if stored.any():
             if not region.changes and np.array_equal(stored, bad):
                 return  # the base's own inf or NaN, kept in another dtype
-            cause = "the base has inf or NaN there; the adapter cannot have been trained on it"
+            cause = (
+                "the base has inf or NaN there, so the adapter cannot have been trained on it. "
+                "Download the base again"
+            )
         else:
             cause = (
                 f"the result is larger than {step.dtype.name} holds ({step.dtype.largest:g}). "

@@ -124,7 +124,7 @@ def _no_rule(
 
 def _hint(targets: Sequence[str], known: frozenset[str]) -> str:
     old, new = _differing_prefixes(targets, known)
-    if old is None:
+    if old is None or old == new:
         return "Check that this is the base it was trained on, or pass --map-prefix OLD=NEW."
     return f"If they are the same layers, pass --map-prefix {old}={new}"
 

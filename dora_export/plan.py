@@ -492,6 +492,7 @@ def _check_ledger(adapter: Adapter, files: Sequence[OutputFile], tied: tying.Tyi
 
 
 def _warnings(base: Checkpoint, adapter: Adapter, files: Sequence[OutputFile]) -> Iterator[str]:
+    yield from adapter.doubts
     if adapter.base_name and not _same_model(adapter.base_name, base):
         said, here = shown(adapter.base_name), shown(base.model_name)
         yield f"the adapter says its base is '{said}', this is '{here}'"

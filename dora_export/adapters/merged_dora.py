@@ -65,6 +65,7 @@ def read(path: Path, options: ReadOptions) -> Adapter:
         tensors={name: tensors[name] for name in own},
         updates=updates,
         own_base=_base(path, tensors, own, layers),
+        doubts=_doubts(layers, tensors, options),
         facts={
             "method": "DoRA",
             "rank": ranks,
@@ -72,6 +73,19 @@ def read(path: Path, options: ReadOptions) -> Adapter:
             "scaling": [options.alpha],
             "magnitude": f"one per {'output' if updates[0].axis == 'out' else 'input'}",
         },
+    )
+
+
+def _doubts(
+    layers: list[str], tensors: Mapping[str, TensorRef], options: ReadOptions
+) -> tuple[str, ...]:
+    """Return a warning where no layer's shape tells this class from its sibling."""
+    shapes = [tensors[_key(layer, "linear.weight")].shape for layer in layers]
+    if options.axis is not None or any(out != inputs for out, inputs in shapes):
+        return ()
+    return (
+        "all layers are square, so m of (1, n) is taken as LinearWithDoRAMerged's, one per input; "
+        "LinearWithDoRA, which cannot be merged, stores the same shapes (--axis in confirms)",
     )
 
 

@@ -96,7 +96,10 @@ def read(path: Path, options: ReadOptions) -> Adapter:
     updates += [_replacement(target, ref) for target, ref in sorted_.whole.items()]
     _check_magnitudes(config, sorted_)
     if sorted_.problems:
-        raise AdapterError(f"{weights}: does not add up:{listing(sorted(sorted_.problems))}")
+        raise AdapterError(
+            f"{weights}: does not add up:{listing(sorted(sorted_.problems))}\n"
+            f"Check that the folder holds one whole adapter with the {CONFIG} of its training."
+        )
     if not updates:
         raise AdapterError(f"{weights}: holds no LoRA tensors. Check how the adapter was saved.")
     return Adapter(

@@ -156,7 +156,8 @@ def _check_method(path: Path, raw: Mapping[str, Any]) -> None:
 def _refusals(raw: Mapping[str, Any]) -> list[str]:
     problems = [f"{field}: {why}" for field, why in REFUSED.items() if raw.get(field)]
     problems += [
-        f"{shown(field)}: unknown field, set to {shown(value, 40)}; it may change the weights"
+        f"{shown(field)}: unknown field, set to {shown(value, 40)}; it may change the weights. "
+        "Set it to null if you know that it does not"
         for field, value in raw.items()
         if value and field not in NO_EFFECT | APPLIED | REFUSED.keys()
     ]

@@ -14,7 +14,7 @@ import numpy as np
 from dora_export._version import __version__
 from dora_export.checkpoints.folder import read_json
 from dora_export.engine import Resources
-from dora_export.errors import PlanError
+from dora_export.errors import PlanError, shown
 from dora_export.plan import Plan
 from dora_export.tensors import FileRange
 from dora_export.writers.side_files import SideFile, licence
@@ -32,7 +32,8 @@ def refuse_merged_base(folder: Path | None, *, allow: bool) -> None:
     """
     if folder is None or allow or not (folder / MANIFEST).is_file():
         return
-    adapter = read_json(folder / MANIFEST).get("adapter", {}).get("path", "an adapter")
+    said = read_json(folder / MANIFEST).get("adapter")
+    adapter = shown(said.get("path", "an adapter") if isinstance(said, dict) else "an adapter")
     raise PlanError(
         f"{folder}: has {adapter} merged into it already ({MANIFEST}). Merge into the original "
         "base, or pass --allow-merged-base if this adapter was trained on the merged model."

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dora_export.checkpoints.folder import read_json
+from dora_export.errors import InputError
 from dora_export.plan import Plan
 from dora_export.writers.config import edited
 from dora_export.writers.files import write_small
@@ -81,7 +82,12 @@ def write(plan: Plan, files: tuple[SideFile, ...], folder: Path) -> None:
     for file in files:
         target = folder / file.name
         target.parent.mkdir(parents=True, exist_ok=True)
-        data = file.source.read_bytes()
+        try:
+            data = file.source.read_bytes()
+        except OSError as error:
+            raise InputError(
+                f"{file.source}: cannot be read: {error.strerror}. Check the file."
+            ) from error
         if file.name == "config.json" and plan.config_edits:
             data = edited(data.decode("utf-8"), plan.config_edits).encode("utf-8")
         write_small(target, data)
@@ -130,7 +136,10 @@ def _modules(folder: Path) -> set[str]:
         modules = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         return set()
-    return {m["path"] for m in modules if isinstance(m, dict) and m.get("path")}
+    paths = (
+        [m.get("path") for m in modules if isinstance(m, dict)] if isinstance(modules, list) else []
+    )
+    return {path for path in paths if isinstance(path, str) and path}
 
 
 def _adapter_tokenizer(folder: Path) -> dict[str, Path]:
