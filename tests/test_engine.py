@@ -147,24 +147,28 @@ CHILD = """
 import json, sys
 from dora_export import api
 before = api.peak_rss()
-report = api.merge(sys.argv[1] + "/base", sys.argv[1] + "/adapter", sys.argv[2], threads=2)
+report = api.merge(
+    sys.argv[1] + "/base", sys.argv[1] + "/adapter", sys.argv[2], threads=2, verify=sys.argv[3]
+)
 print(json.dumps([before, report.peak_rss_bytes, report.memory_bytes]))
 """
 
 
-def measured(folder, out):
-    run = subprocess.run(
-        [sys.executable, "-c", CHILD, str(folder), str(out)], check=True, capture_output=True
-    )
+def measured(folder, out, verify):
+    command = [sys.executable, "-c", CHILD, str(folder), str(out), verify]
+    run = subprocess.run(command, check=True, capture_output=True)
     return json.loads(run.stdout)
 
 
-def test_peak_memory_stays_under_the_printed_bound_and_does_not_grow_with_the_model(tmp_path):
+@pytest.mark.parametrize("verify", ["none", "fast", "full"])
+def test_peak_memory_stays_under_the_printed_bound_and_does_not_grow_with_the_model(
+    tmp_path, verify
+):
     peaks = []
     for layers in (2, 14):
         folder = tmp_path / str(layers)
         write_case(folder, layers=layers, out=3000, inputs=1024)
-        before, peak, bound = measured(folder, folder / "out")
+        before, peak, bound = measured(folder, folder / "out", verify)
         # Lazily imported modules come on top of buffers: a few MB, measured at 9.
         assert peak - before <= bound + (16 << 20)
         peaks.append(peak)

@@ -29,7 +29,7 @@ Floats = NDArray[np.float64]
 SAMPLES = 2  # rows or columns per changed tensor at level "fast"
 END_BYTES = 4096  # compared at both ends of an untouched tensor at level "fast"
 SCAN_BYTES = 4 << 20
-FULL_ELEMENTS = 1 << 20  # float64 elements of one row block at level "full"
+FULL_ELEMENTS = 1 << 18  # float64 elements of one row block at level "full"
 # Stored type -> bits of fraction, exponent of the smallest step.
 STEPS = {"F64": (52, -1074), "F32": (23, -149), "F16": (10, -24), "BF16": (7, -133)}
 
