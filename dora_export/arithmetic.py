@@ -51,8 +51,8 @@ class Arithmetic(Protocol):
     def narrow(self, values: Array, dtype: DType, raw: NDArray[Any], work: Array) -> None:
         """Round ``values`` once to ``dtype`` into host memory; ``values`` and ``work`` are lost."""
 
-    def product(self, left: Array, right: Array, out: Array) -> None:
-        """Put ``left @ right`` into ``out``."""
+    def add_product(self, values: Array, left: Array, right: Array, work: Array) -> None:
+        """Add ``left @ right`` to ``values``; ``work`` is lost."""
 
     def row_squares(self, values: Array) -> Array:
         """Return each row's sum of squares, float64, shape ``(rows,)``."""
@@ -75,19 +75,13 @@ class NumpyArithmetic:
         self.precision = precision
 
     def empty(self, size: int) -> Array:  # noqa: D102 - as in the Protocol
-        # BLAS kernels choose their path by alignment; 64 bytes make every buffer alike.
-        spare = 64 // np.dtype(self.precision).itemsize
-        buffer = np.empty(size + spare, self.precision)
-        first = (-buffer.ctypes.data % 64) // buffer.itemsize
-        return buffer[first : first + size]
+        return _aligned(size, np.dtype(self.precision))
 
     def host_buffer(self, nbytes: int) -> NDArray[np.uint8]:  # noqa: D102
         return np.empty(nbytes, np.uint8)
 
     def put(self, host: NDArray[Any]) -> Array:  # noqa: D102
-        if host.dtype != self.precision:  # magnitudes stay float64
-            return host
-        out = self.empty(host.size).reshape(host.shape)
+        out = _aligned(host.size, host.dtype).reshape(host.shape)
         np.copyto(out, host)
         return out
 
@@ -104,14 +98,17 @@ class NumpyArithmetic:
     def narrow(self, values: Array, dtype: DType, raw: NDArray[Any], work: Array) -> None:  # noqa: D102
         cast.narrow(values, dtype, raw, work)
 
-    def product(self, left: Array, right: Array, out: Array) -> None:  # noqa: D102
+    def add_product(  # noqa: D102
+        self, values: Array, left: Array, right: Array, work: Array
+    ) -> None:
         rows, rank = left.shape
         whole = rows - rows % BATCH_ROWS if right.nbytes <= BATCH_BYTES else 0
         if whole:
             batches = left[:whole].reshape(-1, BATCH_ROWS, rank)
-            np.matmul(batches, right, out=out[:whole].reshape(-1, BATCH_ROWS, right.shape[1]))
+            np.matmul(batches, right, out=work[:whole].reshape(-1, BATCH_ROWS, right.shape[1]))
         if whole < rows:
-            np.matmul(left[whole:], right, out=out[whole:])
+            np.matmul(left[whole:], right, out=work[whole:])
+        np.add(values, work, out=values)
 
     def row_squares(self, values: Array) -> Array:  # noqa: D102
         rows, columns = values.shape
@@ -133,3 +130,11 @@ class NumpyArithmetic:
     def column_squares(self, values: Array, work: Array) -> Array:  # noqa: D102
         np.multiply(values, values, out=work)
         return work.sum(axis=0, dtype=np.float64)
+
+
+def _aligned(size: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return an array at a multiple of 64 bytes: BLAS may choose its path by alignment."""
+    spare = 64 // dtype.itemsize
+    buffer = np.empty(size + spare, dtype)
+    first = (-buffer.ctypes.data % 64) // dtype.itemsize
+    return buffer[first : first + size]

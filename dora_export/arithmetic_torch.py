@@ -94,10 +94,10 @@ class TorchArithmetic:
         if self.stream is not None:
             self.stream.synchronize()
 
-    def product(  # noqa: D102
-        self, left: torch.Tensor, right: torch.Tensor, out: torch.Tensor
+    def add_product(  # noqa: D102
+        self, values: torch.Tensor, left: torch.Tensor, right: torch.Tensor, work: torch.Tensor
     ) -> None:
-        torch.matmul(left, right, out=out)
+        values.addmm_(left, right)
 
     def row_squares(self, values: torch.Tensor) -> torch.Tensor:  # noqa: D102
         norms: torch.Tensor = torch.linalg.vector_norm(values, dim=1, dtype=torch.float64)

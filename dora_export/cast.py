@@ -29,14 +29,10 @@ def widen(raw: Array, dtype: DType, out: Array) -> None:
         bits = out.view(np.uint32)
         np.copyto(bits, raw)
         np.left_shift(bits, 16, out=bits)
-    elif dtype is BF16:
-        bits = raw.astype(np.uint32)
-        np.left_shift(bits, 16, out=bits)
-        _convert(bits.view(np.float32), out)
-    elif dtype is F16 and out.dtype == np.float32:
-        np.take(_float16_values(), raw, out=out, mode="clip")
+    elif dtype.itemsize == 2:
+        np.take(_values_of_patterns(dtype, out.dtype), raw, out=out, mode="clip")
     else:
-        _convert(raw.view({F16: np.float16, F32: np.float32, F64: np.float64}[dtype]), out)
+        _convert(raw.view(np.float32 if dtype is F32 else np.float64), out)
 
 
 def _convert(values: Array, out: Array) -> None:
@@ -71,8 +67,7 @@ def narrow(values: Array, dtype: DType, raw: Array, work: Array) -> None:
         elif values.dtype == np.float64 and dtype is F16:
             np.copyto(raw.view(np.float16), values, casting="same_kind")
         elif values.dtype == np.float64:
-            single = _odd_float32(values)
-            _float32_to_bfloat16(single, raw, np.empty_like(single))
+            _float64_to_bfloat16(values, raw, work)
         elif dtype is BF16:
             _float32_to_bfloat16(values, raw, work)
         else:
@@ -106,6 +101,30 @@ def _float32_to_bfloat16(values: Array, raw: Array, work: Array) -> None:
     np.add(bits, odd, out=bits)
     np.right_shift(bits, 16, out=bits)
     np.copyto(raw, bits, casting="unsafe")
+
+
+def _float64_to_bfloat16(values: Array, raw: Array, work: Array) -> None:
+    bits, odd = values.view(np.int64), work.view(np.int64)
+    sign = np.right_shift(bits, 48, out=odd).astype(np.uint16)
+    np.bitwise_and(sign, 0x8000, out=sign)
+    np.bitwise_and(bits, (1 << 63) - 1, out=bits)
+    # bfloat16's own subnormals, below 2**-126, are few: they go by way of float32.
+    tiny = np.nonzero((bits < (1023 - 126) << 52) & (bits != 0))
+    singles = _odd_float32(values[tiny])
+    # As from float32, with 45 bits dropped and the exponent moved from 1023 to 127.
+    np.right_shift(bits, 45, out=odd)
+    np.bitwise_and(odd, 1, out=odd)
+    np.add(odd, (1 << 44) - 1, out=odd)
+    np.add(bits, odd, out=bits)
+    np.right_shift(bits, 45, out=bits)
+    np.subtract(bits, (1023 - 127) << 7, out=bits)
+    np.clip(bits, 0, 0x7F80, out=bits)
+    np.copyto(raw, bits, casting="unsafe")
+    if singles.size:
+        rounded = np.empty(singles.shape, np.uint16)
+        _float32_to_bfloat16(singles, rounded, np.empty_like(singles))
+        raw[tiny] = rounded
+    np.bitwise_or(raw, sign, out=raw)
 
 
 def _float32_to_float16(values: Array, raw: Array, work: Array) -> None:
@@ -146,6 +165,13 @@ def _odd_float32(values: Array) -> Array:
 
 
 @cache
-def _float16_values() -> Array:
-    """Return the float32 value of each of the 65,536 float16 bit patterns (256 KiB)."""
-    return np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+def _values_of_patterns(dtype: DType, precision: np.dtype[Any]) -> Array:
+    """Return the value of each of the 65,536 patterns of a 16-bit type (256 or 512 KiB)."""
+    patterns = np.arange(1 << 16, dtype=np.uint16)
+    if dtype is F16:
+        values = patterns.view(np.float16)
+    else:
+        values = np.left_shift(patterns, 16, dtype=np.uint32).view(np.float32)
+    out = np.empty(values.shape, precision)
+    _convert(values, out)
+    return out

@@ -33,7 +33,8 @@ class LoadedChange:
         value: Working precision, ``(len(row_indices), columns)``, for kind "rows".
         stored: Returns elements [start, stop) of ``change.value`` as stored, for kinds "add" and
             "replace", which may be as large as the base and are read tile by tile.
-        product: ``left`` and ``right`` as exactly as they are stored, on the host, or None.
+        product: ``left`` and ``right`` as exactly as they are stored, on the host, where float32
+            may not do for the sum; else None.
         column_factor: ``m / (norm + eps)`` per column, once the norms are known.
         column_factor_host: The same in float64 on the host.
         undefined_columns: Columns with a zero norm and a magnitude other than zero.
@@ -82,8 +83,7 @@ class Tile:
 def add_product(ops: Arithmetic, tile: Tile, loaded: LoadedChange) -> None:
     """V = W + (s B) A, in place."""
     if loaded.left is not None:
-        ops.product(loaded.left[tile.rows], loaded.right, tile.work)
-        ops.xp.add(tile.values, tile.work, out=tile.values)
+        ops.add_product(tile.values, loaded.left[tile.rows], loaded.right, tile.work)
 
 
 def factor(xp: Any, magnitude: Array, squares: Array, eps: float) -> tuple[Array, Array]:

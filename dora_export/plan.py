@@ -160,7 +160,6 @@ def plan_merge(base: Checkpoint, adapter: Adapter, settings: Settings) -> Plan:
         PlanError: Names do not resolve, shapes do not fit, updates contradict each other, targets
             are quantised, or layers that should be adapted are not; all of a kind are listed.
     """
-    targets = [u.target for u in adapter.updates]
     tying.refuse_unknown(base, adapter.updates)  # before names are: such heads are never stored
     rule = _rule(base, adapter, settings)
     updates = [_renamed(u, rule) for u in adapter.updates]
@@ -177,7 +176,7 @@ def plan_merge(base: Checkpoint, adapter: Adapter, settings: Settings) -> Plan:
             f"the adapter does not fit this base:{listing(problems)}\n"
             f"Check that {base.path} is the base it was trained on{trained}."
         )
-    _check_families(base, adapter, {rule(t) for t in targets})
+    _check_families(base, adapter, {rule(u.target) for u in adapter.updates if u.kind != "replace"})
     files = _files(base, by_target, tied, settings)
     _check_ledger(adapter, files, tied)
     index_name = base.index_name or INDEX

@@ -1,8 +1,7 @@
 """Elements where W and s B A cancel, computed again in float64.
 
 In float32 the product B A carries an absolute error of some 2**-24 of its terms. Where W + s B A is
-thousands of times smaller than its terms, that error is more than the last place of a bfloat16 or
-float16 result. Such elements are few (one in some thousands) and known by their size: everything
+thousands of times smaller than its terms, that error is more than the last place of a bfloat16 result. Such elements are few (one in some thousands) and known by their size: everything
 that comes out smaller than a proven bound is computed again, so every element of the output is
 within one unit in the last place of the exact result.
 """
@@ -18,8 +17,7 @@ from numpy.typing import NDArray
 from dora_export import cast
 from dora_export.tensors import BF16, DType
 
-FRACTION_BITS = {"BF16": 7, "F16": 10}
-SMALLEST_STEP = {"BF16": 0.0, "F16": 2.0**-24}  # bfloat16's 2**-133 is below any product's error
+FRACTION_BITS = 7  # of bfloat16
 CHUNK = 1 << 14  # elements computed again at once
 
 
@@ -53,8 +51,7 @@ def product(left: NDArray[Any], right: NDArray[Any]) -> Product:
 
 
 def recompute_cancelled(
-    out: NDArray[Any],
-    dtype: DType,
+    out: NDArray[np.uint16],
     stored: NDArray[Any],
     stored_dtype: DType,
     factors: Product,
@@ -67,8 +64,7 @@ def recompute_cancelled(
     """Replace the elements of ``out`` that float32 may have missed by more than half an ulp.
 
     Args:
-        out: Merged elements as stored, ``(rows, columns)``; changed in place.
-        dtype: BF16 or F16.
+        out: Merged elements as bfloat16 bit patterns, ``(rows, columns)``; changed in place.
         stored: The base's elements, same shape.
         stored_dtype: How they are stored.
         factors: The product that was added.
@@ -87,7 +83,7 @@ def recompute_cancelled(
         error = error * np.abs(row_factor)
     if column_factor is not None:
         error = error * np.abs(column_factor).max(initial=0.0)
-    limit = _limit_bits(error, dtype)
+    limit = _limit_bits(error)
     if not limit.any():
         return 0
     # Without new arrays: this looks at every element, and fresh memory would cost more than that.
@@ -104,22 +100,18 @@ def recompute_cancelled(
             values *= row_factor[row]
         if column_factor is not None:
             values *= column_factor[column]
-        raw = np.empty(values.shape, dtype.raw)
-        cast.narrow(values, dtype, raw, np.empty_like(values))
+        raw = np.empty(values.shape, np.uint16)
+        cast.narrow(values, BF16, raw, np.empty_like(values))
         out[row, column] = raw
     return int(found.size)
 
 
-def _limit_bits(error: NDArray[np.float64], dtype: DType) -> NDArray[np.uint16]:
+def _limit_bits(error: NDArray[np.float64]) -> NDArray[np.uint16]:
     """Return, as bit patterns, the sizes below which an error is more than half an ulp.
 
     A unit in the last place of x is at least ``|x| * 2**-(fraction bits + 1)``.
     """
-    limit = error * 2.0 ** (FRACTION_BITS[dtype.name] + 2)
-    limit[error < 0.49 * SMALLEST_STEP[dtype.name]] = 0.0
-    if dtype is BF16:
-        bits = np.minimum(limit, 3e38).astype(np.float32).view(np.uint32)
-        found: NDArray[np.uint16] = np.where(limit > 0, (bits >> 16) + 1, 0).astype(np.uint16)
-        return found
-    half = np.minimum(limit, 65504.0).astype(np.float16).view(np.uint16)
-    return np.where(limit > 0, half + 1, 0).astype(np.uint16)
+    limit = np.minimum(error * 2.0 ** (FRACTION_BITS + 2), 3e38)
+    bits = (limit.astype(np.float32).view(np.uint32) >> 16) + 1
+    found: NDArray[np.uint16] = np.where(limit > 0, bits, 0).astype(np.uint16)
+    return found

@@ -131,10 +131,10 @@ def _train(path, module, dtype):
     weight = module.get_base_layer().weight
     delta = scaling * b.data.double().reshape(-1, rank) @ a.data.double().reshape(rank, -1)
     if path == "cancelled":
-        # What is left is the rounding error. In float32 that would be too small even for the
-        # oracle's float64, so bfloat16's is left there.
-        rounded = torch.bfloat16 if weight.dtype is torch.float32 else weight.dtype
-        weight.data = (-delta).to(rounded).to(weight.dtype)
+        # What is left is the rounding error, which in float32 would be too small even for the
+        # oracle's float64: there it is the 512th part.
+        more = 2**-9 if weight.dtype is torch.float32 else 0
+        weight.data = (-delta * (1 + more)).to(weight.dtype)
     if "default" in module.lora_magnitude_vector:
         transposed = embedding or isinstance(module.get_base_layer(), Conv1D)
         W = weight.data.double()
