@@ -1,9 +1,10 @@
 """Elements where W and s B A cancel, computed again in float64.
 
 In float32 the product B A carries an absolute error of some 2**-24 of its terms. Where W + s B A is
-thousands of times smaller than its terms, that error is more than the last place of a bfloat16 result. Such elements are few (one in some thousands) and known by their size: everything
-that comes out smaller than a proven bound is computed again, so every element of the output is
-within one unit in the last place of the exact result.
+thousands of times smaller than its terms, that error is more than the last place of a bfloat16
+result. Such elements are few (one in some thousands) and known by their size: everything that comes
+out smaller than a proven bound is computed again, so every element of the output is within one unit
+in the last place of the exact result.
 """
 
 from __future__ import annotations
