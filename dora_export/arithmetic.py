@@ -19,6 +19,9 @@ Array = Any  # numpy.ndarray or torch.Tensor, whichever the Arithmetic at hand w
 # twice as fast where the rank is small.
 BATCH_ROWS = 8
 BATCH_BYTES = 512 << 10
+# Elements that numpy may buffer. A small number keeps it from buffering the single factor of a row,
+# which makes a multiplication by rows twice as fast.
+UFUNC_BUFFER = 1024
 SQUARES_PER_SUM = 512  # float32 squares added up before the sum goes on in float64
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from dora_export import cast
-from dora_export.arithmetic import Arithmetic, Array, NumpyArithmetic
+from dora_export.arithmetic import UFUNC_BUFFER, Arithmetic, Array, NumpyArithmetic
 from dora_export.errors import AdapterError, ArithmeticRefusal, shown
 from dora_export.formula import (
     LoadedChange,
@@ -268,6 +268,7 @@ class Engine:
         return _Loaded(-(-region.rows // rows), sums)
 
     def _work(self, pieces: Iterator[Piece]) -> None:
+        buffer = np.setbufsize(UFUNC_BUFFER)
         try:
             worker = _Worker(
                 self._make_arithmetic, self._plan.settings, self._sink, self._resources.block
@@ -280,6 +281,8 @@ class Engine:
                 self._run_piece(worker, piece)
         except BaseException as error:
             self._fail(error)
+        finally:
+            np.setbufsize(buffer)  # with one worker this is the caller's own thread
 
     def _run_piece(self, worker: _Worker, piece: Piece) -> None:
         if isinstance(piece, Copy):
