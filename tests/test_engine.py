@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -204,3 +205,13 @@ def test_progress_counts_every_byte_once(case, tmp_path):
     size = (tmp_path / "out" / "model.safetensors").stat().st_size
     assert seen[-1] == (size, size)
     assert [d for d, _ in seen] == sorted(d for d, _ in seen)
+
+
+def test_a_merge_leaves_numpy_as_it_was(case, tmp_path):
+    folder, _ = case
+    before = np.getbufsize(), np.geterr()
+    for threads in (1, 2):
+        dora_export.merge(
+            folder / "base", folder / "adapter", tmp_path / str(threads), threads=threads
+        )
+    assert (np.getbufsize(), np.geterr()) == before

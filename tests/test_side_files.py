@@ -442,6 +442,11 @@ def test_the_model_card_keeps_the_bases_licence(case, tmp_path):
     front = lines[1 : lines.index("---", 1)]
     assert lines[0] == "---"
     assert "license: llama3.1" in front
+    other = "---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\n---\n"
+    (case.base / "README.md").write_text(other)
+    dora_export.merge(case.base, case.adapter, tmp_path / "other")
+    written = (tmp_path / "other/README.md").read_text()
+    assert written.startswith(other.removesuffix("---\n"))
     (case.base / "README.md").write_text("# Base\nlicense: no\n")
     dora_export.merge(case.base, case.adapter, tmp_path / "without")
     assert "license:" not in (tmp_path / "without/README.md").read_text()

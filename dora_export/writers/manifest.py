@@ -89,7 +89,7 @@ def as_json(content: dict[str, Any]) -> bytes:
 def model_card(plan: Plan) -> bytes:
     """Return a short model card that keeps the base's licence and says how the model was made."""
     base, adapter = plan.base.model_name, plan.adapter.path.name
-    front = [f"license: {licence(plan)}"] if licence(plan) else []
+    front = [f"{key}: {value}" for key, value in licence(plan).items()]
     front += [f"base_model: {plan.adapter.base_name}"] if plan.adapter.base_name else []
     merged = sum(step.status == "merged" for step in plan.steps)
     method = plan.adapter.facts.get("method", "LoRA")

@@ -103,7 +103,9 @@ def side_bytes(files: tuple[SideFile, ...]) -> int:
 
 def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
     for root, folders, names in os.walk(folder):
-        folders[:] = sorted(d for d in folders if d not in OTHER_FORMATS and not d.startswith("."))
+        folders[:] = sorted(
+            d for d in folders if d not in OTHER_FORMATS and not d.startswith((".", "checkpoint-"))
+        )
         for name in sorted(names):
             path = Path(root) / name
             yield path.relative_to(folder).as_posix(), path
@@ -111,7 +113,7 @@ def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
 
 def _belongs(name: str, path: Path, folder: Path) -> bool:
     leaf = name.rpartition("/")[2]
-    if leaf.startswith(".") or leaf in (*ADAPTER_OWN, MANIFEST, "README.md"):
+    if leaf.startswith(".") or leaf in (*ADAPTER_OWN, MANIFEST, "README.md", "trainer_state.json"):
         return False
     if not path.is_file() or name.endswith(".index.json"):
         return False
@@ -163,18 +165,19 @@ def _holds_template(adapter: Mapping[str, Path]) -> bool:
     return path is not None and bool(read_json(path).get("chat_template"))
 
 
-def licence(plan: Plan) -> str | None:
-    """Return the ``license:`` of the base's model card, or None."""
+def licence(plan: Plan) -> dict[str, str]:
+    """Return ``license``, ``license_name`` and ``license_link`` of the base's model card."""
     card = plan.base.folder / "README.md" if plan.base.folder else None
     if card is None or not card.is_file():
-        return None
+        return {}
     lines = card.read_text(encoding="utf-8", errors="replace")[:20_000].splitlines()
     if not lines or lines[0].strip() != "---":
-        return None
+        return {}
+    found: dict[str, str] = {}
     for line in lines[1:]:
-        if line.strip() == "---":
-            return None
         key, _, value = line.partition(":")
-        if key == "license":
-            return value.strip().strip("'\"")
-    return None
+        if line.strip() == "---":
+            return found
+        if key in ("license", "license_name", "license_link"):
+            found[key] = value.strip().strip("'\"")
+    return {}
