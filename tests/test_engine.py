@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dora_export
-from dora_export import engine
+from dora_export import engine, worker
 from dora_export.arithmetic_torch import TorchArithmetic
 from tests import oracle
 
@@ -187,7 +187,7 @@ def test_first_failure_of_a_worker_stops_the_others_and_is_raised(case, tmp_path
             raise RuntimeError("tile three")
         return None
 
-    monkeypatch.setattr(engine, "merge_tile", merge_tile)
+    monkeypatch.setattr(worker, "merge_tile", merge_tile)
     with pytest.raises(RuntimeError, match="tile three"):
         dora_export.merge(
             folder / "base", folder / "adapter", tmp_path / "out", threads=4, block_bytes=1
