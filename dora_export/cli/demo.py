@@ -41,7 +41,7 @@ def run(output: Path, tokens: int) -> None:
     report = api.merge(base, adapter, merged, verify="full", force=True)
     click.echo(text.merge_summary(report, merged))
     if find_spec("transformers") is None:
-        click.echo("\nto see both models write: pip install 'dora-export[transformers]'")
+        click.echo("\nto see both models write: pip install transformers")
         return
     _say("what they write (greedy)")
     prompts = json.loads((DATA / "prompts.json").read_text(encoding="utf-8"))
