@@ -23,7 +23,7 @@ LINES = 24  # rows or columns that mistakes are tried on
 # that only leans its way leaves more.
 EXPLAINS = 0.25
 ALL_BUT_ROUNDING = 1e-3  # the same for lengths of lines, which rounding of factors changes too
-SWAP_LINES = 6  # lines that mix-ups are tried on
+SWAP_LINES = 4  # lines that mix-ups are tried on
 MOST_OTHERS = 512  # tensors of the same shape that are tried for a mix-up
 SAME_LINE = 0.05  # distance of two lines that count as one, relative to their length
 
