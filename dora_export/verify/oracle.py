@@ -44,6 +44,8 @@ SAMPLES = 16  # rows or columns per changed region at level "fast"
 ROUNDOFF = {"F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
 # Roundings of one merged element: product, scaling, sum, norm, division, two factors, storage.
 ROUNDINGS = 8
+FEW_ROUNDINGS = 4  # what a line's worst element usually has; float16 and bfloat16 are 8 apart
+ALIKE = 4  # lines of one tensor whose worst errors differ by less are of one kind
 NEARLY_ALL = 1e-3  # share of elements of an exact merge that need not be correctly rounded
 ODD_ELEMENTS = 3  # of a small tensor, likewise
 TIE = 1 + 2.0**-20  # float64 cannot tell on which side of a tie the real number lies
@@ -414,21 +416,28 @@ def _judge(
         return None, [Finding("not-finite", place, what)]
     limit = ROUNDINGS + 2 * math.sqrt(exact.rank)
     usual = float(np.median(measured.excess)) if len(measured.excess) else 0.0
-    known = [n for n in ROUNDOFF if n != "F16" or ref.dtype.name != "BF16"]
-    arithmetic = next((n for n in known if usual <= limit * ROUNDOFF[n]), None)
+    arithmetic = _arithmetic(usual, limit, ref.dtype)
     if arithmetic is None:
         found = diagnose.diagnose(exact, ref, diagnose.pick(measured.lines), others)
         return None, [Finding(found.code, place, found.what)]
-    odd = measured.lines[measured.excess > limit * ROUNDOFF[arithmetic]]
+    if arithmetic != "F32":
+        # Within rounding on the whole, but a small mistake could hide in it.
+        near = diagnose.known_mistake(exact, ref, diagnose.pick(measured.lines), others)
+        if near is not None:
+            return None, [Finding(near.code, place, near.what)]
+    odd = measured.lines[measured.excess > max(limit * ROUNDOFF[arithmetic], ALIKE * usual)]
     if len(odd):
         return None, [_odd_lines(exact, ref, measured, place, odd, others)]
-    if _is_exact(measured):
-        return "", []
-    # Within rounding, but a small mistake could hide in it.
-    near = diagnose.known_mistake(exact, ref, diagnose.pick(measured.lines), others)
-    if near is not None:
-        return None, [Finding(near.code, place, near.what)]
-    return arithmetic, []
+    return ("" if _is_exact(measured) else arithmetic), []
+
+
+def _arithmetic(usual: float, limit: float, stored: DType) -> str | None:
+    """Return the precision in which a tensor with this usual error was computed, or None."""
+    if usual <= limit * ROUNDOFF["F32"]:
+        return "F32"
+    if usual <= FEW_ROUNDINGS * ROUNDOFF["F16"] and stored.name != "BF16":
+        return "F16"
+    return "BF16" if usual <= limit * ROUNDOFF["BF16"] else None
 
 
 def _odd_lines(
