@@ -197,6 +197,10 @@ FINDINGS: tuple[Meaning, ...] = (
     Meaning("magnitude-of-another", "oracle", "wrong", "the magnitudes of another tensor were used",
             "The direction is right, the row lengths are those of another layer.",
             "Merge again; the magnitudes were mixed up."),
+    Meaning("magnitude-other", "oracle", "wrong", "other magnitudes were used",
+            "The directions are right, the lengths of the rows are neither the adapter's "
+            "magnitudes nor those of another layer.",
+            "Merge again; check which magnitudes the tool read, and whether they were rounded."),
     Meaning("update-of-another", "oracle", "wrong", "the update of another tensor was applied",
             "The tensor is this base tensor with the A and B of another layer or expert: one "
             "order of experts for another, or layers mixed up.",
