@@ -105,7 +105,8 @@ def take(exact: Exact, ref: TensorRef, lines: NDArray[np.int64]) -> Sample:
         and (len(exact.parts) == 1 or all(p.change.kind == "lora" for p in exact.parts))
     )
     first = exact.parts[0]
-    magnitude = None if first.magnitude is None else first.magnitude[lines]
+    simple = simple and not first.change.magnitude_is_factor
+    magnitude = first.magnitude[lines] if simple and first.magnitude is not None else None
     if exact.by_column:
         group = exact.parts[exact.region.column_change or 0].change.group
         columns = (lines[:, None] * group + np.arange(group)).ravel()
