@@ -44,11 +44,13 @@ INDIFFERENT = re.compile(
 # Keys that no class sets on its own, and keys that a null switches off.
 OFF_WHEN_ABSENT = {"quantization_config", "quantization", "auto_map", "pruned_heads"}
 OFF_WHEN_NULL = {"sliding_window", "attn_logit_softcapping", "final_logit_softcapping"}
+DERIVED = ("head_dim", "num_key_value_heads")
+HEAD_WIDTHS = ("qk_rope_head_dim", "kv_channels", "d_kv")  # other names for a head's width
 # One setting under two names. Source: transformers, ``attribute_map`` of the config classes.
 ALIASES = (
     {"hidden_size", "d_model", "n_embd", "dim", "embed_dim"},
-    {"num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth"},
-    {"num_attention_heads", "n_head", "n_heads", "num_heads"},
+    {"num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "encoder_layers"},
+    {"num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads"},
     {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"},
     {"max_position_embeddings", "n_positions", "n_ctx"},
     {"intermediate_size", "ffn_dim", "d_ff", "n_inner", "hidden_dim"},
@@ -106,7 +108,11 @@ def check_config(plan: Plan, subject: Subject, *, quantised: bool) -> ConfigLedg
         missing = Finding("config-missing", "config.json", "not there")
         return ConfigLedger(() if told else (missing,), checked=False)
     book, expected, found = _Book(), _expected(plan), subject.config
-    _compare(book, expected, found, "", quantised)
+    if ("text_config" in expected) == ("text_config" in found):
+        _compare(book, expected, found, "", quantised)
+    else:  # transformers 5 moves the language model's values of some families there
+        book.rewritten.append("text_config (moved)")
+        _compare(book, _flat(expected), _flat(found), "", quantised)
     _vocabulary(book, plan, subject, expected, found)
     _tie(book, plan, subject, expected, found)
     _dtype(book, plan, subject, expected, found)
@@ -161,32 +167,36 @@ def _decides(key: str, here: Any, there: Any, expected: Config, quantised: bool)
     """Return whether a difference makes the model compute something else, or not load."""
     if INDIFFERENT.fullmatch(key):
         return False
+    if key == "sliding_window" and expected.get("use_sliding_window") is False:
+        return False
     if key in ("quantization_config", "quantization") and here is None:
         return not quantised
     if here is None:
         switched_on = key in OFF_WHEN_ABSENT or (key in OFF_WHEN_NULL and key in expected)
         return (switched_on and bool(there)) or not _as_derived(key, there, expected)
     if there is None:
-        return bool(here)  # what is off, empty or zero is what a class takes on its own
+        # What is off, empty or zero is what a class takes on its own; so is what it derives.
+        return bool(here) and not (key in DERIVED and _as_derived(key, here, expected))
     return True
 
 
 def _as_derived(key: str, value: Any, expected: Config) -> bool:
-    """Return whether a value that the base leaves out is the one that classes derive."""
+    """Return whether a value that only one side spells out is the one that classes derive."""
     heads, width = expected.get("num_attention_heads"), expected.get("hidden_size")
-    if not (isinstance(heads, int) and isinstance(width, int) and heads):
+    if key not in DERIVED or not (isinstance(heads, int) and isinstance(width, int) and heads):
         return True
-    derived = {"head_dim": width // heads, "num_key_value_heads": heads}
-    return key not in derived or value == derived[key]
+    if key == "num_key_value_heads":
+        return bool(value == heads)
+    return value == width // heads or value in [expected.get(k) for k in HEAD_WIDTHS]
 
 
 def _renamed(expected: Config, found: Config) -> set[str]:
     """Return keys that one side has under another name, with the same value."""
     keys: set[str] = set()
     for names in ALIASES:
-        lost = [n for n in names if expected.get(n) is not None and found.get(n) is None]
-        new = [n for n in names if found.get(n) is not None and expected.get(n) is None]
-        keys |= {n for a in lost for b in new if expected[a] == found[b] for n in (a, b)}
+        for one, other in ((expected, found), (found, expected)):
+            values = [other[n] for n in names if other.get(n) is not None]
+            keys |= {n for n in names if other.get(n) is None and one.get(n) in values}
     return keys
 
 
@@ -338,6 +348,12 @@ def _main_dtype(tensors: Mapping[str, TensorRef]) -> DType | None:
 
 
 # --- words
+
+
+def _flat(config: Config) -> Config:
+    text = config.get("text_config")
+    inner = text if isinstance(text, dict) else {}
+    return {**inner, **{k: v for k, v in config.items() if k != "text_config"}}
 
 
 def _value(config: Config, key: str) -> Any:

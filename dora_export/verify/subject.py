@@ -207,7 +207,7 @@ class _Opening:
 
     def choose_index(self, indexes: list[str]) -> str | None:
         preferred = [n for n in indexes if n.startswith(("model.", "pytorch_model."))]
-        chosen = (preferred or indexes or [None])[0]
+        chosen = next(iter(preferred or indexes), None)
         for name in indexes:
             if name != chosen:
                 self.found("file-extra", name, f"a second index beside {shown(chosen)}")

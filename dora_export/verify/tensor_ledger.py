@@ -18,9 +18,9 @@ from dora_export.errors import InputError, shown
 from dora_export.plan import Plan, Step
 from dora_export.tensors import DType, FileRange, TensorRef
 from dora_export.tying import EMBEDDINGS, HEADS
+from dora_export.verify.exact import FRACTION, Floats, binade, floats, rounded
 from dora_export.verify.model import Finding
 from dora_export.verify.parallel import each
-from dora_export.verify.rounding import floats, is_nan, rounded
 from dora_export.verify.subject import Subject, clause
 
 CHUNK_ELEMENTS = 1 << 18  # compared at once; 2 MB as float64
@@ -53,7 +53,7 @@ class Difference:
     Attributes:
         elements: How many differ.
         far: How many differ by more than the last bit.
-        nbytes: How many of their bytes differ.
+        nbytes: How many of their bytes differ; 0 where the type is another.
         first: Flat position of the first.
     """
 
@@ -397,21 +397,27 @@ def difference(
 
 
 def _chunk(here: NDArray[Any], dtype: DType, there: NDArray[Any], other: DType) -> Difference:
-    if dtype is other:
-        if np.array_equal(here, there):
-            return Difference()
-        differs = here != there
-        far = int(differs.sum())
-    else:
-        here = rounded(floats(here, dtype), other)
-        differs = (here != there) & ~(is_nan(here, other) & is_nan(there, other))
+    if dtype is not other:
+        return _cast_chunk(floats(here, dtype), floats(there, other), other)
+    if np.array_equal(here, there):
+        return Difference()
+    differs = here != there
+    count = int(differs.sum())
+    nbytes = (here[differs].view(np.uint8) != there[differs].view(np.uint8)).sum()
+    return Difference(count, count, int(nbytes), int(differs.argmax()))
+
+
+def _cast_chunk(values: Floats, stored: Floats, dtype: DType) -> Difference:
+    """Compare stored values with those of the source rounded once to ``dtype``."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        nearest = np.where(np.isfinite(values), rounded(values, dtype), values)
+        same = (nearest == stored) & (np.signbit(nearest) == np.signbit(stored))
+        differs = ~same & ~(np.isnan(nearest) & np.isnan(stored))
         if not differs.any():
             return Difference()
-        # Bit patterns of neighbouring floats of one sign are neighbouring integers.
-        distance = here[differs].astype(np.int64) - there[differs].astype(np.int64)
-        far = int((np.abs(distance) > 1).sum())
-    nbytes = (here[differs].view(np.uint8) != there[differs].view(np.uint8)).sum()
-    return Difference(int(differs.sum()), far, int(nbytes), int(differs.argmax()))
+        ulp = binade(nearest[differs], dtype) * 2.0 ** -FRACTION[dtype.name]
+        near = np.abs(nearest[differs] - stored[differs]) <= ulp
+    return Difference(int(differs.sum()), int((~near).sum()), 0, int(differs.argmax()))
 
 
 def _report_values(
@@ -436,10 +442,10 @@ def _report_values(
         if is_buffer(name, step.shape) and stored.dtype is not step.source.dtype:
             continue  # told as cast
         place = [int(i) for i in np.unravel_index(diff.first, step.shape)]
-        cast = f" after the cast to {stored.dtype.name}"
-        book.found("bytes-differ", name, f"{diff.elements} of {step.source.size} elements, "
-                   f"{diff.nbytes} bytes, the first at {place}"
-                   f"{cast if stored.dtype is not step.source.dtype else ''}")  # fmt: skip
+        how = (f" ({diff.nbytes} bytes)" if stored.dtype is step.source.dtype
+               else f" after the cast to {stored.dtype.name}")  # fmt: skip
+        book.found("bytes-differ", name, f"{diff.elements} of {step.source.size} elements{how}, "
+                   f"the first at {place}")  # fmt: skip
 
 
 def _of_another_base(
