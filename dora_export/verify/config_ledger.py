@@ -108,11 +108,7 @@ def check_config(plan: Plan, subject: Subject, *, quantised: bool) -> ConfigLedg
         missing = Finding("config-missing", "config.json", "not there")
         return ConfigLedger(() if told else (missing,), checked=False)
     book, expected, found = _Book(), _expected(plan), subject.config
-    if ("text_config" in expected) == ("text_config" in found):
-        _compare(book, expected, found, "", quantised)
-    else:  # transformers 5 moves the language model's values of some families there
-        book.rewritten.append("text_config (moved)")
-        _compare(book, _flat(expected), _flat(found), "", quantised)
+    _compare_all(book, expected, found, quantised)
     _vocabulary(book, plan, subject, expected, found)
     _tie(book, plan, subject, expected, found)
     _dtype(book, plan, subject, expected, found)
@@ -120,6 +116,23 @@ def check_config(plan: Plan, subject: Subject, *, quantised: bool) -> ConfigLedg
         what = f"{len(book.rewritten)} values: {', '.join(book.rewritten)}"
         book.findings.append(Finding("config-rewritten", "config.json", what))
     return ConfigLedger(tuple(book.findings), tuple(book.rewritten))
+
+
+def compare(
+    expected: Config, found: Config, *, quantised: bool
+) -> tuple[tuple[Finding, ...], tuple[str, ...]]:
+    """Return what two configs say differently, and what they only write differently.
+
+    Not what the config says of tensors: vocabulary, tie and dtype.
+
+    Args:
+        expected: The base's.
+        found: The merged model's.
+        quantised: Whether it is stored packed, so that its config may say so.
+    """
+    book = _Book()
+    _compare_all(book, expected, found, quantised)
+    return tuple(book.findings), tuple(book.rewritten)
 
 
 def _expected(plan: Plan) -> dict[str, Any]:
@@ -136,6 +149,14 @@ def _expected(plan: Plan) -> dict[str, Any]:
 
 
 # --- values
+
+
+def _compare_all(book: _Book, expected: Config, found: Config, quantised: bool) -> None:
+    if ("text_config" in expected) == ("text_config" in found):
+        _compare(book, expected, found, "", quantised)
+    else:  # transformers 5 moves the language model's values of some families there
+        book.rewritten.append("text_config (moved)")
+        _compare(book, _flat(expected), _flat(found), "", quantised)
 
 
 def _compare(book: _Book, expected: Config, found: Config, path: str, quantised: bool) -> None:
@@ -268,6 +289,8 @@ def _tie(book: _Book, plan: Plan, subject: Subject, expected: Config, found: Con
     Where both leave the key to the model's class, or both say the same of the same tensors, the
     base's own state is kept, whatever it is.
     """
+    if subject.broken:
+        return  # an end may be in a file that cannot be read; that is told
     should, is_now = (_value(c, "tie_word_embeddings") for c in (expected, found))
     ends = _ends(subject.tensors)
     planned = _ends({s.name: s for s in plan.steps})
