@@ -771,12 +771,11 @@ def test_a_cast_is_compared_with_torchs_own(dtype):
     source = torch.from_numpy(np.concatenate([values, special]).astype(np.float32))
     stored = source.to(getattr(torch, dtype.torch))
     raw = [t.contiguous().view(torch.uint8).numpy() for t in (source, stored)]
-    here, there = raw[0].view("u4"), raw[1].view(dtype.raw)
+    here, there = raw
     assert tensor_ledger._chunk(here, F32, there, dtype).elements == 0
-    finite = np.flatnonzero(np.isfinite(values.astype(np.float32)))[::997]
-    for i in finite:
+    for i in np.flatnonzero(np.isfinite(values.astype(np.float32)))[::997]:
         off = there.copy()
-        off[i] ^= 1
+        off[i * dtype.itemsize] ^= 1
         assert tensor_ledger._chunk(here, F32, off, dtype).first == i
 
 

@@ -12,8 +12,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from dora_export.errors import shown
 from dora_export.plan import Plan
 from dora_export.tensors import BY_TORCH, DType, TensorRef
@@ -21,8 +19,8 @@ from dora_export.tying import EMBEDDINGS, HEADS, WITH_VOCABULARY
 from dora_export.verify.model import Finding
 from dora_export.verify.rope import ROPE_KEYS, rope_changes
 from dora_export.verify.subject import Subject
+from dora_export.verify.tensor_ledger import equal
 
-COMPARED_ELEMENTS = 1 << 20
 Config = Mapping[str, Any]
 # Keys with checks of their own: on every level, and where the language model's config stands.
 OWN_CHECK = {"dtype", "torch_dtype", "id2label", "label2id", "num_labels", *ROPE_KEYS}
@@ -323,14 +321,7 @@ def _ends(tensors: Mapping[str, Any]) -> tuple[str, str | None] | None:
 def _equal(tensors: Mapping[str, TensorRef], ends: tuple[str, str | None] | None) -> bool:
     if ends is None or ends[1] is None:
         return False
-    a, b = tensors[ends[0]], tensors[ends[1]]
-    if a.shape != b.shape or a.dtype is not b.dtype:
-        return False
-    for start in range(0, a.size, COMPARED_ELEMENTS):
-        stop = min(start + COMPARED_ELEMENTS, a.size)
-        if not np.array_equal(a.raw(start, stop), b.raw(start, stop)):
-            return False
-    return True
+    return equal(tensors[ends[0]], tensors[ends[1]])
 
 
 def _dtype(book: _Book, plan: Plan, subject: Subject, expected: Config, found: Config) -> None:
