@@ -65,6 +65,7 @@ def tensors(*, head=True, seed=0):
     for layer in (0, 1):
         name = f"model.layers.{layer}.attn.k_proj.weight"
         made[name] = torch.randn(8, 12, generator=make).bfloat16()
+    made["model.gain"] = torch.randn(3, generator=make).bfloat16()  # six bytes
     if head:
         made[HEAD] = torch.randn(40, 12, generator=make).bfloat16()
     return made
@@ -258,6 +259,8 @@ def test_a_head_written_apart_has_no_finding(tmp_path):
     # The config must have been untied, and the head must be there.
     config(tie_word_embeddings=True)(tmp_path / "out")
     assert ("config-tied", "config.json: tie_word_embeddings") in model.found(tmp_path / "out")
+    dropped(HEAD)(tmp_path / "out")  # tied again, but the head is another one than the embedding
+    assert ("tensor-missing", HEAD) in model.found(tmp_path / "out")
 
 
 # --- planted faults: what is done to a merge -> all that is found above a note
@@ -541,6 +544,23 @@ def test_one_wrong_element_of_a_cast_model_is_found(planted, dtype, element):
     assert found == {("bytes-differ", K)}
 
 
+def test_the_sign_of_zero_is_compared_after_a_cast(planted):
+    model, merged = planted()
+    config(torch_dtype="float16")(merged)
+    cast_all(merged, torch.float16)
+    tiny = tensors()[K] * 1e-30  # zeros in float16, of either sign
+    base = tensors() | {K: tiny}
+    other = Model.__new__(Model)
+    other.folder = merged.parent
+    small.write_base(other.folder / "base", base, config=CONFIG)
+    write_sides(other.folder / "base")
+    shutil.copytree(model.folder / "adapter", other.folder / "adapter")
+    change(merged, lambda t: {**t, K: tiny.half()})
+    assert other.found(merged) == BUFFER_CAST
+    change(merged, lambda t: {**t, K: tiny.half().abs()})
+    assert ("bytes-differ", K) in other.found(merged)
+
+
 def test_a_cast_that_cuts_off_instead_of_rounding_is_found(tmp_path):
     base = {n: v.float() * 1.003 if v.is_floating_point() else v for n, v in tensors().items()}
     model = Model.__new__(Model)
@@ -568,8 +588,8 @@ def test_another_base_is_one_finding(planted):
     change(merged, lambda t: {n: v if n in adapted else other[n] for n, v in t.items()})
     tier, findings = model.check(merged)
     assert [f.code for f in findings] == ["another-base"]
-    assert findings[0].what.startswith("6 of 7 tensors")  # position ids are alike
-    assert len(tier.figures["different"]) == 6
+    assert findings[0].what.startswith("7 of 8 tensors")  # position ids are alike
+    assert len(tier.figures["different"]) == 7
 
 
 def test_one_retrained_tensor_is_not_another_base(planted):
@@ -593,6 +613,12 @@ def test_a_model_with_one_layer_applied_is_not_called_the_base(planted):
     base = tensors()
     change(merged, lambda t: {n: v if n == Q else base[n] for n, v in t.items()})
     assert model.found(merged) == set()  # the other layers are the oracle's to find
+
+
+def test_a_model_with_a_packed_layer_is_not_called_the_base(planted):
+    model, merged = planted()
+    save_file(tensors() | {Q: torch.zeros(120, 1, dtype=torch.uint8)}, weights(merged))
+    assert model.found(merged) == set()  # packed or not at all applied: the oracle's to say
 
 
 # --- tied models
