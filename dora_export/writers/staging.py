@@ -326,7 +326,8 @@ def _claim(partial: Path) -> Journal:
     """
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir(exist_ok=True)
+        with suppress(FileExistsError):
+            os.mkdir(partial)
         foreign = any(partial.iterdir()) and not _is_staged(partial)
     except OSError as error:
         raise OutputError(
@@ -401,7 +402,7 @@ def _taken_over(partial: Path, job: Job, journal: Journal, *, restart: bool) -> 
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             elif path.name not in (MARK, *held):
-                path.unlink()
+                os.unlink(path)
     return Stage(partial, held, _journal=journal)
 
 
@@ -495,7 +496,8 @@ def _settle(target: Path) -> None:
         for old in (_partial(target), _replaced(target)):
             if (_is_own(old) and not _is_staged(old)) or _is_empty(old):
                 _remove(old, last=MANIFEST)
-        (target / MARK).unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            os.unlink(target / MARK)
         sync_folder(target)
 
 
@@ -505,9 +507,10 @@ def _remove(folder: Path, *, last: str) -> None:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         elif path.name != last:
-            path.unlink()
-    (folder / last).unlink(missing_ok=True)
-    folder.rmdir()
+            os.unlink(path)
+    with suppress(FileNotFoundError):
+        os.unlink(folder / last)
+    os.rmdir(folder)
 
 
 @contextmanager
