@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from dora_export.api import Progress
+from dora_export.errors import size
 from dora_export.report import Engine, InspectReport, MergeReport
 
 LINE_SECONDS = 10.0  # between two plain progress lines
@@ -71,15 +72,6 @@ def _lines(what: str) -> Progress:
     return show
 
 
-def size(nbytes: float) -> str:
-    """Return bytes as people write them, in powers of ten."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(nbytes) < 1000 or unit == "GB":
-            break
-        nbytes /= 1000
-    return f"{nbytes:.0f} {unit}" if unit == "B" or nbytes >= 100 else f"{nbytes:.1f} {unit}"
-
-
 def merge_summary(report: MergeReport, output: Path) -> str:
     """Return what a merge did, in a few lines that can be pasted."""
     done = "would merge" if report.dry_run else "merged"
@@ -99,6 +91,10 @@ def merge_summary(report: MergeReport, output: Path) -> str:
         f" and {_count(len(report.side_files), 'side file')}"
         f" · {_memory(report)} · {report.seconds:.1f} s",
     ]
+    if report.resumed_bytes:
+        there, whole = size(report.resumed_bytes), size(report.weight_bytes)
+        resumed, were = ("would resume", "are") if report.dry_run else ("resumed", "were")
+        lines.append(f"  {resumed}: {there} of {whole} {were} already there")
     lines += [f"  {note}" for note in report.notes]
     lines.append(
         "nothing written (--dry-run)"
