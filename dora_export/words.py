@@ -31,7 +31,12 @@ def number(value: float | None, digits: int = 3, *, ascii_only: bool = False) ->
         return f"{float(f'{mantissa}e{power}'):,.{max(0, digits - 1 - exponent)}f}"
     if ascii_only:
         return f"{mantissa}e{exponent}"
-    return f"{mantissa}×10{str(exponent).translate(SUPERSCRIPTS)}"
+    return f"{mantissa}×10{superscript(exponent)}"
+
+
+def superscript(power: int) -> str:
+    """Return an integer in raised figures."""
+    return str(power).translate(SUPERSCRIPTS)
 
 
 def share(value: float | None, *, ascii_only: bool = False) -> str:

@@ -17,7 +17,7 @@ from dora_export.errors import shown
 from dora_export.verify.grid import Cell, Grid
 from dora_export.verify.markup import add, el
 from dora_export.verify.model import Status, TensorResult
-from dora_export.words import count, number, share
+from dora_export.words import count, number, share, superscript
 
 PLOT_WIDTH = 810.0
 CHARACTER = 6.3  # width of one at the style sheet's 11 px, about
@@ -103,9 +103,9 @@ def error_chart(grid: Grid) -> Element:
         scale = Scale(0.0, high * 1.08, log=False)
     frame = _Frame(grid, 40.0 if len(grid.kinds) <= 12 else 30.0)
     svg = _begin(frame, "Largest distance from the exact result per layer, in ulps")
-    top = [(10.0 ** math.floor(math.log10(high)))] if high >= 10 else []
+    power = math.floor(math.log10(high))
     labels = [(1.0, "1"), *([(0.5, "½")] if not scale.log else [])]
-    labels += [(v, number(v, 1)) for v in top]
+    labels += [(10.0**power, "10" if power == 1 else f"10{superscript(power)}")] if power else []
     for value, name in ((0.5, "half"), (1.0, "one")):
         _level(svg, frame, scale.at(value), name)
     _axis(svg, frame, [(scale.at(v), text) for v, text in labels])

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from dora_export.errors import shown
 from dora_export.verify.catalog import FINDINGS, Meaning, Severity, Tier
 from dora_export.verify.model import Finding, TensorResult, TierResult, VerifyReport
 from dora_export.words import count, number, share
 
 State = Literal["right", "wrong", "unchecked", "warning", "skipped"]
 SEVERITIES: tuple[Severity, ...] = ("wrong", "unchecked", "warning", "note")
-ORACLE_ULP = "0.5 ulp"  # the best that rounding to any type can do
 
 
 @dataclass(frozen=True)
@@ -105,11 +105,7 @@ def proof(report: VerifyReport, *, ascii_only: bool = False) -> list[str]:
         sentences += [f"{g.meaning.title} ({len(g.findings):,})" for g in wrong]
     if report.verdict == "unchecked":
         sentences.append(_unchecked(report))
-    sound = [t for t in report.tensors if t.status in ("exact", "rounded")]
-    found = precision(sound)
-    if found is not None:
-        sentences.append(_precision(found, report, ascii_only))
-    sentences += rounding(sound, ascii_only=ascii_only)
+    sentences += accuracy(report, ascii_only=ascii_only)
     skipped: list[Tier] = [t.tier for t in report.tiers if not t.ran]
     if skipped and report.verdict == "right":
         sentences.append(f"Not part of this verdict: {' and '.join(skipped)}")
@@ -125,40 +121,33 @@ def _unchecked(report: VerifyReport) -> str:
     return f"Nothing wrong was found, but not everything was looked at: {why}"
 
 
-def _precision(found: Precision, report: VerifyReport, ascii_only: bool) -> str:
+def accuracy(report: VerifyReport, *, ascii_only: bool = False) -> list[str]:
+    """Return how near the right tensors are to the exact result, by how they were computed."""
+    by_arithmetic: dict[str | None, list[TensorResult]] = defaultdict(list)
+    for tensor in report.tensors:
+        if tensor.status in ("exact", "rounded"):
+            key = None if tensor.status == "exact" else tensor.arithmetic or ""
+            by_arithmetic[key].append(tensor)
     which = "every element" if report.level == "full" else "sampled rows"
-    compared = count(found.tensors, "changed tensor")
-    wrong = sum(t.status == "wrong" for t in report.tensors)
-    those = f"the other {compared}" if wrong else compared
-    return (
-        f"{which} of {those} ({found.elements:,} values, {found.dtypes}) compared with the "
-        f"float64 result: worst {number(found.worst.max_ulp, ascii_only=ascii_only)} ulp, "
-        f"{misrounded(found.misrounded, ascii_only=ascii_only)}"
-    )
+    sentences = []
+    for arithmetic, tensors in by_arithmetic.items():
+        found = precision(tensors)
+        assert found is not None, "Bug: right tensors were compared"
+        one = found.tensors == 1
+        sentence = (
+            f"{which} of {count(found.tensors, 'changed tensor')} "
+            f"({found.elements:,} values, {found.dtypes}) compared with the float64 result: "
+            f"worst {number(found.worst.max_ulp, ascii_only=ascii_only)} ulp, "
+            f"{misrounded(found.misrounded, ascii_only=ascii_only)}"
+        )
+        if arithmetic is not None:
+            how = f"as if computed in {shown(arithmetic)}" if arithmetic else "more than once"
+            sentence += f"; {'it is' if one else 'they are'} rounded {how} (best: 0.5 ulp, none)"
+        sentences.append(sentence)
+    return sentences
 
 
 def misrounded(value: float, *, ascii_only: bool = False) -> str:
     """Return in words how many elements are not the correctly rounded ones."""
     some = "none" if value == 0 else share(value, ascii_only=ascii_only)
     return f"{some} not correctly rounded"
-
-
-def rounding(tensors: Sequence[TensorResult], *, ascii_only: bool = False) -> list[str]:
-    """Return how right tensors with more rounding than necessary compare with an exact merge."""
-    by_arithmetic: dict[str | None, list[TensorResult]] = defaultdict(list)
-    for tensor in tensors:
-        if tensor.status == "rounded":
-            by_arithmetic[tensor.arithmetic].append(tensor)
-    sentences = []
-    for arithmetic, rounded in by_arithmetic.items():
-        found = precision(rounded)
-        assert found is not None, "Bug: a rounded tensor was compared"
-        how = f"as if computed in {arithmetic}" if arithmetic else "more than once"
-        verb = "is" if found.tensors == 1 else "are"
-        sentences.append(
-            f"{count(found.tensors, 'tensor')} {verb} rounded {how}: "
-            f"worst {number(found.worst.max_ulp, ascii_only=ascii_only)} ulp, "
-            f"{misrounded(found.misrounded, ascii_only=ascii_only)}; "
-            f"an exact merge has {ORACLE_ULP} and none"
-        )
-    return sentences
