@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dora_export import naming
 from dora_export.adapters import Adapter, ReadOptions, read_adapter
@@ -31,8 +31,10 @@ from dora_export.report import InspectReport, MergeReport
 from dora_export.serving import engines
 from dora_export.tensors import OUTPUT_WORDS, DType
 from dora_export.update import Axis, Update
-from dora_export.verify import selfcheck
-from dora_export.verify.selfcheck import Level, SelfCheck
+from dora_export.verify.check import Checked, check, in_order, refuse_wrong
+from dora_export.verify.ledger import Source
+from dora_export.verify.model import Level, VerifyReport
+from dora_export.verify.subject import open_subject
 from dora_export.writers import manifest, side_files
 from dora_export.writers.files import FileSink, write_small
 from dora_export.writers.staging import MANIFEST, check_target, staged
@@ -87,7 +89,7 @@ def merge(
     max_shard_size: int | str | None = None,
     threads: int | None = None,
     block_bytes: int | None = None,
-    verify: Level = "fast",
+    verify: Level | Literal["none"] = "fast",
     force: bool = False,
     allow_pickle: bool = False,
     allow_merged_base: bool = False,
@@ -162,9 +164,110 @@ def merge(
             write_small(folder / "README.md", manifest.model_card(plan))
             write_small(folder / MANIFEST, manifest.as_json(content))
             if verify != "none":
-                checked = selfcheck.check(plan, folder, verify)
+                checked = check(
+                    plan, open_subject(folder), _sources(beside), verify, threads=threads
+                )
+                refuse_wrong(checked)
     seconds = time.monotonic() - started
     return _report(plan, target, dry_run, beside, total, memory, seconds, checked)
+
+
+def verify(
+    base: PathLike,
+    adapter: PathLike | Sequence[PathLike] | None,
+    merged: PathLike,
+    *,
+    level: Level = "full",
+    forward: bool = False,
+    prompts: Sequence[str] = (),
+    dtype: str | None = None,
+    strength: float | None = None,
+    alpha: float | None = None,
+    axis: Axis | None = None,
+    adapter_format: str | None = None,
+    zero_norm: ZeroNorm | None = None,
+    map_prefix: Iterable[str] = (),
+    fan_in_fan_out: bool | None = None,
+    threads: int | None = None,
+    allow_pickle: bool = False,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Prove that a merged model is base + adapter, whichever tool wrote it.
+
+    The ledger compares files, names, shapes, dtypes, config, tokenizer and every byte that the
+    adapter does not touch; the oracle holds every changed tensor against the float64 formula and
+    tells rounding from mistakes; on request the forward tier runs the merged model against the
+    unmerged one. What could not be checked is never reported as right.
+
+    Args:
+        base: As in ``merge``.
+        adapter: As in ``merge``.
+        merged: Folder or weight file of the merged model.
+        level: "full" compares every element, "fast" sampled rows of every changed tensor.
+        forward: Run the model too, merged and unmerged (needs transformers).
+        prompts: Texts for that; none: generated inputs.
+        dtype: Type that all floating-point tensors should have; None: as the manifest says, else
+            the base's. So for the next ones.
+        strength: As in ``merge``.
+        alpha: As in ``merge``.
+        axis: As in ``merge``.
+        adapter_format: As in ``merge``.
+        zero_norm: As in ``merge``.
+        map_prefix: As in ``merge``.
+        fan_in_fan_out: As in ``merge``.
+        threads: Workers; None: one per CPU.
+        allow_pickle: As in ``merge``; for the merged model as well.
+        progress: Called with elements done and in all, from worker threads.
+
+    Returns:
+        The report; its ``exit_code`` is 0 for right, 1 for wrong, 3 for could not check.
+
+    Raises:
+        DoraExportError: Base, adapter or options are refused, so that there is nothing to hold the
+            merged model against.
+    """
+    started = time.monotonic()
+    _one_of("level", level, ("fast", "full"))
+    subject = open_subject(locate(merged, "merged model"), allow_pickle=allow_pickle)
+    given = {
+        "dtype": _output_dtype(dtype),
+        "strength": None if strength is None else _finite("strength", strength),
+        "zero_norm": zero_norm and _one_of("zero_norm", zero_norm, ("refuse", "zero", "keep-base")),
+        "map_prefix": naming.parse_map_prefix(map_prefix) or None,
+        "fan_in_fan_out": fan_in_fan_out,
+    }
+    settings, notes = manifest.settings_of(subject.manifest, given)
+    options = ReadOptions(alpha=alpha, axis=axis, allow_pickle=allow_pickle)
+    plan = _plan(base, adapter, options, adapter_format, settings)
+    sources = _sources(side_files.collect(plan))
+    checked = check(
+        plan, subject, sources, level, threads=_positive("threads", threads), progress=progress
+    )
+    tiers, findings = list(checked.tiers), list(checked.findings)
+    if forward:
+        from dora_export.verify.forward import check_forward  # noqa: PLC0415 - loads torch
+
+        tier, found = check_forward(plan, subject.path, prompts=prompts)
+        tiers.append(tier)
+        findings += found
+    return VerifyReport(
+        base=plan.base.path,
+        adapter=plan.adapter.path,
+        merged=subject.path,
+        level=level,
+        maker=subject.maker,
+        method=str(plan.adapter.facts.get("method", "LoRA")),
+        tiers=tuple(tiers),
+        findings=in_order(tuple(findings)),
+        tensors=checked.tensors,
+        notes=(*notes, *plan.notes, *plan.warnings),
+        seconds=time.monotonic() - started,
+        peak_rss_bytes=peak_rss(),
+    )
+
+
+def _sources(beside: Iterable[side_files.SideFile]) -> dict[str, Source]:
+    return {file.name: Source(file.source, file.owner) for file in beside}
 
 
 def inspect(
@@ -339,12 +442,13 @@ def _report(
     total: int,
     memory: int,
     seconds: float,
-    checked: SelfCheck | None,
+    checked: Checked | None,
 ) -> MergeReport:
     changed = [s for s in plan.steps if s.status not in ("unchanged", "cast")]
     used = {key for s in changed for key in s.consumes}
     repeats = set(plan.adapter.tensors) - used - set(plan.ignored)
     facts = plan.adapter.facts
+    worst = checked.worst if checked else None
     return MergeReport(
         output=target,
         dry_run=dry_run,
@@ -367,8 +471,8 @@ def _report(
                 _dtype_names(s.dtype for s in changed)),
         names=plan.rule,
         verified=checked.level if checked else "none",
-        worst_ulp=checked.worst_ulp if checked else None,
-        worst_tensor=checked.worst_tensor if checked else None,
+        worst_ulp=worst.max_ulp if worst else None,
+        worst_tensor=worst.name if worst else None,
         notes=plan.notes,
         warnings=plan.warnings,
     )  # fmt: skip

@@ -65,7 +65,7 @@ def disk(code):
         (FileSink, "write"),
         (side_files, "write"),
         (api.manifest, "model_card"),
-        (api.selfcheck, "check"),
+        (api, "check"),
         (staging, "sync_folder"),
     ],
     ids=lambda x: getattr(x, "__name__", x),

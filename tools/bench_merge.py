@@ -5,7 +5,9 @@ a PEFT DoRA adapter for it, then runs these commands in turn, round after round:
 
 * ``cp``          ``cp -r BASE OUT``: what it costs to write the bytes to the page cache;
 * ``cp+sync``     the same, then ``sync`` on every copied file and on the folder: a durable copy;
-* ``merge``       ``python -m dora_export merge BASE ADAPTER -o OUT``;
+* ``merge``       ``python -m dora_export merge BASE ADAPTER -o OUT``, checked as by default;
+* ``merge-unchecked``  the same with ``--verify none``;
+* ``verify-fast``, ``verify-full``  ``dora_export verify`` of such a merge, sampled and whole;
 * ``peft``        ``from_pretrained``, ``merge_and_unload``, ``save_pretrained`` in one Python.
 
 How to read the figures:
@@ -89,10 +91,15 @@ PROJECTIONS: dict[str, tuple[int, int]] = {
 
 DEFAULT_MERGE = "{python} -m dora_export merge {base} {adapter} -o {out}"
 
+VERIFY = ["{python}", "-m", "dora_export", "verify", "{base}", "{adapter}", "{merged}"]
+
 LABELS = {
     "cp": "cp -r",
     "cp+sync": "cp -r, then sync (durable)",
     "merge": "dora-export merge",
+    "merge-unchecked": "dora-export merge --verify none",
+    "verify-fast": "dora-export verify --level fast",
+    "verify-full": "dora-export verify --level full",
     "peft": "PEFT merge_and_unload",
 }
 
@@ -100,7 +107,15 @@ LABELS = {
 TEXT_COLUMNS = ("model", "command", "wall time, same round")
 
 # Numerator and denominator of each reported ratio.
-RATIOS = [("merge", "cp"), ("merge", "cp+sync"), ("peft", "merge")]
+RATIOS = [
+    ("merge", "cp"),
+    ("merge", "cp+sync"),
+    ("peft", "merge"),
+    ("merge", "merge-unchecked"),
+    ("verify-fast", "merge"),
+    ("verify-full", "merge"),
+]
+MAKES_NOTHING = ("verify-fast", "verify-full")
 
 # Spawns argv[2:], waits for it, and writes: exit code, wall, user, system, max RSS in KiB, and the
 # launcher's own peak RSS in KiB (the floor of the figure before it) to the descriptor argv[1].
@@ -186,12 +201,17 @@ class Stored:
 
 @dataclasses.dataclass(frozen=True)
 class Fixture:
-    """A base folder, an adapter folder and their common label."""
+    """A base folder, an adapter folder, their common label, and a merge of both to verify."""
 
     size: str
     layers: int
     base: Path
     adapter: Path
+
+    @property
+    def merged(self) -> Path:
+        """Where the merge to verify lies, beside the base."""
+        return self.base.parent / f"{self.size}-merged"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -670,10 +690,10 @@ def check_output(run: Run, fixture: Fixture, out: Path) -> Run:
     Raises:
         BenchError: The output of the merge under test is wrong.
     """
-    if run.command not in ("merge", "peft"):
+    if run.command not in ("merge", "merge-unchecked", "peft"):
         return run
     worst = worst_error(fixture, out, run.round + fixture.layers)
-    if run.command == "merge" and not worst <= MAX_ULPS:
+    if run.command != "peft" and not worst <= MAX_ULPS:
         raise BenchError(f"wrong output: {worst:.3g} bfloat16 ulps from the float64 result")
     return dataclasses.replace(run, worst_ulps=worst)
 
@@ -687,6 +707,7 @@ def fill(template: Sequence[str], fixture: Fixture, out: Path) -> list[str]:
         "{python}": sys.executable,
         "{base}": str(fixture.base),
         "{adapter}": str(fixture.adapter),
+        "{merged}": str(fixture.merged),
         "{out}": str(out),
     }
     words = list(template)
@@ -706,6 +727,9 @@ def templates(options: Options) -> dict[str, list[str]]:
         "cp": ["cp", "-r", "{base}", "{out}"],
         "cp+sync": ["sh", "-c", DURABLE_COPY, "sh", "{base}", "{out}"],
         "merge": options.merge_command,
+        "merge-unchecked": [*options.merge_command, "--verify", "none"],
+        "verify-fast": [*VERIFY, "--level", "fast"],
+        "verify-full": [*VERIFY, "--level", "full"],
         "peft": ["{python}", "-c", PEFT_CHILD, "{base}", "{adapter}", "{out}"],
     }
 
@@ -720,12 +744,12 @@ def warm_cache(folders: Iterable[Path]) -> None:
                     pass
 
 
-def settle(fixture: Fixture, out: Path) -> None:
+def settle(fixture: Fixture, out: Path, *, merged: bool) -> None:
     """Warms the cache, removes the last output and flushes the file system, in this order.
 
     The removal comes late so that the memory it frees is still at hand for the command.
     """
-    warm_cache([fixture.base, fixture.adapter])
+    warm_cache([fixture.base, fixture.adapter, *([fixture.merged] if merged else [])])
     shutil.rmtree(out, ignore_errors=True)
     subprocess.run(["sync", "-f", str(out.parent)], check=True)
 
@@ -781,7 +805,7 @@ def run_once(
     Returns:
         The figures.
     """
-    settle(fixture, out)
+    settle(fixture, out, merged=command in MAKES_NOTHING)
     load = os.getloadavg()[0]
     _, wall, user, system, rss, floor = launch(fill(template, fixture, out))
     run = Run(
@@ -1129,9 +1153,13 @@ def run_bench(options: Options, log: Console) -> None:
         for size, layers in depths.items()
     ]
     rounds = options.rounds
-    counts = {"cp": rounds, "cp+sync": rounds, "merge": rounds, "peft": options.peft_rounds}
+    counts = dict.fromkeys(LABELS, rounds) | {"peft": options.peft_rounds}
     try:
+        merged = fixtures[0].merged
+        shutil.rmtree(merged, ignore_errors=True)
+        launch(fill(options.merge_command, fixtures[0], merged))
         runs = run_rounds(counts, fixtures[0], options, log)
+        shutil.rmtree(merged, ignore_errors=True)
         if options.deep:
             deep_counts = {"cp": options.deep_rounds, "merge": options.deep_rounds}
             runs += run_rounds(deep_counts, fixtures[1], options, log)

@@ -68,6 +68,20 @@ FINDINGS: tuple[Meaning, ...] = (
     Meaning("head-stored", "ledger", "note", "the tied head is stored as well",
             "The model ties its head to the embedding, and the file holds both, equal. Harmless.",
             "Nothing."),
+    Meaning("head-left-out", "ledger", "note", "the tied head is not stored a second time",
+            "The base stores a tensor twice that the model ties, equal; the merged model stores it "
+            "once, and loaders make the other from it.",
+            "Nothing."),
+    Meaning("computed-buffer", "ledger", "warning", "a buffer that the model computes is different",
+            "Rotary frequencies, position ids or causal masks are left out, stored as well, or in "
+            "another type. Current classes compute them and ignore the file; an old class, or "
+            "another engine, may read them.",
+            "Nothing for current transformers; otherwise merge again with a tool that keeps every "
+            "tensor."),
+    Meaning("names-prefixed", "ledger", "warning", "all tensor names have another prefix",
+            "The model was saved through a class that puts its own name before the base's tensor "
+            "names, or takes it off. transformers reads both; other engines may not.",
+            "Merge again with a tool that keeps the base's names if the engine needs them."),
     Meaning("shape-differs", "ledger", "wrong", "a tensor has another shape",
             "The merged tensor has not the shape that base and adapter give it.",
             "Check that this is the base that was merged; merge again."),
@@ -83,9 +97,14 @@ FINDINGS: tuple[Meaning, ...] = (
             "Every floating-point tensor is stored in the same type, which is not the base's. "
             "Values are compared after that cast.",
             "Nothing if it was intended; a cast to fp32 doubles the size and adds no precision."),
-    Meaning("bytes-differ", "ledger", "wrong", "a tensor that the adapter does not touch differs",
-            "Its bytes are not the base's: the file is damaged, or something else changed it.",
+    Meaning("bytes-differ", "ledger", "wrong", "a tensor that should go along as it is differs",
+            "The adapter changes none of its values, or brings them whole, and yet they are not "
+            "the source's: the file is damaged, or something else changed it.",
             "Merge again; if it happens again, check the disk and the base's own digests."),
+    Meaning("not-comparable", "ledger", "unchecked", "untouched tensors are stored packed",
+            "Tensors that the adapter does not touch are quantised; their bytes cannot be held "
+            "against the base's.",
+            "Verify the model before it was quantised."),
     Meaning("another-base", "ledger", "wrong", "the model was made from another base",
             "Most tensors that the adapter does not touch differ from this base's.",
             "Verify against the base that was merged, or merge the adapter into the base it was "
@@ -127,6 +146,10 @@ FINDINGS: tuple[Meaning, ...] = (
     Meaning("side-file-differs", "ledger", "warning", "a side file differs from its source",
             "A file that goes along unchanged was changed.",
             "Copy the source's, if the change was not intended."),
+    Meaning("weights-only", "ledger", "note", "only the weights were looked at",
+            "The merged model was named as a single file, so config and tokenizer were not "
+            "compared.",
+            "Name its folder to check the files beside it too."),
     Meaning("manifest-differs", "ledger", "wrong", "the manifest tells of another merge",
             "dora_export.json says that other files went into this model than those given now.",
             "Verify against the base and adapter that the manifest names, or merge again."),
@@ -174,6 +197,10 @@ FINDINGS: tuple[Meaning, ...] = (
     Meaning("magnitude-of-another", "oracle", "wrong", "the magnitudes of another tensor were used",
             "The direction is right, the row lengths are those of another layer.",
             "Merge again; the magnitudes were mixed up."),
+    Meaning("magnitude-other", "oracle", "wrong", "other magnitudes were used",
+            "The directions are right, the lengths of the rows are neither the adapter's "
+            "magnitudes nor those of another layer.",
+            "Merge again; check which magnitudes the tool read, and whether they were rounded."),
     Meaning("update-of-another", "oracle", "wrong", "the update of another tensor was applied",
             "The tensor is this base tensor with the A and B of another layer or expert: one "
             "order of experts for another, or layers mixed up.",

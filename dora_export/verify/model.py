@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -60,6 +61,7 @@ class TensorResult:
         max_ulp: Largest distance.
         misrounded: Share of elements that are not the correctly rounded exact ones.
         relative_error: ``||M - W'|| / ||W'||`` over the elements compared, Frobenius.
+        error_ratio: ``||M - W'||`` over what rounding once to ``dtype`` would leave; 1 is best.
         update_size: ``||W' - W|| / ||W||`` over the elements compared, Frobenius.
         magnitude_ratio: Least, lower quartile, median, upper quartile, largest of ``m / ||W||``
             over the rows (out axis) or columns (in axis) compared, or None without magnitudes.
@@ -76,6 +78,7 @@ class TensorResult:
     max_ulp: float
     misrounded: float
     relative_error: float
+    error_ratio: float
     update_size: float
     magnitude_ratio: tuple[float, float, float, float, float] | None = None
     arithmetic: str | None = None
@@ -152,12 +155,22 @@ class VerifyReport:
         return max(self.tensors, key=lambda t: t.max_ulp, default=None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as JSON-ready data."""
+        """Return the report as JSON-ready data; numbers that are not finite become None."""
+        content: dict[str, Any] = _finite(asdict(self))
         return {
-            **asdict(self),
+            **content,
             "base": str(self.base),
             "adapter": str(self.adapter),
             "merged": str(self.merged),
             "verdict": self.verdict,
             "findings": [f.to_dict() for f in self.findings],
         }
+
+
+def _finite(value: Any) -> Any:
+    """Return JSON-ready data without NaN and infinity, which JSON has not."""
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

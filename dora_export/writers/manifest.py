@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,10 @@ import numpy as np
 from dora_export._version import __version__
 from dora_export.checkpoints.folder import read_json
 from dora_export.engine import Resources
-from dora_export.errors import PlanError, shown
-from dora_export.plan import Plan
-from dora_export.tensors import FileRange
+from dora_export.errors import InputError, PlanError, shown
+from dora_export.naming import parse_map_prefix
+from dora_export.plan import Plan, Settings
+from dora_export.tensors import DTYPES, FileRange
 from dora_export.writers.side_files import SideFile, licence
 from dora_export.writers.staging import MANIFEST
 
@@ -38,6 +42,63 @@ def refuse_merged_base(folder: Path | None, *, allow: bool) -> None:
         f"{folder}: has {adapter} merged into it already ({MANIFEST}). Merge into the original "
         "base, or pass --allow-merged-base if this adapter was trained on the merged model."
     )
+
+
+def settings_of(
+    manifest: Mapping[str, Any] | None, given: Mapping[str, Any]
+) -> tuple[Settings, tuple[str, ...]]:
+    """Return the settings that a merged model was, or should have been, made with.
+
+    Args:
+        manifest: What its ``dora_export.json`` says, or None where another tool made it.
+        given: What the user says, by field of ``Settings``; None where nothing. The user wins.
+
+    Returns:
+        The settings, and what was taken from the manifest, for people.
+
+    Raises:
+        InputError: The manifest's options are not ones that this tool writes.
+    """
+    said = manifest.get("options", {}) if manifest is not None else {}
+    stored = _stored_settings(said) if isinstance(said, dict) else None
+    if stored is None:
+        raise InputError(
+            f"{MANIFEST}: its options are not those of a merge. Remove it, and pass the options."
+        )
+    default = asdict(Settings())
+    taken = [
+        f"{key} {getattr(value, 'name', value)}"
+        for key, value in stored.items()
+        if given.get(key) is None and value != default[key]
+    ]
+    chosen = {k: v if given.get(k) is None else given[k] for k, v in stored.items()}
+    notes = (f"as {MANIFEST} says: {shown(', '.join(taken))}",) if taken else ()
+    return Settings(**chosen), notes
+
+
+def _stored_settings(said: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the settings in a manifest that decide what the result is, or None if malformed."""
+    dtype, strength = said.get("dtype"), said.get("strength", 1.0)
+    rule, layout = said.get("zero_norm", "refuse"), said.get("fan_in_fan_out")
+    prefixes = said.get("map_prefix", [])
+    sound = (
+        (dtype is None or (isinstance(dtype, str) and dtype in DTYPES))
+        and type(strength) in (int, float)
+        and math.isfinite(strength)
+        and rule in ("refuse", "zero", "keep-base")
+        and (layout is None or isinstance(layout, bool))
+        and isinstance(prefixes, list)
+        and all(isinstance(p, str) and "=" in p for p in prefixes)
+    )
+    if not sound:
+        return None
+    return {
+        "dtype": None if dtype is None else DTYPES[dtype],
+        "strength": float(strength),
+        "zero_norm": rule,
+        "map_prefix": parse_map_prefix(prefixes),
+        "fan_in_fan_out": layout,
+    }
 
 
 def manifest(plan: Plan, resources: Resources, side_files: tuple[SideFile, ...]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from dora_export.checkpoints.folder import read_json
 from dora_export.errors import InputError
@@ -51,7 +52,7 @@ class SideFile:
 
     name: str
     source: Path
-    owner: str
+    owner: Literal["base", "adapter"]
 
 
 def collect(plan: Plan) -> tuple[SideFile, ...]:

@@ -1,0 +1,88 @@
+"""The tiers in turn: what a merge checks before it publishes, and what ``verify`` starts with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from dora_export.errors import VerifyError, listing, shown
+from dora_export.plan import Plan
+from dora_export.verify.catalog import FINDINGS
+from dora_export.verify.ledger import Source, check_ledger
+from dora_export.verify.model import Finding, Level, TensorResult, TierResult
+from dora_export.verify.oracle import check_oracle
+from dora_export.verify.subject import Subject, under_base_names
+
+SEVERITIES = ("wrong", "unchecked", "warning", "note")
+ORDER = {m.code: i for i, m in enumerate(FINDINGS)}
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What ledger and oracle found.
+
+    Attributes:
+        level: How deep the oracle went.
+        tiers: What each tier did.
+        tensors: Every changed tensor.
+        findings: Sorted by gravity, tier and place.
+    """
+
+    level: Level
+    tiers: tuple[TierResult, ...]
+    tensors: tuple[TensorResult, ...]
+    findings: tuple[Finding, ...]
+
+    @property
+    def worst(self) -> TensorResult | None:
+        """The tensor with the largest distance from the exact result, or None."""
+        return max(self.tensors, key=lambda t: t.max_ulp, default=None)
+
+
+def check(
+    plan: Plan,
+    subject: Subject,
+    sources: Mapping[str, Source],
+    level: Level,
+    *,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Checked:
+    """Run the ledger and the oracle on a merged model.
+
+    Args:
+        plan: What base and adapter should give.
+        subject: The merged model.
+        sources: Side files that belong in it.
+        level: "fast" samples rows of changed tensors, "full" compares every element; both compare
+            every byte of the tensors that do not change.
+        threads: Workers; None: one per CPU.
+        progress: Called with elements done and in all.
+    """
+    ledger, found = check_ledger(plan, subject, sources, threads=threads)
+    named = under_base_names(subject, [s.name for s in plan.steps])
+    oracle, tensors, more = check_oracle(
+        plan, named.tensors, level, threads=threads, progress=progress
+    )
+    return Checked(level, (ledger, oracle), tensors, in_order((*found, *more)))
+
+
+def in_order(findings: tuple[Finding, ...]) -> tuple[Finding, ...]:
+    """Return findings by gravity, then as the catalog has them, then by place."""
+    key = [(SEVERITIES.index(f.severity), ORDER[f.code], f.where, f.what) for f in findings]
+    return tuple(f for _, f in sorted(zip(key, findings, strict=True), key=lambda pair: pair[0]))
+
+
+def refuse_wrong(checked: Checked) -> None:
+    """Raise if a merge's own output is not what was planned.
+
+    Raises:
+        VerifyError: With everything that is wrong or could not be checked.
+    """
+    problems = [
+        f"{shown(f.where)}: {f.what} ({f.code})"
+        for f in checked.findings
+        if f.severity in ("wrong", "unchecked")
+    ]
+    if problems:
+        raise VerifyError(f"the output is not what was planned:{listing(problems)}\nNot published.")

@@ -1,0 +1,314 @@
+"""The merged weight in float64, by an own formula: what every stored element is held against.
+
+It shares no arithmetic with the engine. A ``Lines`` is one region of a tensor with its operands
+read; ``rows`` and ``lines`` give base and exact values of parts of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dora_export.pieces import Region
+from dora_export.plan import Settings
+from dora_export.tensors import DType, Operand, TensorRef
+from dora_export.update import Change
+
+Floats = NDArray[np.float64]
+
+BLOCK_ELEMENTS = 1 << 17  # float64 elements of one block: the few arrays of a block fit the cache
+SCAN_BYTES = 4 << 20  # read at once where columns are picked
+EXPONENT = np.int64(0x7FF0000000000000)  # bits of a float64 that are its exponent
+# Stored type -> bits of fraction, exponent of the smallest step, unit roundoff.
+FRACTION = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7}
+SMALLEST = {"F64": -1074, "F32": -149, "F16": -24, "BF16": -133}
+LARGEST = {"F16": 65504.0, "BF16": 3.3895313892515355e38, "F32": 3.4028234663852886e38}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One change of a region with its operands in float64.
+
+    Attributes:
+        change: The change.
+        left: ``scaling * left``, shape (rows, rank), or None.
+        right: Shape (rank, columns), or None.
+        magnitude: One per row or per group of columns, or None.
+        factor: ``m / (||V|| + eps)`` per column, where norms run down columns and were computed.
+        kept: Columns that keep the base's values, with ``factor``.
+        value: Rows to put in place, for kind "rows".
+    """
+
+    change: Change
+    left: Floats | None = None
+    right: Floats | None = None
+    magnitude: Floats | None = None
+    factor: Floats | None = None
+    kept: NDArray[np.bool_] | None = None
+    value: Floats | None = None
+
+
+@dataclass(frozen=True)
+class Exact:
+    """A region's exact result, ready to be asked for rows or columns.
+
+    Attributes:
+        source: Where the base's values are.
+        region: Which of them.
+        settings: The user's, for strength and the zero-norm rule.
+        parts: The region's changes in order.
+    """
+
+    source: TensorRef
+    region: Region
+    settings: Settings
+    parts: tuple[Part, ...] = field(repr=False)
+
+    @classmethod
+    def open(cls, source: TensorRef, region: Region, settings: Settings) -> Exact:
+        """Read the operands of a region; values and norms are left for later."""
+        return cls(source, region, settings, tuple(_part(c) for c in region.changes))
+
+    @property
+    def by_column(self) -> bool:
+        """Whether norms run down stored columns."""
+        return self.region.column_change is not None
+
+    @property
+    def rank(self) -> int:
+        """Largest rank of a product, 0 without one."""
+        return max((p.right.shape[0] for p in self.parts if p.right is not None), default=0)
+
+    def with_factors(self) -> Exact:
+        """Return this with the factors of its columns computed: one pass over all rows."""
+        position = self.region.column_change
+        if position is None or self.parts[position].factor is not None:
+            return self
+        part = self.parts[position]
+        squares = np.zeros(self.region.columns)
+        for rows in self.blocks():
+            values = self._directions(self.base(rows), rows, position)
+            squares += np.einsum("ij,ij->j", values, values)
+        assert part.magnitude is not None, "Bug: a column change has magnitudes"
+        group = part.change.group
+        norm = np.sqrt(squares.reshape(-1, group).sum(axis=1))
+        factor, kept = _factor(part.magnitude, norm, part.change.eps, self.settings)
+        done = Part(part.change, part.left, part.right, part.magnitude,
+                    np.repeat(factor, group), np.repeat(kept, group))  # fmt: skip
+        return Exact(self.source, self.region, self.settings,
+                     (*self.parts[:position], done, *self.parts[position + 1 :]))  # fmt: skip
+
+    def blocks(self, elements: int = BLOCK_ELEMENTS) -> Iterator[slice]:
+        """Yield consecutive rows whose float64 values are about ``elements``."""
+        step = max(1, elements // max(1, self.region.columns))
+        for first in range(0, self.region.rows, step):
+            yield slice(first, min(first + step, self.region.rows))
+
+    def base(self, rows: slice | NDArray[Any]) -> Floats:
+        """Return the base's values of some rows."""
+        return read_rows(self.source, self.region, rows)
+
+    def rows(self, rows: slice | NDArray[Any]) -> tuple[Floats, Floats]:
+        """Return base and exact values of some rows; columns' factors must be there."""
+        base = self.base(rows)
+        return base, self._exact(base, rows, slice(None))
+
+    def columns(self, columns: NDArray[Any]) -> tuple[Floats, Floats]:
+        """Return base and exact values of some columns; whole groups of them."""
+        base = read_columns(self.source, self.region, columns)
+        return base, self._exact(base, slice(None), columns)
+
+    def product(self, rows: slice | NDArray[Any], columns: slice | NDArray[Any]) -> Floats | None:
+        """Return ``s B A`` of some rows and columns, or None where a change has no product."""
+        products = [
+            p.left[rows] @ p.right[:, columns]
+            for p in self.parts
+            if p.left is not None and p.right is not None
+        ]
+        return np.sum(products, axis=0) if products else None
+
+    def _exact(
+        self, base: Floats, rows: slice | NDArray[Any], columns: slice | NDArray[Any]
+    ) -> Floats:
+        values = base
+        for position in range(len(self.parts)):
+            values = self._applied(position, values, base, rows, columns)
+        if self.settings.strength != 1.0:
+            values = base + self.settings.strength * (values - base)
+        return values
+
+    def _directions(self, base: Floats, rows: slice, stop: int) -> Floats:
+        """Return ``V`` of some rows: what the change at ``stop`` divides by its norm."""
+        values = base
+        for position in range(stop):
+            values = self._applied(position, values, base, rows, slice(None))
+        return _with_product(self.parts[stop], values, rows, slice(None))
+
+    def _applied(
+        self,
+        position: int,
+        values: Floats,
+        base: Floats,
+        rows: slice | NDArray[Any],
+        columns: slice | NDArray[Any],
+    ) -> Floats:
+        part = self.parts[position]
+        if part.magnitude is not None:
+            values = _with_product(part, values, rows, columns)
+            return _normalised(part, values, base, rows, columns, self.settings)
+        if part.change.kind in ("lora", "dora"):
+            return _with_product(part, values, rows, columns)
+        if part.change.kind == "rows":
+            return _with_rows(part, values, rows, self.region.rows, columns)
+        assert part.change.value is not None, "Bug: kinds add and replace carry a value"
+        value = self._value(part.change.value, rows, columns)
+        return value if part.change.kind == "replace" else values + part.change.scaling * value
+
+    def _value(
+        self, ref: TensorRef, rows: slice | NDArray[Any], columns: slice | NDArray[Any]
+    ) -> Floats:
+        own = Region(0, self.region.rows, self.region.columns)
+        if isinstance(columns, slice):
+            return read_rows(ref, own, rows)
+        return read_columns(ref, own, columns)
+
+
+def _part(change: Change) -> Part:
+    left = None if change.left is None else change.scaling * _operand(change.left)
+    right = None if change.right is None else _operand(change.right)
+    magnitude = None if change.magnitude is None else _operand(change.magnitude).ravel()
+    value = None
+    if change.kind == "rows":
+        assert change.value is not None, "Bug: kind rows carries a value"
+        value = _operand(Operand.matrix(change.value))
+    return Part(change, left, right, magnitude, value=value)
+
+
+def _with_product(
+    part: Part, values: Floats, rows: slice | NDArray[Any], columns: slice | NDArray[Any]
+) -> Floats:
+    if part.left is None or part.right is None:
+        return values
+    product: Floats = part.left[rows] @ part.right[:, columns]
+    product += values
+    return product
+
+
+def _normalised(
+    part: Part,
+    values: Floats,
+    base: Floats,
+    rows: slice | NDArray[Any],
+    columns: slice | NDArray[Any],
+    settings: Settings,
+) -> Floats:
+    assert part.magnitude is not None, "Bug: only called with magnitudes"
+    change = part.change
+    if change.over == "row":
+        norm = np.sqrt(np.einsum("ij,ij->i", values, values))
+        factor, kept = _factor(part.magnitude[rows], norm, change.eps, settings)
+        factor, kept = factor[:, None], kept[:, None]
+    elif part.factor is not None and part.kept is not None:
+        factor, kept = part.factor[columns][None], part.kept[columns][None]
+    else:
+        picked = np.arange(part.magnitude.size * change.group)[columns]
+        squares = np.einsum("ij,ij->j", values, values).reshape(-1, change.group).sum(axis=1)
+        m = part.magnitude[picked[:: change.group] // change.group]
+        factor, kept = _factor(m, np.sqrt(squares), change.eps, settings)
+        factor = np.repeat(factor, change.group)[None]
+        kept = np.repeat(kept, change.group)[None]
+    result = values * factor
+    return np.where(kept, base, result) if kept.any() else result
+
+
+def _factor(
+    m: Floats, norm: Floats, eps: float, settings: Settings
+) -> tuple[Floats, NDArray[np.bool_]]:
+    """Return ``m / (norm + eps)``, zero where the norm is, and which lines keep the base's."""
+    zero = norm == 0
+    factor = np.where(zero, 0.0, m / np.where(zero, 1.0, norm + eps))
+    return factor, zero & (m != 0) & (settings.zero_norm == "keep-base")
+
+
+def _with_rows(
+    part: Part,
+    values: Floats,
+    rows: slice | NDArray[Any],
+    count: int,
+    columns: slice | NDArray[Any],
+) -> Floats:
+    assert part.value is not None, "Bug: kind rows carries a value"
+    values = values.copy()
+    picked = np.arange(count)[rows]
+    for position, row in enumerate(part.change.row_indices):
+        values[picked == row] = part.value[position, columns]
+    return values
+
+
+def read_rows(ref: TensorRef, region: Region, rows: slice | NDArray[Any]) -> Floats:
+    """Return stored rows of a region as float64."""
+    if isinstance(rows, slice):
+        first, last, _ = rows.indices(region.rows)
+        spans = [(first, last)]
+    else:
+        spans = [(int(row), int(row) + 1) for row in rows]
+    parts = [
+        floats(ref.raw(region.start + a * region.columns, region.start + b * region.columns),
+               ref.dtype)
+        for a, b in spans
+    ]  # fmt: skip
+    found = parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.zeros(0)
+    return found.reshape(-1, region.columns)
+
+
+def read_columns(ref: TensorRef, region: Region, columns: NDArray[Any]) -> Floats:
+    """Return stored columns of a region as float64; reads all of it."""
+    step = max(1, SCAN_BYTES // max(1, region.columns * ref.dtype.itemsize))
+    parts = []
+    for row in range(0, region.rows, step):
+        last = min(row + step, region.rows)
+        raw = ref.raw(region.start + row * region.columns, region.start + last * region.columns)
+        parts.append(floats(raw.reshape(-1, region.columns)[:, columns], ref.dtype))
+    return np.concatenate(parts)
+
+
+def _operand(operand: Operand) -> Floats:
+    return np.ascontiguousarray(floats(operand.arranged(operand.ref.raw()), operand.ref.dtype))
+
+
+def floats(raw: NDArray[Any], dtype: DType) -> Floats:
+    """Return stored elements as float64; bfloat16 is the upper half of a float32."""
+    if dtype.name == "BF16":
+        bits = raw.astype(np.uint32)
+        bits <<= 16
+        return bits.view(np.float32).astype(np.float64)
+    stored = {"F16": np.float16, "F32": np.float32, "F64": np.float64}[dtype.name]
+    return np.ascontiguousarray(raw).view(stored).astype(np.float64)
+
+
+def binade(values: Floats, dtype: DType) -> Floats:
+    """Return the power of two at or below each value; times ``2**-FRACTION`` it is one ulp.
+
+    Below the smallest normal number of ``dtype`` steps no longer shrink, nor does this.
+    """
+    unit: Floats = (values.view(np.int64) & EXPONENT).view(np.float64)
+    least = 2.0 ** max(SMALLEST[dtype.name] + FRACTION[dtype.name], -1022)
+    np.maximum(unit, least, out=unit)
+    if dtype.name == "F64":
+        # The exact values are float64 sums themselves: no nearer than this to the real ones.
+        np.maximum(unit, np.abs(values).max(initial=0.0) * 2.0 ** (52 - 44), out=unit)
+    return unit
+
+
+def rounded(values: Floats, dtype: DType) -> Floats:
+    """Return the nearest values of ``dtype``, ties to even; overflow becomes infinity."""
+    if dtype.name == "F64":
+        return values
+    step = binade(np.ascontiguousarray(values), dtype) * 2.0 ** -FRACTION[dtype.name]
+    nearest = np.rint(values / step) * step  # both by powers of two: exact
+    too_large = np.abs(nearest) > LARGEST[dtype.name]
+    return np.where(too_large, np.copysign(np.inf, values), nearest) if too_large.any() else nearest

@@ -1,0 +1,511 @@
+"""Every changed tensor against the float64 formula, in units of the stored type's last place.
+
+A stored element is taken for ``round(W' + e)``: rounded once to its type, after an error ``e`` of
+the arithmetic it was computed with. What is more than half a last place away tells how large ``e``
+was; held against ``|f| (|W| + s ||B_i|| ||A_j||) + |W'|``, the size of the terms that were added
+and multiplied, it tells the precision of that arithmetic (float32, or float16 or bfloat16
+throughout). Rows that stand out from their tensor, and tensors that fit none of these, are wrong;
+so is a tensor that a known mistake comes much nearer to than the right formula does.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dora_export.errors import shown
+from dora_export.pieces import Region, regions
+from dora_export.plan import Plan, Settings, Step
+from dora_export.tensors import DType, TensorRef
+from dora_export.verify import diagnose
+from dora_export.verify.exact import (
+    FRACTION,
+    SMALLEST,
+    Exact,
+    Floats,
+    binade,
+    read_columns,
+    read_rows,
+    rounded,
+)
+from dora_export.verify.model import Finding, Level, Status, TensorResult, TierResult
+from dora_export.verify.parallel import each
+
+SAMPLES = 16  # rows or columns per changed region at level "fast"
+# Unit roundoff of the arithmetic that a merge may have used; none is told finer than float32.
+ROUNDOFF = {"F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
+# Roundings of one merged element: product, scaling, sum, norm, division, two factors, storage.
+ROUNDINGS = 8
+FEW_ROUNDINGS = 4  # what a line's worst element usually has; float16 and bfloat16 are 8 apart
+ALIKE = 4  # lines of one tensor whose worst errors differ by less are of one kind
+NEARLY_ALL = 1e-3  # share of elements of an exact merge that need not be correctly rounded
+ODD_ELEMENTS = 3  # of a small tensor, likewise
+TIE = 1 + 2.0**-20  # float64 cannot tell on which side of a tie the real number lies
+CACHED = 64  # operands of regions kept while mix-ups are looked for
+QUARTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A region, or sampled lines of it, against the exact result.
+
+    Attributes:
+        lines: Rows (or groups of columns) compared.
+        excess: Per line, the largest arithmetic error in units of the terms' size.
+        misrounded: Elements that are not the correctly rounded exact ones.
+        not_finite: Elements that are not finite where the exact ones are.
+        elements: Elements compared.
+        max_ulp: Largest distance.
+        error: Squared Frobenius norm of the error.
+        one_rounding: The same for the exact result rounded once, as expected.
+        exact: Squared Frobenius norm of the exact result.
+        update: Squared Frobenius norm of the update.
+        base: Squared Frobenius norm of the base.
+        ratios: ``m / ||W||`` of each line, or None.
+    """
+
+    lines: NDArray[np.int64]
+    excess: Floats
+    misrounded: int
+    not_finite: int
+    elements: int
+    max_ulp: float
+    error: float
+    one_rounding: float
+    exact: float
+    update: float
+    base: float
+    ratios: Floats | None
+
+
+def check_oracle(
+    plan: Plan,
+    merged: Mapping[str, TensorRef],
+    level: Level,
+    *,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[TierResult, tuple[TensorResult, ...], tuple[Finding, ...]]:
+    """Compare every changed tensor with the exact result.
+
+    Tensors that are missing or have another shape are the ledger's to report, and left out.
+
+    Args:
+        plan: What should have been merged.
+        merged: The merged model's tensors by name; dtypes may differ from the plan's.
+        level: "full" compares every element; "fast" some rows of every changed region (columns,
+            where norms run down columns), enough to fail whatever is wrong with a whole tensor.
+        threads: Workers; None: one per CPU.
+        progress: Called with elements done and in all.
+
+    Returns:
+        The tier's summary, a result per changed tensor in the plan's order, and findings.
+    """
+    started = time.monotonic()
+    steps = [
+        s for s in plan.steps if s.changes and s.name in merged and merged[s.name].shape == s.shape
+    ]
+    total = sum(s.source.size for s in steps)
+    done = [0]
+    families = _Families(steps, plan.settings)
+
+    def one(step: Step) -> tuple[TensorResult, tuple[Finding, ...]]:
+        found = _check_tensor(step, merged[step.name], plan.settings, level, families)
+        done[0] += step.source.size
+        if progress is not None:
+            progress(done[0], total)
+        return found
+
+    largest_first = sorted(steps, key=lambda s: -s.source.size)
+    by_name = dict(
+        zip((s.name for s in largest_first), each(one, largest_first, threads), strict=True)
+    )
+    results = [by_name[s.name] for s in steps]
+    tensors = tuple(r for r, _ in results)
+    findings = tuple(f for _, fs in results for f in fs)
+    seconds = time.monotonic() - started
+    return _tier(tensors, level, seconds), tensors, findings
+
+
+def _tier(tensors: Sequence[TensorResult], level: Level, seconds: float) -> TierResult:
+    counts: dict[Status, int] = defaultdict(int)
+    for tensor in tensors:
+        counts[tensor.status] += 1
+    compared = sum(t.elements for t in tensors)
+    wrong = sum(t.misrounded * t.elements for t in tensors)
+    worst = max(tensors, key=lambda t: t.max_ulp, default=None)
+    if worst is None:
+        return TierResult("oracle", True, "no tensor is changed by arithmetic", seconds)
+    scope = "every element" if level == "full" else "sampled rows"
+    words = ", ".join(f"{counts[s]} {s}" for s in ("exact", "rounded", "wrong", "unchecked")
+                      if counts[s])  # fmt: skip
+    summary = (
+        f"{len(tensors)} changed tensors, {scope}: {words}; worst {worst.max_ulp:.3g} ulp in "
+        f"{shown(worst.name)}"
+    )
+    figures = {
+        "tensors": dict(counts),
+        "elements": compared,
+        "max_ulp": worst.max_ulp,
+        "worst_tensor": worst.name,
+        "misrounded": wrong / compared if compared else 0.0,
+    }
+    return TierResult("oracle", True, summary, seconds, figures)
+
+
+class _Families:
+    """Regions of the same shape and kind, where mix-ups are looked for."""
+
+    def __init__(self, steps: Iterable[Step], settings: Settings) -> None:
+        self.settings = settings
+        self.members: dict[tuple[object, ...], list[tuple[Step, Region]]] = defaultdict(list)
+        for step in steps:
+            for region in regions(step):
+                self.members[_family(region)].append((step, region))
+        self._open = lru_cache(CACHED)(Exact.open)
+
+    def others(self, step: Step, region: Region) -> diagnose.Others:
+        """Return a source of the other members' exact results, the nearest in order first."""
+        members = self.members[_family(region)]
+        own = next(i for i, (s, r) in enumerate(members) if s is step and r.start == region.start)
+        ordered = sorted(range(len(members)), key=lambda i: abs(i - own))[1:]
+
+        def yield_them() -> Iterable[tuple[str, Exact]]:
+            for i in ordered:
+                other, where = members[i]
+                yield _place(other, where), self._open(other.source, where, self.settings)
+
+        return yield_them
+
+
+def _family(region: Region) -> tuple[object, ...]:
+    kinds = tuple((c.kind, c.over) for c in region.changes)
+    return (region.rows, region.columns, kinds)
+
+
+def _place(step: Step, region: Region) -> str:
+    """Return the name of a region: the tensor's, with the slice where there are several."""
+    size = region.rows * region.columns
+    if size == step.source.size:
+        return step.name
+    first = region.start // region.columns
+    if len(step.shape) == 3 and region.rows == step.shape[1]:
+        return f"{step.name}[{region.start // size}]"
+    return f"{step.name}[rows {first} to {first + region.rows}]"
+
+
+def _check_tensor(
+    step: Step, ref: TensorRef, settings: Settings, level: Level, families: _Families
+) -> tuple[TensorResult, tuple[Finding, ...]]:
+    if not ref.dtype.mergeable:
+        what = f"stored as {ref.dtype.name}"
+        result = TensorResult(
+            name=step.name,
+            status="unchecked",
+            dtype=ref.dtype.name,
+            shape=ref.shape,
+            elements=0,
+            max_ulp=math.nan,
+            misrounded=math.nan,
+            relative_error=math.nan,
+            error_ratio=math.nan,
+            update_size=math.nan,
+            diagnosis="quantised",
+        )
+        return result, (Finding("quantised", step.name, what),)
+    measured, findings, arithmetics = [], [], []
+    for region in regions(step):
+        if not region.changes:
+            continue  # between the changed parts of a tensor: _untouched() below
+        exact = Exact.open(step.source, region, settings)
+        measurement, exact = _measure(exact, ref, level, step.name)
+        arithmetic, found = _judge(
+            exact, ref, measurement, _place(step, region), families.others(step, region)
+        )
+        measured.append(measurement)
+        arithmetics.append(arithmetic)
+        findings += found
+    findings += _untouched(step, ref)
+    return _result(step, ref, measured, arithmetics, findings), tuple(findings)
+
+
+def _untouched(step: Step, ref: TensorRef) -> list[Finding]:
+    """Compare the parts of a changed tensor that no change touches."""
+    for region in regions(step):
+        if region.changes:
+            continue
+        exact = Exact(step.source, region, Settings(), ())
+        for rows in exact.blocks():
+            base, stored = exact.base(rows), read_rows(ref, region, rows)
+            nearest = base if ref.dtype is step.source.dtype else rounded(base, ref.dtype)
+            if not np.array_equal(nearest, stored, equal_nan=True):
+                return [Finding("rows-wrong", _place(step, region), "not the base's values, though "
+                                "the adapter does not touch them")]  # fmt: skip
+    return []
+
+
+def _measure(exact: Exact, ref: TensorRef, level: Level, name: str) -> tuple[Measurement, Exact]:
+    """Return a region's figures, and its exact result with whatever had to be computed for it."""
+    region = exact.region
+    if level == "full":
+        exact = exact.with_factors()
+        tally = _Tally(exact, ref.dtype, np.arange(region.rows))
+        for rows in exact.blocks():
+            base, values = exact.rows(rows)
+            merged = read_rows(ref, region, rows)
+            tally.add(rows, base, values, merged)
+        return tally.measurement(), exact
+    seed = zlib.crc32(name.encode()) + region.start
+    change = region.column_change
+    if change is None:
+        lines = _sampled(region.rows, seed)
+        base, values = exact.rows(lines)
+        merged = read_rows(ref, region, lines)
+        tally = _Tally(exact, ref.dtype, lines)
+        tally.add(slice(0, len(lines)), base, values, merged)
+        return tally.measurement(), exact
+    group = region.changes[change].group
+    lines = _sampled(region.columns // group, seed)
+    columns = (lines[:, None] * group + np.arange(group)).ravel()
+    base, values = exact.columns(columns)
+    merged = read_columns(ref, region, columns)
+    tally = _Tally(exact, ref.dtype, np.arange(region.rows), columns)
+    tally.add(slice(None), base, values, merged)
+    return tally.measurement(), exact
+
+
+def _sampled(count: int, seed: int) -> NDArray[np.int64]:
+    """Return some of ``count`` lines, each once, sorted; the same for the same seed."""
+    if count <= SAMPLES:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(seed).choice(count, SAMPLES, replace=False))
+
+
+class _Tally:
+    """Figures of a region, added up block by block."""
+
+    def __init__(
+        self,
+        exact: Exact,
+        dtype: DType,
+        rows: NDArray[np.int64],
+        columns: NDArray[np.int64] | None = None,
+    ) -> None:
+        self.exact, self.dtype, self.rows = exact, dtype, rows
+        self.columns = np.arange(exact.region.columns) if columns is None else columns
+        self.row_excess = np.zeros(len(rows))
+        self.column_excess = np.zeros(len(self.columns))
+        self.row_norm = np.zeros(len(rows))
+        self.column_norm = np.zeros(len(self.columns))
+        self.max_ulp, self.misrounded, self.not_finite, self.elements = 0.0, 0, 0, 0
+        self.error = self.ulps = self.size = self.update = 0.0
+        # ||B_i|| and ||A_j|| of every product, for the size of the terms that were added
+        self.sizes = [
+            (np.sqrt(np.einsum("ij,ij->i", p.left, p.left)),
+             np.sqrt(np.einsum("ij,ij->j", p.right, p.right)))
+            for p in exact.parts if p.left is not None and p.right is not None
+        ]  # fmt: skip
+
+    def add(self, rows: slice, base: Floats, values: Floats, merged: Floats) -> None:
+        """Add a block: rows of ``self.rows``, all of ``self.columns``."""
+        gap = merged - values
+        unit = binade(values, self.dtype)
+        self.ulps += float(np.vdot(unit, unit))
+        distance = np.abs(gap)
+        np.divide(distance, unit, out=distance)  # in ulps, times 2**-FRACTION
+        worst = float(distance.max(initial=0.0))
+        half = 0.5 * TIE * 2.0 ** -FRACTION[self.dtype.name]
+        if not worst <= half:
+            wrong = ~(distance <= half)  # NaN is wrong
+            self.misrounded += int(np.count_nonzero(wrong))
+            at = np.flatnonzero(wrong.any(axis=1))
+            picked = self.rows[rows][at]
+            block = (base, values, gap, unit)
+            if len(at) < len(values):  # of an exact merge, one row in a hundred
+                block = tuple(a[at] for a in block)  # type: ignore[assignment]
+            excess = self._excess(picked, *block)
+            if self.exact.by_column:
+                np.maximum(self.column_excess, excess.max(axis=0), out=self.column_excess)
+            else:
+                self.row_excess[rows.indices(len(self.rows))[0] + at] = excess.max(axis=1)
+            finite = np.isfinite(merged)
+            if not finite.all():
+                self.not_finite += int((~finite & np.isfinite(values)).sum())
+                gap = np.where(finite, gap, 0.0)
+                worst = math.inf
+        self.max_ulp = max(self.max_ulp, worst * 2.0 ** FRACTION[self.dtype.name])
+        self.elements += values.size
+        self.error += float(np.vdot(gap, gap))
+        self.size += float(np.vdot(values, values))
+        if self.exact.by_column:
+            self.column_norm += np.einsum("ij,ij->j", base, base)
+        else:
+            self.row_norm[rows] = np.einsum("ij,ij->i", base, base)
+        np.subtract(values, base, out=gap)
+        self.update += float(np.vdot(gap, gap))
+
+    def _excess(
+        self, rows: NDArray[np.int64], base: Floats, values: Floats, gap: Floats, unit: Floats
+    ) -> Floats:
+        """Return, for some rows, the arithmetic's error in units of the terms' size.
+
+        That size is ``|f| (|W| + s ||B_i|| ||A_j||) + |W'|``.
+        """
+        terms = np.abs(base)
+        for left, right in self.sizes:
+            terms += left[rows, None] * right[self.columns]
+        part = next((p for p in self.exact.parts if p.magnitude is not None), None)
+        if part is not None and part.factor is not None:
+            terms *= np.abs(part.factor[self.columns])
+        elif part is not None:
+            product = self.exact.product(rows, self.columns)
+            v = base if product is None else base + product
+            line = "ij,ij->j" if self.exact.by_column else "ij,ij->i"
+            before, after = (np.sqrt(np.einsum(line, a, a)) for a in (v, values))
+            factor = after / np.where(before == 0, np.inf, before)
+            terms *= factor if self.exact.by_column else factor[:, None]
+        terms += np.abs(values)
+        np.maximum(terms, 2.0 ** SMALLEST[self.dtype.name], out=terms)
+        excess = np.abs(gap)
+        unit *= 0.5 * 2.0 ** -FRACTION[self.dtype.name]
+        excess -= unit
+        np.maximum(excess, 0.0, out=excess)
+        excess /= terms
+        return np.nan_to_num(excess, copy=False, nan=np.inf)
+
+    def measurement(self) -> Measurement:
+        """Return the figures."""
+        by_column = self.exact.by_column
+        part = next((p for p in self.exact.parts if p.magnitude is not None), None)
+        group = part.change.group if part is not None and by_column else 1
+        excess = self.column_excess.reshape(-1, group).max(axis=1) if by_column else self.row_excess
+        squares = self.column_norm.reshape(-1, group).sum(axis=1) if by_column else self.row_norm
+        lines = self.columns[::group] // group if by_column else self.rows
+        ratios = None
+        if part is not None and part.magnitude is not None:
+            norm = np.sqrt(squares)
+            ratios = part.magnitude[lines][norm > 0] / norm[norm > 0]
+        return Measurement(lines, excess, self.misrounded, self.not_finite, self.elements,
+                           self.max_ulp, self.error,
+                           self.ulps * 4.0 ** -FRACTION[self.dtype.name] / 12,  # spread evenly
+                           self.size, self.update,
+                           float(squares.sum()), ratios)  # fmt: skip
+
+
+def _judge(
+    exact: Exact,
+    ref: TensorRef,
+    measured: Measurement,
+    place: str,
+    others: diagnose.Others,
+) -> tuple[str | None, list[Finding]]:
+    """Return the arithmetic that a region's rounding tells of, and what is wrong with it.
+
+    The arithmetic is None where the region is wrong, and "" where it is exact.
+    """
+    if measured.not_finite:
+        what = f"{measured.not_finite} elements are NaN or infinite, the exact ones are not"
+        return None, [Finding("not-finite", place, what)]
+    limit = ROUNDINGS + 2 * math.sqrt(exact.rank)
+    usual = float(np.median(measured.excess)) if len(measured.excess) else 0.0
+    arithmetic = _arithmetic(usual, limit, ref.dtype)
+    if arithmetic is None:
+        found = diagnose.diagnose(exact, ref, diagnose.pick(measured.lines), others)
+        return None, [Finding(found.code, place, found.what)]
+    if arithmetic != "F32":
+        # Within rounding on the whole, but a small mistake could hide in it.
+        near = diagnose.known_mistake(exact, ref, diagnose.pick(measured.lines), others)
+        if near is not None:
+            return None, [Finding(near.code, place, near.what)]
+    odd = measured.lines[measured.excess > max(limit * ROUNDOFF[arithmetic], ALIKE * usual)]
+    if len(odd):
+        return None, [_odd_lines(exact, ref, measured, place, odd, others)]
+    return ("" if _is_exact(measured) else arithmetic), []
+
+
+def _arithmetic(usual: float, limit: float, stored: DType) -> str | None:
+    """Return the precision in which a tensor with this usual error was computed, or None."""
+    if usual <= limit * ROUNDOFF["F32"]:
+        return "F32"
+    if usual <= FEW_ROUNDINGS * ROUNDOFF["F16"] and stored.name != "BF16":
+        return "F16"
+    return "BF16" if usual <= limit * ROUNDOFF["BF16"] else None
+
+
+def _odd_lines(
+    exact: Exact,
+    ref: TensorRef,
+    measured: Measurement,
+    place: str,
+    odd: NDArray[np.int64],
+    others: diagnose.Others,
+) -> Finding:
+    """Return what is wrong with lines that stand out; all of a tensor's, or some."""
+    found = diagnose.diagnose(exact, ref, diagnose.pick(odd), others)
+    share = len(odd) / len(measured.lines)
+    if share > 0.5:
+        return Finding(found.code, place, found.what)
+    kind = "columns" if exact.by_column else "rows"
+    listed = ", ".join(map(str, odd[:8])) + (" ..." if len(odd) > 8 else "")
+    because = "" if found.code == "wrong-values" else f", {found.code}"
+    what = f"{len(odd)} of {len(measured.lines)} {kind} ({listed}){because}: {found.what}"
+    return Finding("rows-wrong", place, what)
+
+
+def _is_exact(measured: Measurement) -> bool:
+    tolerated = max(ODD_ELEMENTS, NEARLY_ALL * measured.elements)
+    return measured.max_ulp <= 1.0 and measured.misrounded <= tolerated
+
+
+def _result(
+    step: Step,
+    ref: TensorRef,
+    measured: Sequence[Measurement],
+    arithmetics: Sequence[str | None],
+    findings: list[Finding],
+) -> TensorResult:
+    """Return a tensor's result from its regions'; adds the finding on its rounding, if any."""
+    elements = sum(m.elements for m in measured)
+    max_ulp = max((m.max_ulp for m in measured), default=0.0)
+    misrounded = sum(m.misrounded for m in measured) / elements if elements else 0.0
+    status: Status = "wrong" if findings else "exact"
+    arithmetic = None
+    rounded = [a for a in arithmetics if a]
+    if status != "wrong" and rounded:
+        status, arithmetic = "rounded", max(rounded, key=lambda a: ROUNDOFF[a])
+        coarse = ROUNDOFF[arithmetic] > 2.0 ** -(FRACTION[ref.dtype.name] + 1)
+        error = _ratio(sum(m.error for m in measured), sum(m.one_rounding for m in measured))
+        what = (
+            f"as computed in {arithmetic}: {misrounded:.2%} not correctly rounded, error "
+            f"{error:.2g} times that of rounding once"
+        )
+        findings.append(Finding("coarse-rounding" if coarse else "rounded", step.name, what))
+    ratios = [m.ratios for m in measured if m.ratios is not None and len(m.ratios)]
+    quantiles = np.quantile(np.concatenate(ratios), QUARTILES) if ratios else None
+    return TensorResult(
+        name=step.name,
+        status=status,
+        dtype=ref.dtype.name,
+        shape=ref.shape,
+        elements=elements,
+        max_ulp=max_ulp,
+        misrounded=misrounded,
+        relative_error=_ratio(sum(m.error for m in measured), sum(m.exact for m in measured)),
+        error_ratio=_ratio(sum(m.error for m in measured), sum(m.one_rounding for m in measured)),
+        update_size=_ratio(sum(m.update for m in measured), sum(m.base for m in measured)),
+        magnitude_ratio=None if quantiles is None else tuple(map(float, quantiles)),  # type: ignore[arg-type]
+        arithmetic=arithmetic,
+        diagnosis=findings[0].code if findings else None,
+    )
+
+
+def _ratio(above: float, below: float) -> float:
+    return math.sqrt(above / below) if below else (0.0 if not above else math.inf)

@@ -1,0 +1,316 @@
+"""The merged model as it lies there, whoever wrote it: what is wrong with it is a finding.
+
+``open_checkpoint`` refuses a folder that is not in order; here the same faults are what is looked
+for, so everything that can be read is read and the rest is told.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from dora_export.checkpoints.folder import NOT_THE_MODEL, read_json
+from dora_export.errors import InputError, shown
+from dora_export.storage import PICKLED
+from dora_export.storage.pickled import read_pickled
+from dora_export.storage.safetensors import Header, read_header
+from dora_export.tensors import TensorRef
+from dora_export.verify.model import Finding
+
+MANIFEST = "dora_export.json"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+# Loaders take these before they look for an index.
+WHOLE = ("model.safetensors", "pytorch_model.bin")
+NUMBERED = re.compile(r"-\d{5}-of-\d{5}\.")
+# Wrappers whose names no loader strips.
+WRAPPERS = ("base_model", "module", "_orig_mod", "_fsdp_wrapped_module", "_forward_module")
+HEAD_LEAVES = ("lm_head", "embed_out", "score", "classifier", "qa_outputs", "cls")
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A weight file of the merged model.
+
+    Attributes:
+        names: Its tensors, in the order of their bytes.
+        nbytes: Bytes of tensor data.
+        metadata: safetensors ``__metadata__``.
+    """
+
+    names: tuple[str, ...]
+    nbytes: int
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A merged model, as far as it can be read.
+
+    Attributes:
+        path: What the user named.
+        folder: Folder whose side files belong to the model, or None for a single file.
+        tensors: By name; what loaders would read, the first one where a name occurs twice.
+        files: The weight files that hold them, by name.
+        broken: Weight files that are missing or cannot be read.
+        index: Content of the index file, or None.
+        index_name: Its name, or None.
+        config: Parsed config.json, or None.
+        manifest: Parsed ``dora_export.json``, or None.
+        maker: Who wrote it, as far as its files say, e.g. "dora-export 0.1.0".
+        prefix: What was taken off (or, with a leading "-", put in front of) its tensor names to get
+            the base's; empty: nothing.
+        problems: What was found wrong on opening it.
+    """
+
+    path: Path
+    folder: Path | None
+    tensors: Mapping[str, TensorRef]
+    files: Mapping[str, StoredFile]
+    broken: frozenset[str] = frozenset()
+    index: Mapping[str, Any] | None = None
+    index_name: str | None = None
+    config: Mapping[str, Any] | None = None
+    manifest: Mapping[str, Any] | None = None
+    maker: str = "another tool"
+    prefix: str = ""
+    problems: tuple[Finding, ...] = ()
+
+    @property
+    def places(self) -> dict[str, str]:
+        """The index's weight_map, as far as it is one: tensor name -> file name."""
+        found = self.index.get("weight_map") if self.index is not None else None
+        entries = found.items() if isinstance(found, dict) else ()
+        return {name: file for name, file in entries if isinstance(file, str)}
+
+
+def open_subject(path: Path, *, allow_pickle: bool = False) -> Subject:
+    """Open a merged model; reads headers, configs and indexes only.
+
+    Args:
+        path: Folder, ``.safetensors``, ``.bin``, ``.pt`` or ``.pth`` file.
+        allow_pickle: Whether pickled weights may be read (through torch's restricted loader).
+
+    Raises:
+        InputError: There is no such path, or its only weights are pickled and may not be read.
+    """
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder. Check the path of the merged model.")
+    opening = _Opening(path, allow_pickle)
+    if path.is_dir():
+        opening.read_folder()
+    else:
+        opening.read_file(path)
+    return opening.subject()
+
+
+def under_base_names(subject: Subject, names: Collection[str]) -> Subject:
+    """Return the model with its tensors under the base's names, if one prefix is the difference.
+
+    Model classes save "transformer.h.0..." where the base's file says "h.0...", or the reverse, and
+    loaders take both. The prefix is one name, no wrapper's, and all tensors but heads have it.
+
+    Args:
+        subject: The merged model.
+        names: Names that the merged model should have.
+    """
+    if subject.prefix or not subject.tensors:
+        return subject
+    expected = set(names)
+    strange = [n for n in subject.tensors if n not in expected]
+    prefixes = {n.partition(".")[0] + "." for n in strange}
+    prefixes |= {"-" + n.partition(".")[0] + "." for n in expected - subject.tensors.keys()}
+    for prefix in sorted(prefixes):
+        if prefix.strip("-.") in WRAPPERS:
+            continue
+        renamed = {_without(n, prefix): ref for n, ref in subject.tensors.items()}
+        fits = sum(n in expected for n in renamed)
+        heads = [n for n in subject.tensors if _is_head(n)]
+        whole = all(_without(n, prefix) != n for n in subject.tensors if n not in heads)
+        if whole and len(renamed) == len(subject.tensors) and 2 * fits > len(renamed):
+            return replace(subject, tensors=renamed, prefix=prefix)
+    return subject
+
+
+def clause(error: InputError, path: Path) -> str:
+    """Return what an error says is wrong, without the place and the advice."""
+    text = str(error).removeprefix(f"{path}: ")
+    return re.split(r"\.\s+(?=[A-Z])", text)[0].rstrip(".")
+
+
+def _without(name: str, prefix: str) -> str:
+    if _is_head(name):
+        return name
+    return prefix[1:] + name if prefix.startswith("-") else name.removeprefix(prefix)
+
+
+def _is_head(name: str) -> bool:
+    return name.partition(".")[0] in HEAD_LEAVES
+
+
+class _Opening:
+    """Gathers what can be read of a model, and what cannot."""
+
+    def __init__(self, path: Path, allow_pickle: bool) -> None:
+        self.path, self.allow_pickle = path, allow_pickle
+        self.folder = path if path.is_dir() else None
+        self.tensors: dict[str, TensorRef] = {}
+        self.files: dict[str, StoredFile] = {}
+        self.broken: set[str] = set()
+        self.index: Mapping[str, Any] | None = None
+        self.index_name: str | None = None
+        self.problems: list[Finding] = []
+
+    def subject(self) -> Subject:
+        config, manifest = self.json_file("config.json", "config-missing"), None
+        if self.folder is not None and (self.folder / MANIFEST).is_file():
+            manifest = self.json_file(MANIFEST, "manifest-differs")
+        return Subject(
+            path=self.path,
+            folder=self.folder,
+            tensors=self.tensors,
+            files=self.files,
+            broken=frozenset(self.broken),
+            index=self.index,
+            index_name=self.index_name,
+            config=config,
+            manifest=manifest,
+            maker=_maker(manifest, config or {}, self.files),
+            problems=tuple(self.problems),
+        )
+
+    def found(self, code: str, where: object, what: str) -> None:
+        self.problems.append(Finding(code, shown(where), what))
+
+    def json_file(self, name: str, code: str) -> Mapping[str, Any] | None:
+        """Return a JSON object of the folder, None where there is none."""
+        path = self.folder / name if self.folder is not None else None
+        if path is None or not path.is_file():
+            return None
+        try:
+            return read_json(path)
+        except InputError as error:
+            self.found(code, name, clause(error, path))
+            return None
+
+    def read_folder(self) -> None:
+        for suffix, kind in ((".safetensors", "safetensors"), (".bin", "bin")):
+            present = [p.name for p in sorted(self.path.glob(f"*{suffix}")) if _is_model(p)]
+            indexes = sorted(p.name for p in self.path.glob(f"*.{kind}.index.json"))
+            if present or indexes:
+                self.read_weights(present, self.choose_index(indexes))
+                return
+        self.broken.add("")
+        self.found("file-missing", self.path.name, "the folder holds no weights")
+
+    def choose_index(self, indexes: list[str]) -> str | None:
+        preferred = [n for n in indexes if n.startswith(("model.", "pytorch_model."))]
+        chosen = (preferred or indexes or [None])[0]
+        for name in indexes:
+            if name != chosen:
+                self.found("file-extra", name, f"a second index beside {shown(chosen)}")
+        return chosen
+
+    def read_weights(self, present: list[str], index_name: str | None) -> None:
+        """Read the files that the index names, or those that loaders find without one."""
+        named = self.read_index(index_name) if index_name is not None else None
+        if named is None:
+            whole = [n for n in present if n in WHOLE]
+            model = whole or present
+            if not whole and any(NUMBERED.search(n) for n in present):
+                self.found("index-wrong", "index", f"missing, though there are {len(present)} "
+                           "numbered shards")  # fmt: skip
+        else:
+            model = named
+        for name in model:
+            if name not in present and not (self.path / name).is_file():
+                self.broken.add(name)
+                count = sum(place == name for place in self.named_places().values())
+                self.found("file-missing", name, f"the index places {count} tensors in it")
+            else:
+                self.read_file(self.path / name)
+        for name in present:
+            if name not in model:
+                self.read_extra(name)
+
+    def named_places(self) -> dict[str, str]:
+        return Subject(self.path, None, {}, {}, index=self.index).places
+
+    def read_index(self, name: str) -> list[str] | None:
+        """Return the files that an index names, None if it names none."""
+        content = self.json_file(name, "index-wrong")
+        self.index_name = name
+        if content is None:
+            return None
+        self.index = content
+        places = content.get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
+            self.found("index-wrong", name, "holds no weight_map of names to files")
+            return None
+        files = sorted(set(places.values()))
+        outside = [f for f in files if Path(f).name != f or "\\" in f or f in ("", ".", "..")]
+        for file in outside:
+            self.broken.add(file)
+            self.found("index-wrong", name, f"names '{shown(file)}', outside the folder")
+        return [f for f in files if f not in outside]
+
+    def read_file(self, path: Path) -> None:
+        try:
+            header = self.header(path)
+        except InputError as error:
+            if path.suffix in PICKLED and not self.allow_pickle:
+                raise
+            self.broken.add(path.name)
+            self.found("file-unreadable", path.name, clause(error, path))
+            return
+        for name in header.tensors:
+            if name in self.tensors:
+                first = next(f for f, held in self.files.items() if name in held.names)
+                self.found("tensor-twice", name, f"in {shown(first)} and {shown(path.name)}")
+        self.tensors = {**header.tensors, **self.tensors}
+        nbytes = sum(t.nbytes for t in header.tensors.values())
+        self.files[path.name] = StoredFile(tuple(header.tensors), nbytes, header.metadata)
+
+    def read_extra(self, name: str) -> None:
+        """Tell of a weight file that is not part of the model."""
+        try:
+            held = self.header(self.path / name).tensors
+        except InputError as error:
+            self.found("file-extra", name, clause(error, self.path / name))
+            return
+        again = sum(n in self.tensors for n in held)
+        if name in WHOLE and again:
+            self.found("tensor-twice", name, f"holds {again} tensors that the index places in "
+                       "other files; loaders take this file instead")  # fmt: skip
+        else:
+            self.found("file-extra", name, f"{len(held)} tensors, {again} of them also elsewhere")
+
+    def header(self, path: Path) -> Header:
+        if path.suffix not in PICKLED:
+            return read_header(path)
+        return Header(path, read_pickled(path, allow_pickle=self.allow_pickle), {}, 0)
+
+
+def _is_model(path: Path) -> bool:
+    return path.name not in (*NOT_THE_MODEL, *ADAPTER_FILES) and not path.name.startswith(
+        ("optimizer", "scheduler")
+    )
+
+
+def _maker(
+    manifest: Mapping[str, Any] | None,
+    config: Mapping[str, Any],
+    files: Mapping[str, StoredFile],
+) -> str:
+    """Return who wrote a model: its manifest says so, else its config and headers hint at it."""
+    tool = manifest.get("tool") if manifest is not None else None
+    if isinstance(tool, dict):
+        return shown(f"{tool.get('name')} {tool.get('version')}")
+    if any(key.startswith("unsloth") for key in config):
+        return "unsloth"
+    if any(file.metadata.get("format") == "mlx" for file in files.values()):
+        return "mlx"
+    version = config.get("transformers_version")
+    return f"another tool (transformers {shown(version)})" if version else "another tool"
