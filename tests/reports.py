@@ -46,7 +46,7 @@ def tensors(layers=30, kinds=KINDS, seed=0):
             results.append(TensorResult(
                 f"model.layers.{layer}.{kind}.weight", "exact", "BF16", shape, shape[0] * shape[1],
                 0.5 + float(make.exponential(0.001)), float(make.uniform(0, 2e-5)),
-                1.66e-3 + float(make.normal(0, 1e-5)), float(size), ratio,
+                1.66e-3 + float(make.normal(0, 1e-5)), 1.0, float(size), ratio,
             ))  # fmt: skip
     return tuple(results)
 
@@ -97,8 +97,10 @@ def rounded():
     """A merge by a tool that computes in bfloat16."""
     make = np.random.default_rng(3)
     results = tuple(
-        replace(t, status="rounded", arithmetic="BF16", max_ulp=float(np.exp(make.normal(1.4, 0.5))),
-                misrounded=float(make.normal(0.44, 0.02)), relative_error=2.9e-3, diagnosis="rounded")
+        replace(t, status="rounded", arithmetic="BF16",
+                max_ulp=float(np.exp(make.normal(1.4, 0.5))),
+                misrounded=float(make.normal(0.44, 0.02)), relative_error=2.9e-3,
+                error_ratio=float(make.normal(1.75, 0.1)), diagnosis="rounded")
         for t in tensors()
     )  # fmt: skip
     found = tuple(Finding("rounded", t.name, f"worst {t.max_ulp:.3g} ulp") for t in results)
@@ -123,7 +125,7 @@ def wrong():
         if code:
             error = float("inf") if ulp == float("inf") else 0.12
             results[i] = replace(t, status="wrong", diagnosis=code, max_ulp=ulp, misrounded=0.97,
-                                 relative_error=error)  # fmt: skip
+                                 relative_error=error, error_ratio=error / 1.66e-3)  # fmt: skip
             found.append(Finding(code, t.name, f"worst {ulp:.3g} ulp, relative error {error:.2g}"))
     return right(tensors=tuple(results), findings=tuple(found), tiers=right().tiers[:2])
 
@@ -138,7 +140,9 @@ def unchecked():
 def tiny():
     """Three tensors outside of any layer, without magnitudes."""
     results = tuple(
-        TensorResult(f"{n}_proj.weight", "exact", "F32", (4, 3), 12, 0.5, 0.0, 3e-8, size, None)
+        TensorResult(
+            f"{n}_proj.weight", "exact", "F32", (4, 3), 12, 0.5, 0.0, 3e-8, 1.0, size, None
+        )
         for n, size in zip("qkv", (0.1, 0.0, 0.3), strict=True)
     )
     return right(tensors=results, tiers=right().tiers[:2], method="LoRA")

@@ -161,9 +161,9 @@ def heat_legend(scale: Scale) -> Element:
     else:
         bounds = [scale.low + p * (scale.high - scale.low) for p in parts]
     width = 40
+    label = f"From {number(scale.low, 2)} (palest) to {number(scale.high, 2)}"
     svg = el("svg", viewBox=f"0 0 {width * HEAT_STEPS + 32} 28", width=width * HEAT_STEPS + 32,
-             height=28, role="img",
-             aria_label=f"From {number(scale.low, 2)} (palest) to {number(scale.high, 2)}")  # fmt: skip
+             height=28, role="img", aria_label=label)  # fmt: skip
     for i, bound in enumerate(bounds):
         if i < HEAT_STEPS:
             add(svg, el("rect", class_=f"heat h{i}", x=16 + width * i, y=2, width=width, height=11))

@@ -15,7 +15,7 @@ from dora_export._version import __version__
 from dora_export.errors import shown
 from dora_export.verify import charts, tables
 from dora_export.verify.grid import Grid, arrange
-from dora_export.verify.markup import add, el, render
+from dora_export.verify.markup import Child, add, el, render
 from dora_export.verify.model import TierResult, Verdict, VerifyReport
 from dora_export.verify.statement import groups, headline, precision, proof, tier_state
 from dora_export.words import count, number, share, size
@@ -114,12 +114,18 @@ def _numbers(report: VerifyReport) -> Element | None:
         ("values compared", _millions(found.elements), None),
         ("worst distance", f"{number(found.worst.max_ulp)} ulp", found.dtypes),
         ("not correctly rounded", share(found.misrounded), None),
-        ("relative error, at most", number(max(t.relative_error for t in report.tensors)), None),
+        (
+            "rounding error over the least possible",
+            number(max(t.error_ratio for t in report.tensors)),
+            "at most",
+        ),
     ]
-    return el("dl", *(
-        el("div", el("dt", name), el("dd", value, *([" ", el("small", note)] if note else [])))
-        for name, value, note in cards
-    ), class_="numbers")  # fmt: skip
+    return el("dl", *(_card(*card) for card in cards), class_="numbers")
+
+
+def _card(name: str, value: str, note: str | None) -> Element:
+    noted = el("dd", value) if note is None else el("dd", value, " ", el("small", note))
+    return el("div", el("dt", name), noted)
 
 
 def _millions(items: int) -> str:
@@ -129,7 +135,7 @@ def _millions(items: int) -> str:
 def _compared(report: VerifyReport) -> list[Element]:
     read = {"full": "full: every byte and every element", "fast": "fast: all names, sampled values"}
     memory = "" if report.peak_rss_bytes is None else f", {size(report.peak_rss_bytes)} of memory"
-    pairs = [
+    pairs: list[tuple[str, Child]] = [
         ("base", el("span", _path(report.base), class_="path")),
         ("adapter", el("span", _path(report.adapter), f" ({shown(report.method)})", class_="path")),
         ("merged", el("span", _path(report.merged), class_="path")),

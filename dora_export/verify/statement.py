@@ -97,7 +97,7 @@ def headline(report: VerifyReport) -> str:
     return "The merged model is right and exact" if "exact" in statuses else "The merge is right"
 
 
-def proof(report: VerifyReport, *, ascii_only: bool = False) -> list[str]:
+def proof(report: VerifyReport) -> list[str]:
     """Return what the verdict rests on: what was proven, how precisely, and what was not."""
     sentences = []
     if report.verdict == "wrong":
@@ -105,7 +105,14 @@ def proof(report: VerifyReport, *, ascii_only: bool = False) -> list[str]:
         sentences += [f"{g.meaning.title} ({len(g.findings):,})" for g in wrong]
     if report.verdict == "unchecked":
         sentences.append(_unchecked(report))
-    sentences += accuracy(report, ascii_only=ascii_only)
+    which = "every element" if report.level == "full" else "sampled rows"
+    for kind, found in accuracy(report):
+        sentence = (
+            f"{which} of {count(found.tensors, 'changed tensor')} ({found.elements:,} values, "
+            f"{found.dtypes}) compared with the float64 result: {kind}, "
+            f"worst {number(found.worst.max_ulp)} ulp, {misrounded(found.misrounded)}"
+        )
+        sentences.append(sentence + ("" if kind == "exact" else "; best would be ½ ulp and none"))
     skipped: list[Tier] = [t.tier for t in report.tiers if not t.ran]
     if skipped and report.verdict == "right":
         sentences.append(f"Not part of this verdict: {' and '.join(skipped)}")
@@ -121,30 +128,16 @@ def _unchecked(report: VerifyReport) -> str:
     return f"Nothing wrong was found, but not everything was looked at: {why}"
 
 
-def accuracy(report: VerifyReport, *, ascii_only: bool = False) -> list[str]:
+def accuracy(report: VerifyReport) -> list[tuple[str, Precision]]:
     """Return how near the right tensors are to the exact result, by how they were computed."""
-    by_arithmetic: dict[str | None, list[TensorResult]] = defaultdict(list)
+    kinds: dict[str, list[TensorResult]] = defaultdict(list)
     for tensor in report.tensors:
-        if tensor.status in ("exact", "rounded"):
-            key = None if tensor.status == "exact" else tensor.arithmetic or ""
-            by_arithmetic[key].append(tensor)
-    which = "every element" if report.level == "full" else "sampled rows"
-    sentences = []
-    for arithmetic, tensors in by_arithmetic.items():
-        found = precision(tensors)
-        assert found is not None, "Bug: right tensors were compared"
-        one = found.tensors == 1
-        sentence = (
-            f"{which} of {count(found.tensors, 'changed tensor')} "
-            f"({found.elements:,} values, {found.dtypes}) compared with the float64 result: "
-            f"worst {number(found.worst.max_ulp, ascii_only=ascii_only)} ulp, "
-            f"{misrounded(found.misrounded, ascii_only=ascii_only)}"
-        )
-        if arithmetic is not None:
-            how = f"as if computed in {shown(arithmetic)}" if arithmetic else "more than once"
-            sentence += f"; {'it is' if one else 'they are'} rounded {how} (best: 0.5 ulp, none)"
-        sentences.append(sentence)
-    return sentences
+        if tensor.status == "exact":
+            kinds["exact"].append(tensor)
+        elif tensor.status == "rounded":
+            by = f"as computed in {shown(tensor.arithmetic)}" if tensor.arithmetic else "rounded"
+            kinds[by].append(tensor)
+    return [(kind, found) for kind, ts in kinds.items() if (found := precision(ts)) is not None]
 
 
 def misrounded(value: float, *, ascii_only: bool = False) -> str:

@@ -28,6 +28,7 @@ COLUMNS = (
     ("worst, ulp", "n"),
     ("not correctly rounded", "n"),
     ("relative error", "n"),
+    ("over the least", "n"),
     ("‖W′−W‖/‖W‖", "n"),
     ("m/‖W‖, median", "n"),
 )
@@ -75,6 +76,7 @@ def _row(tensor: TensorResult) -> Element:
         _cell(None if unchecked else tensor.max_ulp),
         _cell(None if unchecked else tensor.misrounded, share(tensor.misrounded)),
         _cell(None if unchecked else tensor.relative_error),
+        _cell(None if unchecked else tensor.error_ratio),
         _cell(tensor.update_size),
         _cell(median),
     )
@@ -136,13 +138,14 @@ def _codes(names: Sequence[str]) -> list[Element | str]:
 
 
 def figures(values: Mapping[str, Any]) -> list[Element]:
-    """Return a tier's numbers: scalars as a list of pairs, lists of objects as tables."""
+    """Return a tier's numbers: scalars as pairs, objects and lists of objects as tables."""
     pairs, blocks = el("dl", class_="pairs"), []
     for key, value in values.items():
-        if isinstance(value, Mapping):
-            blocks += [el("h3", _words(key)), *figures(value)]
-        elif _is_table(value):
-            blocks.append(_table(_words(key), value))
+        rows = _rows(value)
+        if rows:
+            blocks.append(_table(_words(key), rows))
+        elif isinstance(value, Mapping):
+            blocks += [el("h3", _words(key)), *figures(value)] if value else []
         else:
             content = _text(value)
             block = el("pre", content) if "\n" in content else content
@@ -150,20 +153,39 @@ def figures(values: Mapping[str, Any]) -> list[Element]:
     return [*([pairs] if len(pairs) else []), *blocks]
 
 
-def _is_table(value: object) -> bool:
-    rows = isinstance(value, Sequence) and not isinstance(value, str)
-    return rows and bool(value) and all(isinstance(v, Mapping) for v in value)  # type: ignore[attr-defined]
+def _rows(value: object) -> list[dict[str, Any]]:
+    """Return objects in a list, or by name, as rows of a table; nothing for anything else."""
+    if isinstance(value, Mapping) and all(isinstance(v, Mapping) for v in value.values()):
+        return [_flat({"name": name, **row}) for name, row in value.items()]
+    listed = isinstance(value, Sequence) and not isinstance(value, str)
+    if listed and all(isinstance(v, Mapping) for v in value):  # type: ignore[attr-defined]
+        return [_flat(row) for row in value]  # type: ignore[attr-defined]
+    return []
+
+
+def _flat(row: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Return an object's values and those of objects in it, named by their way."""
+    flat: dict[str, Any] = {}
+    for key, value in row.items():
+        name = f"{above}{key}"
+        flat |= _flat(value, f"{name} ") if isinstance(value, Mapping) else {name: value}
+    return flat
 
 
 def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> Element:
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    numeric = [k for k in keys if all(isinstance(r.get(k), int | float | None) for r in rows)]
+    keys = list(dict.fromkeys(key for row in rows[:MAX_ROWS] for key in row))
+    keys = [k for k in keys if any(r.get(k) is not None for r in rows)]
+    numeric = {k for k in keys if all(isinstance(r.get(k), int | float | None) for r in rows)}
     more = f", the first {MAX_ROWS} of {len(rows):,}" if len(rows) > MAX_ROWS else ""
     heads = [el("th", _words(k), scope="col", class_="n" if k in numeric else None) for k in keys]
     body = el("tbody")
     for row in rows[:MAX_ROWS]:
-        cells = [_cell(row.get(k), _text(row.get(k))) if k in numeric else el("td", _text(row.get(k)), class_="text")
-                 for k in keys]  # fmt: skip
+        cells = [
+            _cell(row.get(k), _text(row.get(k)))
+            if k in numeric
+            else el("td", _text(row.get(k)), class_="text")
+            for k in keys
+        ]
         add(body, el("tr", *cells))
     table = el("table", el("caption", title + more), el("thead", el("tr", *heads)), body,
                class_="sortable")  # fmt: skip
