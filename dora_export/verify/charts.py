@@ -26,6 +26,7 @@ AXIS_WIDTH = 38.0
 TICK_GAP = 26.0  # between the middles of two labels under the columns, at least
 HEAT_STEPS = 8
 LOG_FROM = 12.0  # a scale whose ends differ by more than this factor is logarithmic
+HEAT_LOG_FROM = 4.0  # the same for shades, of which there are few
 GRAVITY: tuple[Status, ...] = ("wrong", "unchecked", "rounded", "exact")
 STATUS_WORDS = {
     "exact": "exact: within 1 ulp",
@@ -117,21 +118,31 @@ def error_chart(grid: Grid) -> Element:
 def magnitude_chart(grid: Grid) -> Element:
     """Return boxes of m / ||W||: least, quartiles, largest."""
     cells = [(c, q) for c in grid.cells if (q := _quantiles(c)) is not None]
-    ends = [v for _, q in cells for v in (q[0], q[4])]
-    low, high = min([1.0, *ends]), max([1.0, *ends])
-    log = low > 0 and high / low > LOG_FROM
-    if high == low:
-        low, high = low - 0.01, high + 0.01
-    scale = Scale(low, high, log)
+    scale = _magnitude_scale([q for _, q in cells])
     frame = _Frame(grid, 60.0 if len(grid.kinds) <= 12 else 44.0, inset=8.0)
     svg = _begin(frame, "Magnitudes over the base's norms per layer, m / ||W||")
     _level(svg, frame, scale.at(1.0), "one")
-    marks = [(v, number(v, 2)) for v in (low, high) if abs(scale.at(v) - scale.at(1.0)) > 0.25]
-    _axis(svg, frame, [(scale.at(v), text) for v, text in [(1.0, "1"), *marks]])
+    decimals = max(0, 1 - math.floor(math.log10(scale.high - scale.low)))
+    ends = [v for v in (scale.low, scale.high) if abs(scale.at(v) - scale.at(1.0)) > 0.25]
+    _axis(svg, frame, [(scale.at(1.0), "1"), *((scale.at(v), f"{v:.{decimals}f}") for v in ends)])
     width = max(1.5, min(14.0, frame.step * 0.6))
     for cell, found in cells:
         add(svg, _box(frame, scale, cell, found, width))
     return svg
+
+
+def _magnitude_scale(boxes: Sequence[tuple[float, ...]]) -> Scale:
+    """Return a scale that holds 1, every box and nearly all whiskers.
+
+    A few rows far off would press all boxes flat; whiskers beyond the scale end in an arrow.
+    """
+    lows, highs = sorted(q[0] for q in boxes), sorted(q[4] for q in boxes)
+    few = len(boxes) // 50
+    low = min([1.0, lows[few], *(q[1] for q in boxes)])
+    high = max([1.0, highs[len(highs) - 1 - few], *(q[3] for q in boxes)])
+    if high == low:
+        low, high = low - 0.01, high + 0.01
+    return Scale(low, high, low > 0 and high / low > LOG_FROM)
 
 
 def update_chart(grid: Grid) -> Element:
@@ -150,7 +161,7 @@ def heat_scale(grid: Grid) -> Scale:
     sizes = [median(t.update_size for t in c.tensors) for c in grid.cells]
     some = [v for v in sizes if v > 0 and math.isfinite(v)] or [1.0]
     low, high = min(some), max(some)
-    return Scale(low, high, high / low > LOG_FROM)
+    return Scale(low, high, high / low > HEAT_LOG_FROM)
 
 
 def heat_legend(scale: Scale) -> Element:
@@ -160,14 +171,14 @@ def heat_legend(scale: Scale) -> Element:
         bounds = [scale.low * (scale.high / scale.low) ** p for p in parts]
     else:
         bounds = [scale.low + p * (scale.high - scale.low) for p in parts]
-    width = 40
+    width = 44
     label = f"From {number(scale.low, 2)} (palest) to {number(scale.high, 2)}"
-    svg = el("svg", viewBox=f"0 0 {width * HEAT_STEPS + 32} 28", width=width * HEAT_STEPS + 32,
+    svg = el("svg", viewBox=f"0 0 {width * HEAT_STEPS + 36} 28", width=width * HEAT_STEPS + 36,
              height=28, role="img", aria_label=label)  # fmt: skip
     for i, bound in enumerate(bounds):
         if i < HEAT_STEPS:
-            add(svg, el("rect", class_=f"heat h{i}", x=16 + width * i, y=2, width=width, height=11))
-        add(svg, el("text", number(bound, 2), class_="bound", x=16 + width * i, y=25))
+            add(svg, el("rect", class_=f"heat h{i}", x=18 + width * i, y=2, width=width, height=11))
+        add(svg, el("text", number(bound, 2), class_="bound", x=18 + width * i, y=25))
     return svg
 
 
@@ -321,17 +332,29 @@ def _box(
 ) -> Element:
     x = frame.x(cell.column)
     least, lower, middle, upper, largest = (frame.y(cell.row, scale.at(v)) for v in found)
-    numbers = (f"m / ‖W‖: median {number(found[2])}, half of them {number(found[1])} to "
-               f"{number(found[3])}, all {number(found[0])} to {number(found[4])}")  # fmt: skip
+    numbers = (
+        f"m / ‖W‖: median {number(found[2], 4)}, half of them {number(found[1], 4)} to "
+        f"{number(found[3], 4)}, all {number(found[0], 4)} to {number(found[4], 4)}"
+    )
+    height = max(1.2, lower - upper)
+    whisker = {"x1": _px(x), "x2": _px(x), "y1": _px(largest), "y2": _px(least)}
+    box = {"x": _px(x - width / 2), "y": _px(upper), "width": _px(width), "height": _px(height)}
+    median_ = {"x1": box["x"], "x2": _px(x + width / 2), "y1": _px(middle), "y2": _px(middle)}
     return el(
         "g",
         el("title", f"{_who(cell)}\n{numbers}"),
-        el("line", class_="whisker", x1=_px(x), x2=_px(x), y1=_px(largest), y2=_px(least)),
-        el("rect", class_="box", x=_px(x - width / 2), y=_px(upper), width=_px(width),
-           height=_px(max(1.2, lower - upper))),
-        el("line", class_="median", x1=_px(x - width / 2), x2=_px(x + width / 2), y1=_px(middle),
-           y2=_px(middle)),
-    )  # fmt: skip
+        el("line", class_="whisker", **whisker),
+        _arrow(x, largest, -1) if found[4] > scale.high else None,
+        _arrow(x, least, 1) if found[0] < scale.low else None,
+        el("rect", class_="box", **box),
+        el("line", class_="median", **median_),
+    )
+
+
+def _arrow(x: float, y: float, down: int) -> Element:
+    """Return the end of a whisker that goes on beyond the scale."""
+    points = ((x - 3, y), (x + 3, y), (x, y + 5 * down))
+    return el("polygon", class_="beyond", points=" ".join(f"{_px(a)},{_px(b)}" for a, b in points))
 
 
 def _heat(frame: _Frame, scale: Scale, cell: Cell, middle: float) -> Element:

@@ -158,6 +158,8 @@ def _charts(report: VerifyReport) -> list[Element]:
     across = "A strip per kind of module, a column per layer."
     if grid.shared > 1:
         across += f" Up to {grid.shared:,} tensors (experts, say) share a place."
+    if any(c.first is None for c in grid.columns):
+        across += " Under – is what stands in no layer."
     if grid.left_out:
         across += f" {count(grid.left_out, 'kind')} of modules without room here."
     parts = [el("h2", "Layer by layer"), el("p", across, class_="soft")]
@@ -172,7 +174,8 @@ def _charts(report: VerifyReport) -> list[Element]:
         parts.append(_chart(
             charts.magnitude_chart(grid), "What the adapter does to the magnitudes: m / ‖W‖",
             "Box: the middle half of a tensor's rows (or columns); bar: the median; whiskers: the "
-            "least and the largest. On the solid line, the adapter keeps the base's length.",
+            "least and the largest (an arrow: further off). On the line, the adapter keeps the "
+            "base's length.",
         ))  # fmt: skip
     parts.append(_chart(
         charts.update_chart(grid), "Size of the update: ‖W′ − W‖ / ‖W‖",
@@ -208,7 +211,10 @@ def _worst(report: VerifyReport) -> list[Element]:
     if not tensors:
         return []
     worst = tables.worst_first(tensors)[: tables.MAX_WORST]
-    caption = "Wrong ones first, then by distance from the exact result."
+    caption = (
+        "Wrong ones first, then by distance from the exact result. × the least: the error over "
+        "that of rounding the exact values once. m/‖W‖: the median."
+    )
     parts = [el("h2", "Worst tensors"), tables.tensor_table(worst, caption, "Worst tensors")]
     if len(tensors) > len(worst):
         some = tensors[: tables.MAX_TENSORS]

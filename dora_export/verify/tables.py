@@ -23,14 +23,13 @@ MAX_TEXT = 2000
 COLUMNS = (
     ("tensor", "name"),
     ("result", ""),
-    ("type", ""),
-    ("shape", ""),
+    ("stored as", ""),
     ("worst, ulp", "n"),
     ("not correctly rounded", "n"),
     ("relative error", "n"),
-    ("over the least", "n"),
+    ("× the least", "n"),
     ("‖W′−W‖/‖W‖", "n"),
-    ("m/‖W‖, median", "n"),
+    ("m/‖W‖", "n"),
 )
 
 
@@ -65,20 +64,19 @@ def _row(tensor: TensorResult) -> Element:
     result = el("td", legend_mark(tensor.status), f" {tensor.status}", data_v=tensor.status)
     if tensor.arithmetic and tensor.status == "rounded":
         add(result, f" (in {shown(tensor.arithmetic)})")
-    if tensor.diagnosis:
+    if tensor.diagnosis and tensor.diagnosis != tensor.status:
         add(result, ": ", el("a", tensor.diagnosis, href=f"#{tensor.diagnosis}"))
     return el(
         "tr",
         el("td", el("code", shown(tensor.name)), class_="name"),
         result,
-        el("td", shown(tensor.dtype)),
-        el("td", " × ".join(map(str, tensor.shape)) or "scalar"),
+        el("td", f"{shown(tensor.dtype)} {' × '.join(map(str, tensor.shape))}"),
         _cell(None if unchecked else tensor.max_ulp),
         _cell(None if unchecked else tensor.misrounded, share(tensor.misrounded)),
         _cell(None if unchecked else tensor.relative_error),
         _cell(None if unchecked else tensor.error_ratio),
         _cell(tensor.update_size),
-        _cell(median),
+        _cell(median, number(median, 4)),
     )
 
 
@@ -86,7 +84,7 @@ def _cell(value: float | None, text: str | None = None) -> Element:
     known = value is not None and not math.isnan(value)
     # What is not known sorts below everything; JavaScript spells infinity out.
     key = f"{value:.9g}".replace("inf", "Infinity") if known else "-1"
-    return el("td", (text if known else None) or number(value), class_="n", data_v=key)
+    return el("td", text if known and text else number(value), class_="n", data_v=key)
 
 
 def finding(group: Group) -> Element:
