@@ -38,7 +38,7 @@ def table() -> str:
         lines += ["", f"{click.style(tier, bold=True)}: {TIERS[tier]}"]
         for m in meanings:
             severity = click.style(f"{m.severity:<9}", fg=COLOURS[m.severity])
-            lines.append(f"  {m.code:<20} {severity} {m.title}")
+            lines.append(f" {m.code:<20} {severity} {m.title}")
     return "\n".join([*lines[1:], "", "dora-export explain CODE says more about one."])
 
 
