@@ -13,10 +13,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from dora_export import refine
 from dora_export.arithmetic import Arithmetic, Array
-from dora_export.refine import Product
 from dora_export.tensors import DType
-from dora_export.update import Change
+from dora_export.update import Change, Dense, Hadamard, Kronecker, Product
 
 ZeroNorm = Literal["refuse", "zero", "keep-base"]
 
@@ -27,26 +27,25 @@ class LoadedChange:
 
     Attributes:
         change: What to do.
-        left: ``scaling * left``, working precision, ``(rows, rank)``, or None.
-        right: Working precision, ``(rank, columns)``, or None.
+        factors: The operands of ``change.delta`` in working precision, the first of them times
+            ``scaling``; empty without a delta.
         magnitude: float64, one per row or per column group, or None.
         value: Working precision, ``(len(row_indices), columns)``, for kind "rows".
         stored: Returns elements [start, stop) of ``change.value`` as stored, for kinds "add" and
             "replace", which may be as large as the base and are read tile by tile.
-        product: ``left`` and ``right`` as exactly as they are stored, on the host, where float32
+        product: The factors of a product as exactly as they are stored, on the host, where float32
             may not do for the sum; else None.
-        column_factor: ``m / (norm + eps)`` per column, once the norms are known.
+        column_factor: ``m / (norm + eps)`` per column, once it is known.
         column_factor_host: The same in float64 on the host.
         undefined_columns: Columns with a zero norm and a magnitude other than zero.
     """
 
     change: Change
-    left: Array | None = None
-    right: Array | None = None
+    factors: tuple[Array, ...] = ()
     magnitude: Array | None = None
     value: Array | None = None
     stored: Callable[[int, int], NDArray[Any]] | None = None
-    product: Product | None = None
+    product: refine.Product | None = None
     column_factor: Array | None = None
     column_factor_host: NDArray[np.float64] | None = None
     undefined_columns: NDArray[np.intp] | None = None
@@ -80,10 +79,32 @@ class Tile:
         return slice(self.first_row, self.first_row + int(self.values.shape[0]))
 
 
-def add_product(ops: Arithmetic, tile: Tile, loaded: LoadedChange) -> None:
-    """V = W + (s B) A, in place."""
-    if loaded.left is not None:
-        ops.add_product(tile.values, loaded.left[tile.rows], loaded.right, tile.work)
+def add_delta(ops: Arithmetic, tile: Tile, loaded: LoadedChange) -> None:
+    """V = W + s B A, in place; or another delta for ``B A``."""
+    delta, rows = loaded.change.delta, tile.rows
+    if isinstance(delta, Product):
+        left, right = loaded.factors
+        ops.add_product(tile.values, left[rows], right, tile.work)
+    elif isinstance(delta, Hadamard):
+        left, right, other_left, other_right = loaded.factors
+        ops.xp.matmul(left[rows], right, out=tile.work)
+        other = ops.xp.matmul(other_left[rows], other_right)
+        ops.xp.multiply(tile.work, other, out=tile.work)
+        ops.xp.add(tile.values, tile.work, out=tile.values)
+    elif isinstance(delta, Kronecker):
+        _add_kronecker(tile, *loaded.factors)
+    elif isinstance(delta, Dense):
+        ops.xp.add(tile.values, loaded.factors[0][rows], out=tile.values)
+
+
+def _add_kronecker(tile: Tile, first: Array, second: Array) -> None:
+    """Add rows of ``first (x) second``: one row of ``first`` goes with all rows of ``second``."""
+    height, (start, stop) = int(second.shape[0]), (tile.rows.start, tile.rows.stop)
+    for block in range(start // height, -(-stop // height)):
+        top, bottom = max(start, block * height), min(stop, (block + 1) * height)
+        part = second[top - block * height : bottom - block * height]
+        values = tile.values[top - start : bottom - start]
+        values += (first[block][None, :, None] * part[:, None, :]).reshape(values.shape)
 
 
 def factor(xp: Any, magnitude: Array, squares: Array, eps: float) -> tuple[Array, Array]:
@@ -129,7 +150,7 @@ def merge_tile(
     """
     row_factor = None
     for loaded in changes:
-        add_product(ops, tile, loaded)
+        add_delta(ops, tile, loaded)
         if loaded.change.over == "row":
             row_factor = _normalise_rows(ops, tile, loaded, zero_norm)
         elif loaded.change.over == "column":
@@ -150,9 +171,12 @@ def _normalise_rows(
     ops: Arithmetic, tile: Tile, loaded: LoadedChange, zero_norm: ZeroNorm
 ) -> Array:
     assert loaded.magnitude is not None, "Bug: a norm without a magnitude"
-    scale, undefined = factor(
-        ops.xp, loaded.magnitude[tile.rows], ops.row_squares(tile.values), loaded.change.eps
-    )
+    magnitude = loaded.magnitude[tile.rows]
+    if loaded.change.magnitude_is_factor:
+        ops.xp.multiply(tile.values, ops.as_working(magnitude)[:, None], out=tile.values)
+        return magnitude
+    squares = ops.row_squares(tile.values)
+    scale, undefined = factor(ops.xp, magnitude, squares, loaded.change.eps)
     ops.xp.multiply(tile.values, ops.as_working(scale)[:, None], out=tile.values)
     if bool(undefined.any()):
         if zero_norm == "refuse":

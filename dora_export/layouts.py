@@ -54,7 +54,7 @@ def with_layouts(
         adapter: Where the updates come from.
         fan_in_fan_out: What the user says, or None.
     """
-    open_ = [u for u in updates if u.layout is None and u.down is not None]
+    open_ = [u for u in updates if u.layout is None and u.added is not None]
     square = {u.target for u in open_ if _square(shapes.get(u.target, ()))}
     if not square:
         return tuple(updates)

@@ -37,7 +37,8 @@ class Region:
     @property
     def column_change(self) -> int | None:
         """Position of the change that needs a norm per column, or None."""
-        return next((i for i, c in enumerate(self.changes) if c.over == "column"), None)
+        norms = (c.over == "column" and not c.magnitude_is_factor for c in self.changes)
+        return next((i for i, norm in enumerate(norms) if norm), None)
 
     def tile_rows(self, tile_elements: int) -> int:
         """Rows that go through the formula at once."""

@@ -264,8 +264,7 @@ def _problems(
     for update in group:
         if why := update.misfit(effective.shape):
             yield f"{shown(name)}: {why}"
-        operands = [o.ref for o in (update.down, update.up, update.magnitude) if o]
-        for stored in operands:
+        for stored in [ref for o in update.operands for ref in o.refs]:
             if not stored.dtype.mergeable:
                 yield f"'{shown(stored.name)}': stored as {stored.dtype.name}, not a float"
         if (

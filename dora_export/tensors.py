@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +164,7 @@ class TensorRef:
 
 
 Arrange = Callable[[NDArray[Any]], NDArray[Any]]
+Read = Callable[["TensorRef"], NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -174,11 +175,39 @@ class Operand:
         ref: The stored tensor.
         shape: Shape after all of ``steps``.
         steps: Rearrangements applied in turn to an array of ``ref.shape``; none does arithmetic.
+        others: Further stored tensors, for ``combine``.
+        combine: Makes one array of all stored ones, in float64, before ``steps``; None: there is
+            only one. For factors that a trainer stores in parts, such as a Tucker core.
     """
 
     ref: TensorRef
     shape: tuple[int, ...]
     steps: tuple[Arrange, ...] = ()
+    others: tuple[TensorRef, ...] = ()
+    combine: Callable[..., NDArray[np.float64]] | None = None
+
+    @classmethod
+    def computed(
+        cls,
+        refs: tuple[TensorRef, ...],
+        shape: tuple[int, ...],
+        combine: Callable[..., NDArray[np.float64]],
+    ) -> Operand:
+        """Return what ``combine`` makes of some tensors, each given in its shape as float64."""
+        return cls(refs[0], shape, (), refs[1:], combine)
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """All stored tensors behind it."""
+        return (self.ref, *self.others)
+
+    def value(self, read: Read) -> NDArray[Any]:
+        """Return it, given what reads a stored tensor (flat or shaped; float64 to combine)."""
+        arrays = [read(ref).reshape(ref.shape) for ref in self.refs]
+        array = arrays[0] if self.combine is None else self.combine(*arrays)
+        for step in self.steps:
+            array = step(array)
+        return array
 
     @classmethod
     def plain(cls, ref: TensorRef) -> Operand:
@@ -198,14 +227,7 @@ class Operand:
     @property
     def T(self) -> Operand:  # noqa: N802 - the name that numpy and torch give it
         """The transpose of a 2-D operand."""
-        return Operand(self.ref, self.shape[::-1], (*self.steps, np.transpose))
-
-    def arranged(self, stored: NDArray[Any]) -> NDArray[Any]:
-        """Apply the rearrangements to the stored elements (flat or shaped)."""
-        array = stored.reshape(self.ref.shape)
-        for step in self.steps:
-            array = step(array)
-        return array
+        return replace(self, shape=self.shape[::-1], steps=(*self.steps, np.transpose))
 
 
 def _flatten_rows(a: NDArray[Any]) -> NDArray[Any]:

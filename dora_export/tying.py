@@ -267,7 +267,7 @@ def _same(a: Update, b: Update) -> bool:
 def _equal_values(a: Operand, b: Operand) -> bool:
     if a.shape != b.shape:
         return False
-    one, other = (o.arranged(widened(o.ref.raw(), o.ref.dtype, np.float64)) for o in (a, b))
+    one, other = (o.value(lambda ref: widened(ref.raw(), ref.dtype, np.float64)) for o in (a, b))
     return bool(np.array_equal(one, other))
 
 

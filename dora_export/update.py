@@ -21,10 +21,130 @@ Over = Literal["row", "column"]
 
 
 @dataclass(frozen=True)
+class Product:
+    """``left @ right``, a matrix of low rank.
+
+    Attributes:
+        left: Shape ``(rows, rank)``.
+        right: Shape ``(rank, columns)``.
+    """
+
+    left: Operand
+    right: Operand
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.left.shape[0], self.right.shape[1]
+
+    @property
+    def T(self) -> Product:  # noqa: N802 - the name that numpy and torch give it
+        """The transpose."""
+        return Product(self.right.T, self.left.T)
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        """What has to be read."""
+        return self.left, self.right
+
+
+@dataclass(frozen=True)
+class Hadamard:
+    """The elementwise product of two low-rank products, as LoHa trains it.
+
+    Source: Hyeon-Woo et al. 2022, arXiv:2108.06098, prop. 2.
+
+    Attributes:
+        first: One.
+        second: The other, of the same shape.
+    """
+
+    first: Product
+    second: Product
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.first.shape
+
+    @property
+    def T(self) -> Hadamard:  # noqa: N802
+        """The transpose."""
+        return Hadamard(self.first.T, self.second.T)
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        """What has to be read."""
+        return *self.first.operands, *self.second.operands
+
+
+@dataclass(frozen=True)
+class Kronecker:
+    """The Kronecker product of two matrices, as LoKr trains it; one of them may be ``(1, 1)``.
+
+    Element ``(i p + k, j q + l)`` is ``first[i, j] * second[k, l]``, with ``second`` of shape
+    ``(p, q)``. Source: Yeh et al. 2023, arXiv:2309.14859, eq. 9; numpy.kron.
+
+    Attributes:
+        first: Shape ``(a, b)``.
+        second: Shape ``(p, q)``; held whole while its tensor is merged.
+    """
+
+    first: Operand
+    second: Operand
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        (a, b), (p, q) = self.first.shape, self.second.shape
+        return a * p, b * q
+
+    @property
+    def T(self) -> Kronecker:  # noqa: N802
+        """The transpose."""
+        return Kronecker(self.first.T, self.second.T)
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        """What has to be read."""
+        return self.first, self.second
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A whole matrix, where a trainer stores the update itself beside magnitudes.
+
+    Attributes:
+        matrix: Shape ``(rows, columns)``; held whole while its tensor is merged.
+    """
+
+    matrix: Operand
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.matrix.shape[0], self.matrix.shape[1]
+
+    @property
+    def T(self) -> Dense:  # noqa: N802
+        """The transpose."""
+        return Dense(self.matrix.T)
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        """What has to be read."""
+        return (self.matrix,)
+
+
+Delta = Product | Hadamard | Kronecker | Dense
+
+
+@dataclass(frozen=True)
 class Update:
     """One change to one base tensor, or to a slice of it.
 
-    With ``W`` seen as ``(out, in * kernel)``, ``A`` = down, ``B`` = up and ``s`` = scaling:
+    With ``W`` seen as ``(out, in * kernel)``, ``A`` = down, ``B`` = up and ``s`` = scaling (``B A``
+    stands for ``delta`` where that is given instead):
 
     ========= ==========================================================================
     lora      ``W + s B A``
@@ -52,6 +172,9 @@ class Update:
             weight), or None. Within ``index`` if both are given.
         value: Tensor of the target's shape (add, replace), or ``(len(row_indices), columns)``.
         row_indices: For kind "rows".
+        delta: What is added instead of ``B A``, shape ``(out, in * kernel)``; None: ``B A``.
+        magnitude_is_factor: m is the trained magnitude divided by the norm already
+            (TensorRT-LLM's preprocessed adapters), so W' is ``m (W + s B A)``.
 
     Source: Liu et al. 2024, arXiv:2402.09353, eq. 5, for kind "dora".
     """
@@ -70,11 +193,26 @@ class Update:
     rows: tuple[int, int] | None = None
     value: TensorRef | None = None
     row_indices: tuple[int, ...] = ()
+    delta: Hadamard | Kronecker | Dense | None = None
+    magnitude_is_factor: bool = False
 
     @property
     def rank(self) -> int | None:
-        """Rank of ``B A``, or None where there is no product."""
+        """Rank of ``B A``, or None where there is no such product."""
         return None if self.down is None else self.down.shape[0]
+
+    @property
+    def added(self) -> Delta | None:
+        """What is added to W, without its scaling."""
+        if self.down is not None and self.up is not None:
+            return Product(self.up, self.down)
+        return self.delta
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        """Everything arranged for the formula."""
+        factors = self.added.operands if self.added is not None else ()
+        return (*factors, self.magnitude) if self.magnitude is not None else factors
 
     @property
     def normalises(self) -> bool:
@@ -97,7 +235,7 @@ class Update:
         if layout is None:
             return self._shape_misfit(sliced)
         out, inner = _out_and_inner(sliced, layout)
-        if (self.down and self.down.shape[1] != inner) or (self.up and self.up.shape[0] != out):
+        if self.added is not None and self.added.shape != (out, inner):
             return self._shape_misfit(sliced)
         expected = out if self.axis == "out" else _inputs(sliced, layout)
         if self.magnitude and self.magnitude.shape[0] != expected:
@@ -116,10 +254,7 @@ class Update:
         layouts: tuple[Layout, ...] = ("oi", "io") if len(sliced) == 2 else ("oi",)
         for layout in layouts:
             out, inner = _out_and_inner(sliced, layout)
-            fits = (self.down is None or self.down.shape[1] == inner) and (
-                self.up is None or self.up.shape[0] == out
-            )
-            if fits:
+            if self.added is None or self.added.shape == (out, inner):
                 return layout
         return None
 
@@ -131,10 +266,9 @@ class Update:
         start, sliced = region
         layout = self.layout or self.layout_by_shape(shape) or "oi"
         rows, columns = _matrix(sliced)
-        left, right, over, group = self.up, self.down, None, 1
-        if layout == "io":
-            left = self.down.T if self.down else None
-            right = self.up.T if self.up else None
+        delta, over, group = self.added, None, 1
+        if layout == "io" and delta is not None:
+            delta = delta.T
         if self.magnitude is not None:
             by_row = (self.axis == "out") == (layout == "oi")
             over = "row" if by_row else "column"
@@ -144,10 +278,10 @@ class Update:
             start,
             rows,
             columns,
-            left,
-            right,
+            delta,
             self.scaling,
             self.magnitude,
+            self.magnitude_is_factor,
             over,  # type: ignore[arg-type]
             group,
             self.eps,
@@ -173,6 +307,8 @@ class Update:
         return start, shape
 
     def _shape_misfit(self, shape: tuple[int, ...]) -> str:
+        if self.delta is not None:
+            return f"base weight is {shape}, the adapter's update {self.delta.shape}"
         a = self.down.shape if self.down else "none"
         b = self.up.shape if self.up else "none"
         return f"base weight is {shape}, adapter has A {a} and B {b}"
@@ -195,10 +331,10 @@ class Change:
         start: First element in the flattened base tensor.
         rows: Stored rows.
         columns: Elements per stored row.
-        left: ``(rows, rank)``; ``left @ right * scaling`` is added to the matrix.
-        right: ``(rank, columns)``.
-        scaling: Factor on the product, or on ``value``.
+        delta: ``(rows, columns)``; times ``scaling`` it is added to the matrix. None: nothing is.
+        scaling: Factor on ``delta``, or on ``value``.
         magnitude: One per row, or one per ``group`` columns.
+        magnitude_is_factor: It is the factor itself; no norm is taken.
         over: Whether magnitude and norm belong to a stored row or column; None: no magnitude.
         group: Neighbouring columns that share one norm (the kernel, for the in axis of a conv).
         eps: Added to the norm.
@@ -211,10 +347,10 @@ class Change:
     start: int
     rows: int
     columns: int
-    left: Operand | None
-    right: Operand | None
+    delta: Delta | None
     scaling: float
     magnitude: Operand | None
+    magnitude_is_factor: bool
     over: Over | None
     group: int
     eps: float

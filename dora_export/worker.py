@@ -21,7 +21,7 @@ from dora_export.formula import (
     LoadedChange,
     Tile,
     UndefinedRows,
-    add_product,
+    add_delta,
     factor,
     merge_tile,
 )
@@ -29,7 +29,7 @@ from dora_export.pieces import ColumnSquares, Copy, Merge, Region, regions
 from dora_export.plan import Precision, Settings, Step
 from dora_export.refine import product, recompute_cancelled
 from dora_export.tensors import BF16, F64, DType, FileRange, Operand
-from dora_export.update import Change
+from dora_export.update import Change, Product
 
 ArithmeticFactory = Callable[[Precision], Arithmetic]
 
@@ -47,8 +47,9 @@ class Sink(Protocol):
 def working_precision(step: Step, settings: Settings) -> Precision:
     """Return the precision that keeps a tensor within one unit in the last place.
 
-    float32 does for one product into a BF16 output, with ``refine`` for cancelled elements. All
-    else takes float64: F16's last place is eight times nearer to float32's, F32's is float32's.
+    float32 does for one low-rank product into a BF16 output, with ``refine`` for cancelled
+    elements. All else takes float64: F16's last place is eight times nearer to float32's, F32's is
+    float32's.
     """
     if settings.precision == "float64" or step.source.dtype is F64:
         return "float64"
@@ -57,6 +58,7 @@ def working_precision(step: Step, settings: Settings) -> Precision:
     simple = all(
         len(r.changes) <= 1
         and all(c.kind in ("lora", "dora", "magnitude", "rows") for c in r.changes)
+        and all(isinstance(c.delta, Product | None) for c in r.changes)
         for r in regions(step)
     )
     return "float32" if simple and step.dtype is BF16 and settings.strength == 1 else "float64"
@@ -123,19 +125,22 @@ class Worker:
     def _load(self, ops: Arithmetic, change: Change, precision: Precision) -> LoadedChange:
         wide = np.float64 if precision == "float64" else np.float32
         loaded = LoadedChange(change)
-        if change.left is not None and change.right is not None:
-            left, right = (_values(o, _precision_of(o, wide)) for o in (change.left, change.right))
+        if change.delta is not None:
+            first, *rest = (_values(o, _precision_of(o, wide)) for o in change.delta.operands)
             if change.scaling != 1.0:
-                left = left * left.dtype.type(change.scaling) if _is_power_of_two(
-                    change.scaling) else left.astype(np.float64) * change.scaling  # fmt: skip
+                first = first * first.dtype.type(change.scaling) if _is_power_of_two(
+                    change.scaling) else first.astype(np.float64) * change.scaling  # fmt: skip
+            factors = (first, *rest)
             loaded = replace(
                 loaded,
-                left=ops.put(left.astype(wide, copy=False)),
-                right=ops.put(right.astype(wide, copy=False)),
-                product=product(left, right) if precision == "float32" else None,
+                factors=tuple(ops.put(f.astype(wide, copy=False)) for f in factors),
+                product=product(first, *rest) if precision == "float32" else None,
             )
         if change.magnitude is not None:
-            loaded = replace(loaded, magnitude=ops.put(_values(change.magnitude, np.float64)))
+            m = _values(change.magnitude, np.float64)
+            loaded = replace(loaded, magnitude=ops.put(m))
+            if change.magnitude_is_factor and change.over == "column":
+                loaded = _with_column_factor(ops, loaded, np.repeat(m, change.group))
         if change.kind == "rows":
             assert change.value is not None, "Bug: kind rows carries a value"
             loaded = replace(loaded, value=ops.put(_values(Operand.matrix(change.value), wide)))
@@ -153,7 +158,7 @@ class Worker:
         total = np.zeros(piece.region.columns)
         for tile in self._tiles(piece.step, piece.region, piece.first_row, piece.last_row):
             for loaded in changes[: position + 1]:
-                add_product(ops, tile, loaded)
+                add_delta(ops, tile, loaded)
             total += ops.host(ops.column_squares(tile.values, tile.work))
         return total
 
@@ -168,11 +173,9 @@ class Worker:
         scale, undefined = factor(np, magnitude, grouped, change.eps)
         if undefined.any() and self._settings.zero_norm == "refuse":
             raise _undefined(piece.step, "columns", np.flatnonzero(undefined))
-        ops, scale = self._lane(piece.step).ops, np.repeat(scale, change.group)
+        ops = self._lane(piece.step).ops
         return replace(
-            loaded,
-            column_factor=ops.as_working(ops.put(scale)),
-            column_factor_host=scale,
+            _with_column_factor(ops, loaded, np.repeat(scale, change.group)),
             undefined_columns=np.flatnonzero(np.repeat(undefined, change.group)),
         )
 
@@ -263,7 +266,7 @@ class Worker:
         found, ops = [], self._lane(piece.step).ops
         for tile in self._tiles(piece.step, piece.region, 0, piece.region.rows):
             for loaded in changes:
-                add_product(ops, tile, loaded)
+                add_delta(ops, tile, loaded)
                 if loaded.change.over == "row":
                     assert loaded.magnitude is not None, "Bug: a norm without a magnitude"
                     squares = ops.row_squares(tile.values)
@@ -302,14 +305,22 @@ class Worker:
         return buffer[:nbytes]
 
 
+def _with_column_factor(
+    ops: Arithmetic, loaded: LoadedChange, scale: NDArray[np.float64]
+) -> LoadedChange:
+    return replace(loaded, column_factor=ops.as_working(ops.put(scale)), column_factor_host=scale)
+
+
 def _values(operand: Operand, precision: Any) -> NDArray[Any]:
     """Read an adapter tensor, widen it and arrange it, contiguous."""
-    stored = cast.widened(operand.ref.raw(), operand.ref.dtype, precision)
-    return np.ascontiguousarray(operand.arranged(stored))
+    values = operand.value(lambda ref: cast.widened(ref.raw(), ref.dtype, precision))
+    return np.ascontiguousarray(values)
 
 
 def _precision_of(operand: Operand, at_least: Any) -> Any:
-    return np.float64 if operand.ref.dtype is F64 else at_least
+    """Return what holds an operand exactly, or as well as float64 can."""
+    wide = operand.combine is not None or any(ref.dtype is F64 for ref in operand.refs)
+    return np.float64 if wide else at_least
 
 
 def _is_power_of_two(value: float) -> bool:

@@ -19,7 +19,7 @@ FLOORS = (
     "plan serving",
     "pieces",
     "worker verify",
-    "engine",
+    "engine lowrank",
     "writers",
     "api",
     "cli",

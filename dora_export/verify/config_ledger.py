@@ -12,8 +12,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from dora_export.errors import shown
 from dora_export.plan import Plan
 from dora_export.tensors import BY_TORCH, DType, TensorRef
@@ -21,8 +19,8 @@ from dora_export.tying import EMBEDDINGS, HEADS, WITH_VOCABULARY
 from dora_export.verify.model import Finding
 from dora_export.verify.rope import ROPE_KEYS, rope_changes
 from dora_export.verify.subject import Subject
+from dora_export.verify.tensor_ledger import equal
 
-COMPARED_ELEMENTS = 1 << 20
 Config = Mapping[str, Any]
 # Keys with checks of their own: on every level, and where the language model's config stands.
 OWN_CHECK = {"dtype", "torch_dtype", "id2label", "label2id", "num_labels", *ROPE_KEYS}
@@ -44,11 +42,13 @@ INDIFFERENT = re.compile(
 # Keys that no class sets on its own, and keys that a null switches off.
 OFF_WHEN_ABSENT = {"quantization_config", "quantization", "auto_map", "pruned_heads"}
 OFF_WHEN_NULL = {"sliding_window", "attn_logit_softcapping", "final_logit_softcapping"}
+DERIVED = ("head_dim", "num_key_value_heads")
+HEAD_WIDTHS = ("qk_rope_head_dim", "kv_channels", "d_kv")  # other names for a head's width
 # One setting under two names. Source: transformers, ``attribute_map`` of the config classes.
 ALIASES = (
     {"hidden_size", "d_model", "n_embd", "dim", "embed_dim"},
-    {"num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth"},
-    {"num_attention_heads", "n_head", "n_heads", "num_heads"},
+    {"num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "encoder_layers"},
+    {"num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads"},
     {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"},
     {"max_position_embeddings", "n_positions", "n_ctx"},
     {"intermediate_size", "ffn_dim", "d_ff", "n_inner", "hidden_dim"},
@@ -106,7 +106,7 @@ def check_config(plan: Plan, subject: Subject, *, quantised: bool) -> ConfigLedg
         missing = Finding("config-missing", "config.json", "not there")
         return ConfigLedger(() if told else (missing,), checked=False)
     book, expected, found = _Book(), _expected(plan), subject.config
-    _compare(book, expected, found, "", quantised)
+    _compare_all(book, expected, found, quantised)
     _vocabulary(book, plan, subject, expected, found)
     _tie(book, plan, subject, expected, found)
     _dtype(book, plan, subject, expected, found)
@@ -114,6 +114,23 @@ def check_config(plan: Plan, subject: Subject, *, quantised: bool) -> ConfigLedg
         what = f"{len(book.rewritten)} values: {', '.join(book.rewritten)}"
         book.findings.append(Finding("config-rewritten", "config.json", what))
     return ConfigLedger(tuple(book.findings), tuple(book.rewritten))
+
+
+def compare(
+    expected: Config, found: Config, *, quantised: bool
+) -> tuple[tuple[Finding, ...], tuple[str, ...]]:
+    """Return what two configs say differently, and what they only write differently.
+
+    Not what the config says of tensors: vocabulary, tie and dtype.
+
+    Args:
+        expected: The base's.
+        found: The merged model's.
+        quantised: Whether it is stored packed, so that its config may say so.
+    """
+    book = _Book()
+    _compare_all(book, expected, found, quantised)
+    return tuple(book.findings), tuple(book.rewritten)
 
 
 def _expected(plan: Plan) -> dict[str, Any]:
@@ -130,6 +147,14 @@ def _expected(plan: Plan) -> dict[str, Any]:
 
 
 # --- values
+
+
+def _compare_all(book: _Book, expected: Config, found: Config, quantised: bool) -> None:
+    if ("text_config" in expected) == ("text_config" in found):
+        _compare(book, expected, found, "", quantised)
+    else:  # transformers 5 moves the language model's values of some families there
+        book.rewritten.append("text_config (moved)")
+        _compare(book, _flat(expected), _flat(found), "", quantised)
 
 
 def _compare(book: _Book, expected: Config, found: Config, path: str, quantised: bool) -> None:
@@ -161,32 +186,36 @@ def _decides(key: str, here: Any, there: Any, expected: Config, quantised: bool)
     """Return whether a difference makes the model compute something else, or not load."""
     if INDIFFERENT.fullmatch(key):
         return False
+    if key == "sliding_window" and expected.get("use_sliding_window") is False:
+        return False
     if key in ("quantization_config", "quantization") and here is None:
         return not quantised
     if here is None:
         switched_on = key in OFF_WHEN_ABSENT or (key in OFF_WHEN_NULL and key in expected)
         return (switched_on and bool(there)) or not _as_derived(key, there, expected)
     if there is None:
-        return bool(here)  # what is off, empty or zero is what a class takes on its own
+        # What is off, empty or zero is what a class takes on its own; so is what it derives.
+        return bool(here) and not (key in DERIVED and _as_derived(key, here, expected))
     return True
 
 
 def _as_derived(key: str, value: Any, expected: Config) -> bool:
-    """Return whether a value that the base leaves out is the one that classes derive."""
+    """Return whether a value that only one side spells out is the one that classes derive."""
     heads, width = expected.get("num_attention_heads"), expected.get("hidden_size")
-    if not (isinstance(heads, int) and isinstance(width, int) and heads):
+    if key not in DERIVED or not (isinstance(heads, int) and isinstance(width, int) and heads):
         return True
-    derived = {"head_dim": width // heads, "num_key_value_heads": heads}
-    return key not in derived or value == derived[key]
+    if key == "num_key_value_heads":
+        return bool(value == heads)
+    return value == width // heads or value in [expected.get(k) for k in HEAD_WIDTHS]
 
 
 def _renamed(expected: Config, found: Config) -> set[str]:
     """Return keys that one side has under another name, with the same value."""
     keys: set[str] = set()
     for names in ALIASES:
-        lost = [n for n in names if expected.get(n) is not None and found.get(n) is None]
-        new = [n for n in names if found.get(n) is not None and expected.get(n) is None]
-        keys |= {n for a in lost for b in new if expected[a] == found[b] for n in (a, b)}
+        for one, other in ((expected, found), (found, expected)):
+            values = [other[n] for n in names if other.get(n) is not None]
+            keys |= {n for n in names if other.get(n) is None and one.get(n) in values}
     return keys
 
 
@@ -258,6 +287,8 @@ def _tie(book: _Book, plan: Plan, subject: Subject, expected: Config, found: Con
     Where both leave the key to the model's class, or both say the same of the same tensors, the
     base's own state is kept, whatever it is.
     """
+    if subject.broken:
+        return  # an end may be in a file that cannot be read; that is told
     should, is_now = (_value(c, "tie_word_embeddings") for c in (expected, found))
     ends = _ends(subject.tensors)
     planned = _ends({s.name: s for s in plan.steps})
@@ -290,14 +321,7 @@ def _ends(tensors: Mapping[str, Any]) -> tuple[str, str | None] | None:
 def _equal(tensors: Mapping[str, TensorRef], ends: tuple[str, str | None] | None) -> bool:
     if ends is None or ends[1] is None:
         return False
-    a, b = tensors[ends[0]], tensors[ends[1]]
-    if a.shape != b.shape or a.dtype is not b.dtype:
-        return False
-    for start in range(0, a.size, COMPARED_ELEMENTS):
-        stop = min(start + COMPARED_ELEMENTS, a.size)
-        if not np.array_equal(a.raw(start, stop), b.raw(start, stop)):
-            return False
-    return True
+    return equal(tensors[ends[0]], tensors[ends[1]])
 
 
 def _dtype(book: _Book, plan: Plan, subject: Subject, expected: Config, found: Config) -> None:
@@ -338,6 +362,12 @@ def _main_dtype(tensors: Mapping[str, TensorRef]) -> DType | None:
 
 
 # --- words
+
+
+def _flat(config: Config) -> Config:
+    text = config.get("text_config")
+    inner = text if isinstance(text, dict) else {}
+    return {**inner, **{k: v for k, v in config.items() if k != "text_config"}}
 
 
 def _value(config: Config, key: str) -> Any:

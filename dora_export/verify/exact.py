@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from dora_export.pieces import Region
 from dora_export.plan import Settings
 from dora_export.tensors import DType, Operand, TensorRef
-from dora_export.update import Change
+from dora_export.update import Change, Dense, Kronecker, Product
 
 Floats = NDArray[np.float64]
 
@@ -35,8 +35,7 @@ class Part:
 
     Attributes:
         change: The change.
-        left: ``scaling * left``, shape (rows, rank), or None.
-        right: Shape (rank, columns), or None.
+        factors: Operands of its delta, the first times the scaling; empty without one.
         magnitude: One per row or per group of columns, or None.
         factor: ``m / (||V|| + eps)`` per column, where norms run down columns and were computed.
         kept: Columns that keep the base's values, with ``factor``.
@@ -44,8 +43,7 @@ class Part:
     """
 
     change: Change
-    left: Floats | None = None
-    right: Floats | None = None
+    factors: tuple[Floats, ...] = ()
     magnitude: Floats | None = None
     factor: Floats | None = None
     kept: NDArray[np.bool_] | None = None
@@ -81,7 +79,8 @@ class Exact:
     @property
     def rank(self) -> int:
         """Largest rank of a product, 0 without one."""
-        return max((p.right.shape[0] for p in self.parts if p.right is not None), default=0)
+        deltas = (p.change.delta for p in self.parts)
+        return max((d.right.shape[0] for d in deltas if isinstance(d, Product)), default=0)
 
     def with_factors(self) -> Exact:
         """Return this with the factors of its columns computed: one pass over all rows."""
@@ -97,7 +96,7 @@ class Exact:
         group = part.change.group
         norm = np.sqrt(squares.reshape(-1, group).sum(axis=1))
         factor, kept = _factor(part.magnitude, norm, part.change.eps, self.settings)
-        done = Part(part.change, part.left, part.right, part.magnitude,
+        done = Part(part.change, part.factors, part.magnitude,
                     np.repeat(factor, group), np.repeat(kept, group))  # fmt: skip
         return Exact(self.source, self.region, self.settings,
                      (*self.parts[:position], done, *self.parts[position + 1 :]))  # fmt: skip
@@ -124,12 +123,14 @@ class Exact:
 
     def product(self, rows: slice | NDArray[Any], columns: slice | NDArray[Any]) -> Floats | None:
         """Return ``s B A`` of some rows and columns, or None where a change has no product."""
-        products = [
-            p.left[rows] @ p.right[:, columns]
-            for p in self.parts
-            if p.left is not None and p.right is not None
-        ]
+        products = [_delta(p, rows, columns) for p in self.parts if p.factors]
         return np.sum(products, axis=0) if products else None
+
+    def product_size(
+        self, rows: slice | NDArray[Any], columns: slice | NDArray[Any]
+    ) -> Floats | float:
+        """Return the size of the terms that ``s B A`` is a sum of: ``||B_i|| ||A_j||``."""
+        return sum((_delta_size(p, rows, columns) for p in self.parts if p.factors), 0.0)
 
     def _exact(
         self, base: Floats, rows: slice | NDArray[Any], columns: slice | NDArray[Any]
@@ -178,22 +179,55 @@ class Exact:
 
 
 def _part(change: Change) -> Part:
-    left = None if change.left is None else change.scaling * _operand(change.left)
-    right = None if change.right is None else _operand(change.right)
+    factors = [_operand(o) for o in change.delta.operands] if change.delta is not None else []
+    if factors:
+        factors[0] = change.scaling * factors[0]
     magnitude = None if change.magnitude is None else _operand(change.magnitude).ravel()
     value = None
     if change.kind == "rows":
         assert change.value is not None, "Bug: kind rows carries a value"
         value = _operand(Operand.matrix(change.value))
-    return Part(change, left, right, magnitude, value=value)
+    return Part(change, tuple(factors), magnitude, value=value)
+
+
+def _delta(part: Part, rows: slice | NDArray[Any], columns: slice | NDArray[Any]) -> Floats:
+    """Return ``s B A``, or what stands for it, of some rows and columns."""
+    delta = part.change.delta
+    if isinstance(delta, Kronecker):
+        first, second = part.factors
+        i, k = np.divmod(np.arange(delta.shape[0])[rows], second.shape[0])
+        j, l = np.divmod(np.arange(delta.shape[1])[columns], second.shape[1])  # noqa: E741
+        picked: Floats = first[np.ix_(i, j)] * second[np.ix_(k, l)]
+        return picked
+    if isinstance(delta, Dense):
+        return part.factors[0][rows][:, columns]
+    left, right, *others = part.factors
+    product: Floats = left[rows] @ right[:, columns]
+    if others:
+        product *= others[0][rows] @ others[1][:, columns]
+    return product
+
+
+def _delta_size(part: Part, rows: slice | NDArray[Any], columns: slice | NDArray[Any]) -> Floats:
+    if isinstance(part.change.delta, Kronecker | Dense):
+        return np.abs(_delta(part, rows, columns))
+    norms = []
+    for left, right in zip(part.factors[::2], part.factors[1::2], strict=True):
+        left, right = left[rows], right[:, columns]
+        norms.append(np.sqrt(np.outer(np.einsum("ij,ij->i", left, left),
+                                      np.einsum("ij,ij->j", right, right))))  # fmt: skip
+    size: Floats = np.prod(norms, axis=0)
+    return size
 
 
 def _with_product(
     part: Part, values: Floats, rows: slice | NDArray[Any], columns: slice | NDArray[Any]
 ) -> Floats:
-    if part.left is None or part.right is None:
+    if not part.factors:
         return values
-    product: Floats = part.left[rows] @ part.right[:, columns]
+    product = _delta(part, rows, columns)
+    if isinstance(part.change.delta, Dense):
+        return product + values  # not in place: the product is a view
     product += values
     return product
 
@@ -208,6 +242,10 @@ def _normalised(
 ) -> Floats:
     assert part.magnitude is not None, "Bug: only called with magnitudes"
     change = part.change
+    if change.magnitude_is_factor:
+        if change.over == "row":
+            return values * part.magnitude[rows][:, None]
+        return values * np.repeat(part.magnitude, change.group)[columns]
     if change.over == "row":
         norm = np.sqrt(np.einsum("ij,ij->i", values, values))
         factor, kept = _factor(part.magnitude[rows], norm, change.eps, settings)
@@ -277,7 +315,7 @@ def read_columns(ref: TensorRef, region: Region, columns: NDArray[Any]) -> Float
 
 
 def _operand(operand: Operand) -> Floats:
-    return np.ascontiguousarray(floats(operand.arranged(operand.ref.raw()), operand.ref.dtype))
+    return np.ascontiguousarray(operand.value(lambda ref: floats(ref.raw(), ref.dtype)))
 
 
 def floats(raw: NDArray[Any], dtype: DType) -> Floats:

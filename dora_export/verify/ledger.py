@@ -81,8 +81,8 @@ def _summary(subject: Subject, figures: Mapping[str, Any]) -> str:
 
 def _index(subject: Subject) -> Iterator[Finding]:
     """Hold the index against the headers of the files, both ways."""
-    if subject.index is None:
-        return
+    if not subject.places:
+        return  # none, or not one: told on opening
     name, places = shown(subject.index_name), subject.places
     held = {tensor: file for file, stored in subject.files.items() for tensor in stored.names}
     for tensor, file in sorted(places.items()):

@@ -147,10 +147,13 @@ def _tier(tensors: Sequence[TensorResult], level: Level, seconds: float) -> Tier
     scope = "every element" if level == "full" else "sampled rows"
     words = ", ".join(f"{counts[s]} {s}" for s in ("exact", "rounded", "wrong", "unchecked")
                       if counts[s])  # fmt: skip
-    summary = (
-        f"{len(tensors)} changed tensors, {scope}: {words}; worst {worst.max_ulp:.3g} ulp in "
-        f"{shown(worst.name)}"
-    )
+    if counts["rounded"]:
+        # not in ulps: an element that all but cancels counts millions of them
+        ratio = max(t.error_ratio for t in tensors if t.status == "rounded")
+        far = f"error at most {ratio:.2g} times that of rounding once"
+    else:
+        far = f"worst {worst.max_ulp:.3g} ulp in {shown(worst.name)}"
+    summary = f"{len(tensors)} changed tensors, {scope}: {words}; {far}"
     figures = {
         "tensors": dict(counts),
         "elements": compared,
@@ -307,12 +310,6 @@ class _Tally:
         self.column_norm = np.zeros(len(self.columns))
         self.max_ulp, self.misrounded, self.not_finite, self.elements = 0.0, 0, 0, 0
         self.error = self.ulps = self.size = self.update = 0.0
-        # ||B_i|| and ||A_j|| of every product, for the size of the terms that were added
-        self.sizes = [
-            (np.sqrt(np.einsum("ij,ij->i", p.left, p.left)),
-             np.sqrt(np.einsum("ij,ij->j", p.right, p.right)))
-            for p in exact.parts if p.left is not None and p.right is not None
-        ]  # fmt: skip
 
     def add(self, rows: slice, base: Floats, values: Floats, merged: Floats) -> None:
         """Add a block: rows of ``self.rows``, all of ``self.columns``."""
@@ -359,9 +356,7 @@ class _Tally:
 
         That size is ``|f| (|W| + s ||B_i|| ||A_j||) + |W'|``.
         """
-        terms = np.abs(base)
-        for left, right in self.sizes:
-            terms += left[rows, None] * right[self.columns]
+        terms = np.abs(base) + self.exact.product_size(rows, self.columns)
         part = next((p for p in self.exact.parts if p.magnitude is not None), None)
         if part is not None and part.factor is not None:
             terms *= np.abs(part.factor[self.columns])
@@ -390,7 +385,7 @@ class _Tally:
         squares = self.column_norm.reshape(-1, group).sum(axis=1) if by_column else self.row_norm
         lines = self.columns[::group] // group if by_column else self.rows
         ratios = None
-        if part is not None and part.magnitude is not None:
+        if part is not None and part.magnitude is not None and not part.change.magnitude_is_factor:
             norm = np.sqrt(squares)
             ratios = part.magnitude[lines][norm > 0] / norm[norm > 0]
         return Measurement(lines, excess, self.misrounded, self.not_finite, self.elements,

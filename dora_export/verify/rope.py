@@ -17,7 +17,8 @@ SHARES = ("partial_rotary_factor", "rotary_pct", "rope_pct")
 LENGTH = "original_max_position_embeddings"
 ROPE_KEYS = frozenset((*THETAS, *LOCAL_THETAS, *SHARES, LENGTH, "rope_scaling", "rope_parameters"))
 SCALED = ("llama3", "yarn", "longrope")  # kinds that need the length of pre-training
-RENAMED = {"mrope": "default", "su": "longrope"}
+# Old names, and layouts that are a class's own ("axial" in vision towers).
+RENAMED = {"mrope": "default", "axial": "default", "su": "longrope"}
 # What most classes take where a config is silent.
 DEFAULTS = {"rope_theta": 10_000.0, "partial_rotary_factor": 1.0, "rope_type": "default"}
 

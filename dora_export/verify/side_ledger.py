@@ -182,7 +182,7 @@ def _tokenizer(path: Path, source: Source) -> list[Finding]:
 
 def _tokenizer_parts(path: Path) -> dict[str, Any]:
     """Return what a tokenizer.json says, free of the spellings of its versions."""
-    content = _json(path)
+    content = read_json(path)
     model = _object(content.get("model"))
     vocabulary = model.get("vocab")
     if isinstance(vocabulary, list):  # Unigram: (token, score) by position
@@ -209,7 +209,7 @@ def _tokenizer_parts(path: Path) -> dict[str, Any]:
 
 
 def _tokenizer_config(path: Path, source: Source) -> list[Finding]:
-    here, there = _json(source.path), _json(path)
+    here, there = read_json(source.path), read_json(path)
     # A template is compared wherever it stands.
     here.pop("chat_template", None)
     there.pop("chat_template", None)
@@ -217,8 +217,10 @@ def _tokenizer_config(path: Path, source: Source) -> list[Finding]:
     wrong = [k for k in DECIDING if k in other and here.get(k) is not None
              and there.get(k) is not None and _token(here[k]) != _token(there[k])]  # fmt: skip
     if wrong:
-        what = [f"{k} {shown(_token(there[k]))}, expected {shown(_token(here[k]))}" for k in wrong]
-        return [_tokenizer_differs("tokenizer_config.json", ", ".join(what))]
+        what = ", ".join(
+            f"{k} {shown(_token(there[k]))}, expected {shown(_token(here[k]))}" for k in wrong
+        )
+        return [_tokenizer_differs("tokenizer_config.json", what)]
     what = f"other {', '.join(map(shown, sorted(other)))}" if other else "written in another way"
     return [Finding("tokenizer-rewritten", "tokenizer_config.json", what)]
 
@@ -230,7 +232,7 @@ def _token(value: Any) -> Any:
 
 def _settings(name: str, path: Path, source: Source, *, own: bool) -> list[Finding]:
     """Compare settings by what they say; our own output has them byte for byte."""
-    here, there = _json(source.path), _json(path)
+    here, there = read_json(source.path), read_json(path)
     other = sorted(k for k in here.keys() | there.keys()
                    if here.get(k) != there.get(k) and k not in LIBRARY_KEYS)  # fmt: skip
     if name in TOKENIZER_FILES:
@@ -327,10 +329,6 @@ def _counts(found: Any) -> str:
 
 
 # --- reading
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return read_json(path)
 
 
 def _object(value: Any) -> Mapping[Any, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from dora_export.checkpoints.folder import NOT_THE_MODEL, read_json
 from dora_export.errors import InputError, shown
+from dora_export.plan import INDEX
 from dora_export.storage import PICKLED
 from dora_export.storage.pickled import read_pickled
 from dora_export.storage.safetensors import Header, read_header
@@ -207,7 +208,7 @@ class _Opening:
 
     def choose_index(self, indexes: list[str]) -> str | None:
         preferred = [n for n in indexes if n.startswith(("model.", "pytorch_model."))]
-        chosen = (preferred or indexes or [None])[0]
+        chosen = next(iter(preferred or indexes), None)
         for name in indexes:
             if name != chosen:
                 self.found("file-extra", name, f"a second index beside {shown(chosen)}")
@@ -219,9 +220,10 @@ class _Opening:
         if named is None:
             whole = [n for n in present if n in WHOLE]
             model = whole or present
-            if not whole and any(NUMBERED.search(n) for n in present):
-                self.found("index-wrong", "index", f"missing, though there are {len(present)} "
-                           "numbered shards")  # fmt: skip
+            shards = [n for n in model if NUMBERED.search(n)]
+            if shards and index_name is None:
+                what = f"missing, though there are {len(shards)} numbered shards"
+                self.found("index-wrong", INDEX, what)
         else:
             model = named
         for name in model:
@@ -246,7 +248,11 @@ class _Opening:
             return None
         self.index = content
         places = content.get("weight_map")
-        if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
+        if (
+            not isinstance(places, dict)
+            or not places
+            or not all(isinstance(v, str) for v in places.values())
+        ):
             self.found("index-wrong", name, "holds no weight_map of names to files")
             return None
         files = sorted(set(places.values()))

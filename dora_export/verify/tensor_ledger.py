@@ -12,18 +12,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dora_export.errors import InputError, shown
 from dora_export.plan import Plan, Step
-from dora_export.tensors import DType, FileRange, TensorRef
+from dora_export.tensors import Bytes, DType, FileRange, TensorRef
 from dora_export.tying import EMBEDDINGS, HEADS
+from dora_export.verify.exact import FRACTION, Floats, binade, floats, rounded
 from dora_export.verify.model import Finding
 from dora_export.verify.parallel import each
-from dora_export.verify.rounding import floats, is_nan, rounded
 from dora_export.verify.subject import Subject, clause
 
-CHUNK_ELEMENTS = 1 << 18  # compared at once; 2 MB as float64
+CHUNK_ELEMENTS = 1 << 20  # compared at once
+CAST_ELEMENTS = 1 << 16  # the same where a cast takes several float64 arrays
 SPAN_ELEMENTS = 1 << 24  # one thread's share of a tensor
 # Causal masks, rotary frequencies and positions: kept in files by older transformers, made anew by
 # the model's class since. Source: transformers, ``persistent=False`` and
@@ -53,7 +53,7 @@ class Difference:
     Attributes:
         elements: How many differ.
         far: How many differ by more than the last bit.
-        nbytes: How many of their bytes differ.
+        nbytes: How many of their bytes differ; 0 where the type is another.
         first: Flat position of the first.
     """
 
@@ -196,7 +196,7 @@ def _stored_twin(book: _Book, name: str) -> str | None:
             and other.shape == step.shape
             and other.dtype is step.dtype
             and other.changes == step.changes
-            and _equal(step.source, other.source)
+            and equal(step.source, other.source)
         ):
             return other.name
     return None
@@ -213,7 +213,7 @@ def _embedding_like(book: _Book, name: str) -> str | None:
             and _leaf(other) in (*EMBEDDINGS, "shared")
             and stored.shape == ref.shape
             and stored.dtype is ref.dtype
-            and _equal(ref, stored)
+            and equal(ref, stored)
         ):
             return other
     return None
@@ -226,12 +226,14 @@ def _config_unties(subject: Subject) -> bool:
     return config.get("tie_word_embeddings", inner) is False
 
 
-def _equal(a: TensorRef, b: TensorRef) -> bool:
+def equal(a: TensorRef, b: TensorRef) -> bool:
+    """Return whether two tensors have the same type, shape and bytes."""
     if a is b:
         return True
     if a.shape != b.shape or a.dtype is not b.dtype:
         return False
-    return all(np.array_equal(a.raw(i, j), b.raw(i, j)) for i, j in _chunks(0, a.size))
+    result = difference(a, b, 0, a.size, brief=True)
+    return isinstance(result, Difference) and not result.elements
 
 
 def _leaf(name: str) -> str:
@@ -383,35 +385,59 @@ def difference(
         InputError: The source cannot be read.
     """
     found = Difference()
-    for first, last in _chunks(start, stop):
+    step = CHUNK_ELEMENTS if source.dtype is stored.dtype else CAST_ELEMENTS
+    step = min(step, stop - start)
+    ours = np.empty(step * source.dtype.itemsize, np.uint8)  # one pair for all chunks
+    theirs = np.empty(step * stored.dtype.itemsize, np.uint8)
+    for first in range(start, stop, step or 1):
+        last = min(first + step, stop)
         try:
-            there = stored.raw(first, last)
+            there = _read(stored, first, last, theirs)
         except InputError as error:
             assert isinstance(stored.source, FileRange), "Bug: only files can fail to be read"
             return clause(error, stored.source.path)
-        here = source.raw(first, last)
+        here = _read(source, first, last, ours)
         found = found.then(_chunk(here, source.dtype, there, stored.dtype), first - start)
         if brief and found.elements:
             break
     return found
 
 
-def _chunk(here: NDArray[Any], dtype: DType, there: NDArray[Any], other: DType) -> Difference:
-    if dtype is other:
-        if np.array_equal(here, there):
-            return Difference()
-        differs = here != there
-        far = int(differs.sum())
-    else:
-        here = rounded(floats(here, dtype), other)
-        differs = (here != there) & ~(is_nan(here, other) & is_nan(there, other))
+def _read(ref: TensorRef, first: int, last: int, buffer: Bytes) -> Bytes:
+    """Return the bytes of elements ``[first, last)``, in the buffer."""
+    size = ref.dtype.itemsize
+    part = buffer[: (last - first) * size]
+    ref.source.read(first * size, part)
+    return part
+
+
+def _chunk(ours: Bytes, dtype: DType, theirs: Bytes, other: DType) -> Difference:
+    """Compare stored elements, given as bytes."""
+    if dtype is not other:
+        values = floats(ours.view(dtype.raw), dtype)
+        return _cast_chunk(values, floats(theirs.view(other.raw), other), other)
+    words = ours.size // 8 * 8  # eight bytes at a time: one comparison and one flag for each
+    if np.array_equal(ours[:words].view("u8"), theirs[:words].view("u8")) and np.array_equal(
+        ours[words:], theirs[words:]
+    ):
+        return Difference()
+    bytewise = (ours != theirs).reshape(-1, dtype.itemsize)
+    differs = bytewise.any(axis=1)
+    count = int(differs.sum())
+    return Difference(count, count, int(bytewise.sum()), int(differs.argmax()))
+
+
+def _cast_chunk(values: Floats, stored: Floats, dtype: DType) -> Difference:
+    """Compare stored values with those of the source rounded once to ``dtype``."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        nearest = np.where(np.isfinite(values), rounded(values, dtype), values)
+        same = (nearest == stored) & (np.signbit(nearest) == np.signbit(stored))
+        differs = ~same & ~(np.isnan(nearest) & np.isnan(stored))
         if not differs.any():
             return Difference()
-        # Bit patterns of neighbouring floats of one sign are neighbouring integers.
-        distance = here[differs].astype(np.int64) - there[differs].astype(np.int64)
-        far = int((np.abs(distance) > 1).sum())
-    nbytes = (here[differs].view(np.uint8) != there[differs].view(np.uint8)).sum()
-    return Difference(int(differs.sum()), far, int(nbytes), int(differs.argmax()))
+        ulp = binade(nearest[differs], dtype) * 2.0 ** -FRACTION[dtype.name]
+        near = np.abs(nearest[differs] - stored[differs]) <= ulp
+    return Difference(int(differs.sum()), int((~near).sum()), 0, int(differs.argmax()))
 
 
 def _report_values(
@@ -436,10 +462,10 @@ def _report_values(
         if is_buffer(name, step.shape) and stored.dtype is not step.source.dtype:
             continue  # told as cast
         place = [int(i) for i in np.unravel_index(diff.first, step.shape)]
-        cast = f" after the cast to {stored.dtype.name}"
-        book.found("bytes-differ", name, f"{diff.elements} of {step.source.size} elements, "
-                   f"{diff.nbytes} bytes, the first at {place}"
-                   f"{cast if stored.dtype is not step.source.dtype else ''}")  # fmt: skip
+        how = (f" ({diff.nbytes} bytes)" if stored.dtype is step.source.dtype
+               else f" after the cast to {stored.dtype.name}")  # fmt: skip
+        book.found("bytes-differ", name, f"{diff.elements} of {step.source.size} elements{how}, "
+                   f"the first at {place}")  # fmt: skip
 
 
 def _of_another_base(
@@ -479,11 +505,6 @@ def _nothing_applied(book: _Book, steps: Sequence[Step]) -> None:
     if present:
         book.found("nothing-applied", book.subject.path.name, f"all {len(present)} tensors that "
                    "the adapter changes have the base's bytes")  # fmt: skip
-
-
-def _chunks(start: int, stop: int) -> Iterator[tuple[int, int]]:
-    for first in range(start, stop, CHUNK_ELEMENTS):
-        yield first, min(first + CHUNK_ELEMENTS, stop)
 
 
 def _sizes(shape: Sequence[int]) -> str:
