@@ -53,19 +53,25 @@ def tensors(layers=30, kinds=KINDS, seed=0):
 
 def right(**changes):
     """A merge by this tool, all tiers passed."""
+    close = {"max": 0.325, "mean": 0.0381, "rms": 0.0498, "scale": 42.3}
+    noise = {"max": 1.29, "mean": 0.169, "rms": 0.224, "scale": 42.3}
+    choices = {"positions": 42, "top1_agreement": 1.0, "kl_mean": 3.1e-6, "kl_max": 5.2e-4}
     forward = {
-        "noise_floor": 0.0291,
-        "max_absolute_difference": 0.0312,
-        "mean_absolute_difference": 0.00412,
-        "kl_divergence": 3.1e-6,
-        "top1_agreement": 0.998,
-        "same_text": True,
+        "model": "LlamaForCausalLM",
+        "storage": "bfloat16",
+        "inputs": [{"name": "prompt 1", "shapes": {"input_ids": [1, 5]}}],
+        "random": [],
+        "outputs": {"logits": {"excess": 0.125, "error": close, "noise": noise, "effect": close,
+                               "choices": choices, "choices_noise": choices}},
         "layers": [
-            {"layer": f"model.layers.{i}.mlp.down_proj", "difference": 0.01 / i, "noise": 0.02}
-            for i in range(1, 12)
+            {"name": f"model.layers.{i % 30}.{list(KINDS)[i // 30]}.weight",
+             "excess": 0.26 / (i + 1), "error": close, "noise": noise, "effect": close}
+            for i in range(210)
         ],
-        "texts": [{"prompt": "The capital of France is", "unmerged": "Paris.\nIt",
-                   "merged": "Paris.\nIt"}],
+        "text": {"tokens": 32, "equal": 32},
+        "greedy": "The capital of France is\nParis.",
+        "same_text": True,
+        "said": "",
     }  # fmt: skip
     ledger = {"files": 1, "tensors": 272, "changed": 210, "untouched": 62,
               "untouched_bytes": 56_700_000, "side_files": 5}  # fmt: skip

@@ -240,7 +240,11 @@ def _tiers(report: VerifyReport) -> list[Element]:
         line = el("p", _state(report, tier), f": {shown(tier.summary, 300)}")
         if tier.ran:
             add(line, el("span", f" ({tier.seconds:.1f} s)", class_="soft"))
-        parts += [el("h2", f"{tier.tier.capitalize()} tier"), line, *tables.figures(tier.figures)]
+        parts += [
+            el("h2", f"{tier.tier.capitalize()} tier"),
+            line,
+            *tables.figures(tier.figures, f"Figures of the {tier.tier} tier"),
+        ]
     return parts
 
 

@@ -18,6 +18,7 @@ MAX_WORST = 20
 MAX_TENSORS = 1000
 MAX_SAID = 200  # findings of one kind shown with what was found; of the rest, the places
 MAX_PLACES = 5000  # of one kind
+MAX_OPEN = 20  # rows of a table that is not folded up
 MAX_ROWS = 100  # of a list in a tier's figures
 MAX_TEXT = 2000
 COLUMNS = (
@@ -135,30 +136,34 @@ def _codes(names: Sequence[str]) -> list[Element | str]:
     return parts
 
 
-def figures(values: Mapping[str, Any]) -> list[Element]:
-    """Return a tier's numbers: scalars as pairs, objects and lists of objects as tables."""
+def figures(values: Mapping[str, Any], title: str = "Figures") -> list[Element]:
+    """Return a tier's numbers: values as pairs, objects with the same keys as rows of one table.
+
+    Args:
+        values: JSON-ready data of any depth.
+        title: What they are about.
+    """
     pairs, blocks = el("dl", class_="pairs"), []
+    alike: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for key, value in values.items():
-        rows = _rows(value)
-        if rows:
-            blocks.append(_table(_words(key), rows))
+        if isinstance(value, Mapping) and any(isinstance(v, Mapping) for v in value.values()):
+            blocks += [el("h3", _words(key)), *figures(value, _words(key))]
         elif isinstance(value, Mapping):
-            blocks += [el("h3", _words(key)), *figures(value)] if value else []
-        else:
+            if value:
+                alike.setdefault(tuple(value), []).append({"of": _words(key), **value})
+        elif _is_table(value):
+            blocks.append(_table(_words(key), [_flat(row) for row in value]))
+        elif value != "":
             content = _text(value)
             block = el("pre", content) if "\n" in content else content
             add(pairs, el("dt", _words(key)), el("dd", block))
-    return [*([pairs] if len(pairs) else []), *blocks]
+    tables = [_table(title, rows) for rows in alike.values()]
+    return [*([pairs] if len(pairs) else []), *tables, *blocks]
 
 
-def _rows(value: object) -> list[dict[str, Any]]:
-    """Return objects in a list, or by name, as rows of a table; nothing for anything else."""
-    if isinstance(value, Mapping) and all(isinstance(v, Mapping) for v in value.values()):
-        return [_flat({"name": name, **row}) for name, row in value.items()]
-    listed = isinstance(value, Sequence) and not isinstance(value, str)
-    if listed and all(isinstance(v, Mapping) for v in value):  # type: ignore[attr-defined]
-        return [_flat(row) for row in value]  # type: ignore[attr-defined]
-    return []
+def _is_table(value: object) -> bool:
+    rows = isinstance(value, Sequence) and not isinstance(value, str)
+    return rows and bool(value) and all(isinstance(v, Mapping) for v in value)  # type: ignore[attr-defined]
 
 
 def _flat(row: Mapping[str, Any], above: str = "") -> dict[str, Any]:
@@ -186,8 +191,11 @@ def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> Element:
         ]
         add(body, el("tr", *cells))
     table = el("table", el("caption", title + more), el("thead", el("tr", *heads)), body,
-               class_="sortable")  # fmt: skip
-    return scrolling(table, title)
+               class_="sortable figures")  # fmt: skip
+    region = scrolling(table, title)
+    if len(rows) <= MAX_OPEN:
+        return region
+    return el("details", el("summary", f"{title}: {count(len(rows), 'row')}"), region)
 
 
 def _words(key: object) -> str:
