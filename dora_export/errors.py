@@ -71,12 +71,3 @@ def listing(problems: Iterable[str]) -> str:
     lines = list(problems)
     more = [f"... and {len(lines) - MAX_LISTED} more"] if len(lines) > MAX_LISTED else []
     return "".join(f"\n  {line}" for line in lines[:MAX_LISTED] + more)
-
-
-def size(nbytes: float) -> str:
-    """Return bytes as people write them, in powers of ten."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(nbytes) < 1000 or unit == "GB":
-            break
-        nbytes /= 1000
-    return f"{nbytes:.0f} {unit}" if unit == "B" or nbytes >= 100 else f"{nbytes:.1f} {unit}"

@@ -154,6 +154,84 @@ def merge(
 
 
 @cli.command()
+@click.argument("base")
+@click.argument("adapter", nargs=-1)
+@click.argument("merged")
+@click.option(
+    "--level",
+    type=click.Choice(["fast", "full"]),
+    default="full",
+    show_default=True,
+    help="Every element, or sampled rows of every changed tensor.",
+)
+@click.option("--forward", is_flag=True, help="Run merged and unmerged model too.")
+@click.option(
+    "--prompt",
+    "prompts",
+    multiple=True,
+    metavar="TEXT",
+    help="Text to run them on; implies --forward. Repeatable.",
+)
+@click.option(
+    "--html", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as a page."
+)
+@click.option("--force", is_flag=True, help="Let --html replace any file.")
+@click.option("--dtype", help="bf16, fp16 or fp32 that all weights should have.")
+@click.option("--strength", type=float, help="Strength that was merged with.")
+@click.option(
+    "--zero-norm",
+    type=click.Choice(["refuse", "zero", "keep-base"]),
+    help="Rows without direction, as merge treated them.",
+)
+@click.option(
+    "--fan-in-fan-out/--no-fan-in-fan-out",
+    default=None,
+    help="Square weights are stored (in, out), or not. Default: by model type.",
+)
+@click.option("--threads", type=int, help="Workers. Default: one per CPU.")
+@adapter_options
+def verify(
+    base: str, adapter: tuple[str, ...], merged: str, html: Path | None, force: bool,
+    as_json: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Prove that MERGED is BASE with ADAPTER merged in, whichever tool wrote it.
+
+    Compares every file, name and untouched byte, and every changed value with the exact one. Ends
+    with 0 if all is right, 1 if something is wrong, 3 if something could not be checked. dtype,
+    strength and zero-norm default to what the merged model's manifest says. A base that holds its
+    own adapter needs no ADAPTER.
+    """
+    from dora_export import api  # noqa: PLC0415
+    from dora_export.cli import text  # noqa: PLC0415
+    from dora_export.verify.page import page  # noqa: PLC0415
+    from dora_export.writers import page_file  # noqa: PLC0415
+
+    if html is not None:
+        page_file.check_target(html, force=force)  # before minutes of work
+    options["forward"] = options["forward"] or bool(options["prompts"])
+    with text.progress(f"verifying {merged}", quiet=as_json, unit="values", end="summing up") as on:
+        report = api.verify(base, adapter or None, merged, progress=on, **options)
+    if html is not None:
+        page_file.write(html, page(report), force=force)
+    if as_json:
+        click.echo(json.dumps(report.to_dict(), indent=2, allow_nan=False))
+    else:
+        click.echo(text.verify_summary(report))
+        if html is not None:
+            click.echo(f"-> {html}")
+    click.get_current_context().exit(report.exit_code)
+
+
+@cli.command()
+@click.argument("code", required=False)
+def explain(code: str | None) -> None:
+    """Say what a finding of verify means and what to do; without CODE, list them all."""
+    from dora_export.cli import explain as explain_command  # noqa: PLC0415
+
+    click.echo(explain_command.table() if code is None else explain_command.entry(code))
+
+
+@cli.command()
 @click.argument("adapter")
 @click.option("--base", help="Base model to hold the adapter against.")
 @adapter_options

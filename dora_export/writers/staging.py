@@ -25,7 +25,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dora_export.errors import DoraExportError, InputError, OutputError, listing, size
+from dora_export.errors import DoraExportError, InputError, OutputError, listing
+from dora_export.words import size
 from dora_export.writers.files import sync_folder
 from dora_export.writers.journal import Contents, Job, Journal, decode, differences
 from dora_export.writers.ranges import Ranges
