@@ -1,0 +1,475 @@
+"""The reference: a base model that computes with an adapter, without ever merging a product.
+
+A weight that the adapter changes by a product or a norm becomes a tensor that knows both parts
+(``Unmerged``). Where the model multiplies by it, the result is put together from activations:
+``f * (x W^T) + f * s ((x A^T) B^T)`` with ``f = m / (||W + s B A|| + eps)``. Any other use of such
+a weight is an error, so no part of a model can quietly go on with the base's values. Weights that
+are replaced or added to by stored values just have other values.
+
+The norms are this module's own: float64, in blocks of rows, from the stored bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 - the name that everyone gives it
+
+from dora_export.plan import Plan, Settings, Step
+from dora_export.tensors import Operand, TensorRef
+from dora_export.update import Change
+
+BLOCK_ELEMENTS = 1 << 21  # float64 elements of one block of rows while norms are computed
+
+
+class Unsupported(Exception):  # noqa: N818 - a finding, not an error of the program
+    """Something that the forward pass cannot be checked for.
+
+    Attributes:
+        where: Tensor, class or file.
+        what: What about it, a clause.
+    """
+
+    def __init__(self, where: str, what: str) -> None:
+        super().__init__(f"{where}: {what}")
+        self.where, self.what = where, what
+
+
+# --- numbers of the adapter
+
+
+def stored(ref: TensorRef, start: int = 0, stop: int | None = None) -> Tensor:
+    """Return elements ``[start, stop)`` of a stored tensor, flat, in its own dtype."""
+    dtype: torch.dtype = getattr(torch, ref.dtype.torch)
+    return torch.from_numpy(ref.raw(start, stop)).view(dtype)
+
+
+def _operand(operand: Operand) -> Tensor:
+    """Return an adapter tensor, arranged, in float64."""
+    values = stored(operand.ref).double().numpy()
+    return torch.from_numpy(operand.arranged(values).copy())
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """One change of a weight, as numbers: stored terms, as in ``update.Change``.
+
+    Attributes:
+        left: ``(rows, rank)``, or None.
+        right: ``(rank, columns)``, or None.
+        scaling: Factor on ``left @ right``.
+        row_factor: One per row, or None.
+        row_kept: 1 for rows that keep the base's values, else 0; None: there are none.
+        column_factor: One per column of the weight's second dimension, or None.
+        column_kept: As ``row_kept``.
+        value: Values of the weight's shape that are added, or that replace it, or None.
+        replaces: Whether ``value`` replaces.
+    """
+
+    left: Tensor | None = None
+    right: Tensor | None = None
+    scaling: float = 1.0
+    row_factor: Tensor | None = None
+    row_kept: Tensor | None = None
+    column_factor: Tensor | None = None
+    column_kept: Tensor | None = None
+    value: Tensor | None = None
+    replaces: bool = False
+
+    def to(self, dtype: torch.dtype) -> Term:
+        """Return the term in another precision."""
+
+        def cast(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(dtype)
+
+        return Term(
+            cast(self.left), cast(self.right), self.scaling,
+            cast(self.row_factor), cast(self.row_kept),
+            cast(self.column_factor), cast(self.column_kept),
+            cast(self.value), self.replaces,
+        )  # fmt: skip
+
+
+def terms(step: Step, settings: Settings) -> tuple[Term, ...]:
+    """Return a step's changes as float64 numbers, norms included.
+
+    Raises:
+        Unsupported: A change is about a part of the weight that no activation form covers.
+    """
+    return tuple(_term(step, position, settings) for position in range(len(step.changes)))
+
+
+def _term(step: Step, position: int, settings: Settings) -> Term:
+    change, shape = step.changes[position], step.shape
+    rows, columns = _matrix(shape)
+    if change.columns != columns:
+        raise Unsupported(step.name, f"a part of a fused weight {shape} is changed")
+    first = change.start // columns
+    if change.value is not None:
+        return Term(value=_value(step, change), replaces=change.kind != "add")
+    left = right = row_factor = row_kept = column_factor = column_kept = None
+    if change.left is not None and change.right is not None:
+        left, right = _operand(change.left), _operand(change.right)
+    if change.magnitude is not None:
+        m, squares = _operand(change.magnitude), _squares(step, position, left, right)
+        kept = "keep-base" if settings.zero_norm == "keep-base" else None
+        factor, mask = _factor(m, squares, change.eps, keep=kept is not None)
+        if change.over == "row":
+            row_factor, row_kept = _padded(factor, first, rows, 1.0), mask
+            row_kept = None if mask is None else _padded(mask, first, rows, 0.0)
+        elif change.rows != rows:
+            raise Unsupported(step.name, "a part of it has norms across its rows")
+        else:
+            # A convolution's kernel shares the norm of its input channel.
+            column_factor, column_kept = factor, mask
+    if left is not None and change.rows != rows:
+        left = _padded(left, first, rows, 0.0)
+    return Term(left, right, change.scaling, row_factor, row_kept, column_factor, column_kept)
+
+
+def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
+
+
+def _padded(part: Tensor, first: int, rows: int, fill: float) -> Tensor:
+    """Return a part of the rows as all of them."""
+    if len(part) == rows:
+        return part
+    whole = torch.full((rows, *part.shape[1:]), fill, dtype=part.dtype)
+    whole[first : first + len(part)] = part
+    return whole
+
+
+def _value(step: Step, change: Change) -> Tensor:
+    """Return the values that a change adds or puts in place, in the weight's shape, float64."""
+    assert change.value is not None, "Bug: the change carries a value"
+    rows, columns = _matrix(step.shape)
+    values = stored(change.value).double().reshape(-1, columns)
+    if change.kind == "rows":
+        whole = stored(step.source).double().reshape(rows, columns)
+        first = change.start // columns
+        for position, row in enumerate(change.row_indices):
+            whole[first + row] = values[position]
+        return whole.reshape(step.shape)
+    if change.kind == "add":
+        values = values * change.scaling
+    if change.rows != rows:
+        if change.kind == "replace":
+            raise Unsupported(step.name, "a part of it is replaced")
+        values = _padded(values, change.start // columns, rows, 0.0)
+    return values.reshape(step.shape)
+
+
+def _squares(step: Step, position: int, left: Tensor | None, right: Tensor | None) -> Tensor:
+    """Return the squares of the norms of ``W + s left right``: per row, or per column group."""
+    change = step.changes[position]
+    by_row = change.over == "row"
+    parts: list[Tensor] = []
+    block = max(1, BLOCK_ELEMENTS // change.columns)
+    for first in range(0, change.rows, block):
+        last = min(first + block, change.rows)
+        V = _before(step, position, first, last)
+        if left is not None and right is not None:
+            V = torch.addmm(V, left[first:last], right, alpha=change.scaling)
+        parts.append((V * V).sum(dim=1 if by_row else 0))
+    if by_row:
+        return torch.cat(parts)
+    return torch.stack(parts).sum(dim=0).reshape(-1, change.group).sum(dim=1)
+
+
+def _before(step: Step, position: int, first: int, last: int) -> Tensor:
+    """Return rows of a change's matrix as the changes before it leave them, float64.
+
+    Those before a norm on the same rows can only have replaced them: the plan allows no other.
+    """
+    change = step.changes[position]
+    start, stop = (change.start + row * change.columns for row in (first, last))
+    source = step.source
+    for earlier in step.changes[:position]:
+        if earlier.kind == "replace" and earlier.value is not None:
+            source = earlier.value
+        elif earlier.start < stop and start < earlier.stop:
+            raise Unsupported(step.name, f"a norm after a change of kind {earlier.kind}")
+    return stored(source, start, stop).double().reshape(last - first, change.columns)
+
+
+def _factor(m: Tensor, squares: Tensor, eps: float, *, keep: bool) -> tuple[Tensor, Tensor | None]:
+    """Return ``m / (norm + eps)``, 0 where the norm is, and a mask of what then keeps the base's.
+
+    Source: arXiv:2402.09353, eq. 5.
+    """
+    norm = squares.sqrt()
+    zero = norm == 0
+    factor = torch.where(zero, 0.0, m / torch.where(zero, 1.0, norm + eps))
+    kept = zero & (m != 0)
+    return factor, kept.double() if keep and bool(kept.any()) else None
+
+
+# --- how a weight is used, in activation form
+
+Apply = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Use:
+    """One way of multiplying by a stored matrix of rows and columns.
+
+    Attributes:
+        plain: ``(x, weight) -> y`` without a bias.
+        product: ``(x, left, right) -> y``: the same with the weight ``left @ right``, which it
+            never forms.
+        by_row: ``(x, factor, apply) -> y``: ``apply`` with every stored row times its factor.
+        by_column: The same for columns.
+        bias: ``(y, bias) -> y``.
+    """
+
+    plain: Callable[[Tensor, Tensor], Tensor]
+    product: Callable[[Tensor, Tensor, Tensor], Tensor]
+    by_row: Callable[[Tensor, Tensor, Apply], Tensor]
+    by_column: Callable[[Tensor, Tensor, Apply], Tensor]
+    bias: Callable[[Tensor, Tensor], Tensor] = torch.add
+
+
+# y = x W^T: rows are outputs, columns inputs.
+LINEAR = Use(
+    plain=F.linear,
+    product=lambda x, left, right: F.linear(F.linear(x, right), left),
+    by_row=lambda x, f, apply: apply(x) * f,
+    by_column=lambda x, f, apply: apply(x * f),
+)
+# y = x W (GPT-2's Conv1D): rows are inputs, columns outputs.
+FAN_IN = Use(
+    plain=torch.matmul,
+    product=lambda x, left, right: (x @ left) @ right,
+    by_row=lambda x, f, apply: apply(x * f),
+    by_column=lambda x, f, apply: apply(x) * f,
+)
+
+
+def lookup(**options: Any) -> Use:
+    """Return the use of an embedding: rows are looked up by token, columns are outputs."""
+    return Use(
+        plain=lambda ids, weight: F.embedding(ids, weight, **options),
+        product=lambda ids, left, right: F.embedding(ids, left) @ right,
+        by_row=lambda ids, f, apply: apply(ids) * f[ids][..., None],
+        by_column=lambda ids, f, apply: apply(ids) * f,
+    )
+
+
+def convolution(function: Callable[..., Tensor], weight: Tensor, **options: Any) -> Use:
+    """Return the use of a convolution: rows are output channels, columns input channels x kernel.
+
+    Padding is with zeros here (the layer pads otherwise beforehand), so scaling the channels of
+    the input scales the padding too.
+    """
+    kernel = weight.shape[1:]
+    channels = (-1, *(1 for _ in weight.shape[2:]))
+
+    def product(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        inner = function(x, right.reshape(-1, *kernel), None, **options)
+        return function(inner, left.reshape(*left.shape, *channels[1:]))
+
+    return Use(
+        plain=lambda x, weight: function(x, weight, None, **options),
+        product=product,
+        by_row=lambda x, f, apply: apply(x) * f.reshape(channels),
+        by_column=lambda x, f, apply: apply(x * f.reshape(channels)),
+        bias=lambda y, bias: y + bias.reshape(channels),
+    )
+
+
+# --- the weight itself
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """What an ``Unmerged`` weight is made of.
+
+    Attributes:
+        name: The tensor's name in the checkpoint.
+        base: Its base values, in working precision.
+        terms: Its changes in working precision, in order.
+        strength: ``y0 + strength (y - y0)``, dimensionless.
+    """
+
+    name: str
+    base: Tensor
+    terms: tuple[Term, ...]
+    strength: float = 1.0
+
+    def to(self, dtype: torch.dtype) -> Parts:
+        """Return the parts in another precision, all of them rounded to it."""
+        changes = tuple(t.to(dtype) for t in self.terms)
+        return Parts(self.name, self.base.to(dtype), changes, self.strength)
+
+    def compute(self, use: Use, x: Tensor) -> Tensor:
+        """Return what ``use`` gives with the changed weight, put together from activations."""
+        y = self._after(len(self.terms), use, x)
+        if self.strength != 1.0:
+            y0 = use.plain(x, self.base)
+            y = y0 + self.strength * (y - y0)
+        return y
+
+    def _after(self, count: int, use: Use, x: Tensor) -> Tensor:
+        """Return the result with the first ``count`` changes.
+
+        A factor applies to all that came before it, so each change wraps the ones before.
+        """
+        if count == 0:
+            return use.plain(x, self.base)
+        term = self.terms[count - 1]
+        if term.value is not None:
+            y = use.plain(x, term.value)
+            return y if term.replaces else self._after(count - 1, use, x) + y
+
+        def changed(x: Tensor) -> Tensor:
+            y = self._after(count - 1, use, x)
+            if term.left is not None and term.right is not None:
+                y = y + term.scaling * use.product(x, term.left, term.right)
+            return y
+
+        def base(x: Tensor) -> Tensor:
+            return use.plain(x, self.base)
+
+        result = changed
+        if term.row_factor is not None:
+            result = _scaled(use.by_row, term.row_factor, term.row_kept, changed, base)
+        elif term.column_factor is not None:
+            result = _scaled(use.by_column, term.column_factor, term.column_kept, changed, base)
+        return result(x)
+
+
+def _scaled(
+    by: Callable[[Tensor, Tensor, Apply], Tensor],
+    factor: Tensor,
+    kept: Tensor | None,
+    changed: Apply,
+    base: Apply,
+) -> Apply:
+    if kept is None:
+        return lambda x: by(x, factor, changed)
+    return lambda x: by(x, factor, changed) + by(x, kept, base)
+
+
+Observer = Callable[["Unmerged", Callable[..., Any], tuple[Any, ...], dict[str, Any], Tensor], None]
+
+
+class Unmerged(Tensor):
+    """A weight of which base and adapter stay apart; behaves as its base towards ``shape`` etc.
+
+    Attributes:
+        parts: What it is made of.
+        uses: How often a forward pass has computed with it.
+        observer: Called with every such use and its result, or None.
+    """
+
+    parts: Parts
+    uses: int
+    observer: Observer | None
+
+    @staticmethod
+    def of(parts: Parts) -> Unmerged:
+        """Return a weight that shares the memory of ``parts.base``."""
+        weight: Unmerged = torch.Tensor._make_subclass(Unmerged, parts.base.detach(), False)
+        weight.parts, weight.uses, weight.observer = parts, 0, None
+        return weight
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:  # the signature is torch's
+        """Compute a known use in activation form; refuse any other."""
+        kwargs = kwargs or {}
+        if func in DESCRIPTIONS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        weight = next(a for a in (*args, *kwargs.values()) if isinstance(a, Unmerged))
+        call = _call(func, weight, args, kwargs)
+        result = call.run(weight.parts)
+        weight.uses += 1
+        if weight.observer is not None:
+            weight.observer(weight, func, args, kwargs, result)
+        return result
+
+
+# What a model may ask of a weight without computing with it.
+DESCRIPTIONS = frozenset(
+    [getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout",
+                                                "requires_grad", "is_cuda", "is_meta", "is_sparse",
+                                                "is_quantized", "itemsize", "nbytes", "_backward_hooks")]
+    + [Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_floating_point,
+       Tensor.is_complex, Tensor.element_size, Tensor.is_contiguous]
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One multiplication by an ``Unmerged`` weight.
+
+    Attributes:
+        use: What kind.
+        x: What is multiplied.
+        bias: Added afterwards, or None.
+    """
+
+    use: Use
+    x: Tensor
+    bias: Tensor | None = None
+
+    def run(self, parts: Parts) -> Tensor:
+        """Return the result in activation form."""
+        y = parts.compute(self.use, self.x)
+        return y if self.bias is None else self.use.bias(y, self.bias)
+
+    def to(self, dtype: torch.dtype) -> Call:
+        """Return the same call on operands of another precision."""
+        x = self.x.to(dtype) if self.x.is_floating_point() else self.x
+        return Call(self.use, x, None if self.bias is None else self.bias.to(dtype))
+
+
+def _call(func: Any, weight: Unmerged, args: Any, kwargs: Any) -> Call:
+    """Return what a torch function does with the weight.
+
+    Raises:
+        Unsupported: It is none of the known uses.
+    """
+    arguments = SIGNATURES.get(func)
+    if arguments is None:
+        name = getattr(func, "__name__", str(func))
+        raise Unsupported(weight.parts.name, f"the model uses it in torch's {name}()")
+    given = dict(zip(arguments, args, strict=False)) | kwargs
+    if func is torch.addmm:
+        plain = given.get("beta", 1) == 1 and given.get("alpha", 1) == 1
+        if given["mat2"] is not weight or not plain:
+            raise Unsupported(weight.parts.name, "the model uses it in another addmm()")
+        return Call(FAN_IN, given["mat1"], given["input"])
+    if given["weight"] is not weight:
+        raise Unsupported(weight.parts.name, "the model multiplies another weight by it")
+    bias = given.get("bias")
+    if func is F.linear:
+        return Call(LINEAR, given["input"], bias)
+    options = {k: v for k, v in given.items() if k not in ("input", "weight", "bias")}
+    if func is F.embedding:
+        if options.get("max_norm") is not None:
+            raise Unsupported(weight.parts.name, "an embedding with max_norm changes its weight")
+        return Call(lookup(padding_idx=options.get("padding_idx")), given["input"])
+    if options.get("groups", 1) != 1:
+        raise Unsupported(weight.parts.name, "a convolution in groups")
+    return Call(convolution(func, weight, **options), given["input"], bias)
+
+
+_CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+SIGNATURES: Mapping[Any, tuple[str, ...]] = {
+    F.linear: ("input", "weight", "bias"),
+    F.embedding: ("input", "weight", "padding_idx", "max_norm", "norm_type",
+                  "scale_grad_by_freq", "sparse"),
+    torch.addmm: ("input", "mat1", "mat2"),
+    torch.conv1d: _CONVOLUTION,
+    torch.conv2d: _CONVOLUTION,
+    torch.conv3d: _CONVOLUTION,
+}  # fmt: skip
