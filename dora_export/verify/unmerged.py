@@ -12,7 +12,7 @@ The norms are this module's own: float64, in blocks of rows, from the stored byt
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,24 +20,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the name that everyone gives it
 
-from dora_export.plan import Plan, Settings, Step
+from dora_export.plan import Settings, Step
 from dora_export.tensors import Operand, TensorRef
 from dora_export.update import Change
+from dora_export.verify.measured import Unsupported
 
 BLOCK_ELEMENTS = 1 << 21  # float64 elements of one block of rows while norms are computed
-
-
-class Unsupported(Exception):  # noqa: N818 - a finding, not an error of the program
-    """Something that the forward pass cannot be checked for.
-
-    Attributes:
-        where: Tensor, class or file.
-        what: What about it, a clause.
-    """
-
-    def __init__(self, where: str, what: str) -> None:
-        super().__init__(f"{where}: {what}")
-        self.where, self.what = where, what
 
 
 # --- numbers of the adapter
@@ -117,16 +105,16 @@ def _term(step: Step, position: int, settings: Settings) -> Term:
         left, right = _operand(change.left), _operand(change.right)
     if change.magnitude is not None:
         m, squares = _operand(change.magnitude), _squares(step, position, left, right)
-        kept = "keep-base" if settings.zero_norm == "keep-base" else None
-        factor, mask = _factor(m, squares, change.eps, keep=kept is not None)
+        keep = settings.zero_norm == "keep-base"
+        factor, kept = _factor(m, squares, change.eps, keep=keep)
         if change.over == "row":
-            row_factor, row_kept = _padded(factor, first, rows, 1.0), mask
-            row_kept = None if mask is None else _padded(mask, first, rows, 0.0)
+            row_factor = _padded(factor, first, rows, 1.0)
+            row_kept = None if kept is None else _padded(kept, first, rows, 0.0)
         elif change.rows != rows:
             raise Unsupported(step.name, "a part of it has norms across its rows")
         else:
             # A convolution's kernel shares the norm of its input channel.
-            column_factor, column_kept = factor, mask
+            column_factor, column_kept = factor, kept
     if left is not None and change.rows != rows:
         left = _padded(left, first, rows, 0.0)
     return Term(left, right, change.scaling, row_factor, row_kept, column_factor, column_kept)
@@ -145,24 +133,43 @@ def _padded(part: Tensor, first: int, rows: int, fill: float) -> Tensor:
     return whole
 
 
+def values(step: Step, settings: Settings, dtype: torch.dtype) -> Tensor:
+    """Return a tensor that only stored values change: replaced, added to, or row by row.
+
+    Args:
+        step: Its changes hold no product and no norm.
+        settings: For the strength.
+        dtype: Precision of the result and of the sums.
+
+    Raises:
+        Unsupported: A change is about a part that does not begin with a whole row.
+    """
+    base = stored(step.source).to(dtype)
+    result = base.clone()
+    for change in step.changes:
+        assert change.value is not None, "Bug: a product among stored values"
+        part = result[change.start : change.stop].view(change.rows, change.columns)
+        value = stored(change.value).to(dtype).view(-1, change.columns)
+        if change.kind == "rows":
+            part[list(change.row_indices)] = value
+        elif change.kind == "add":
+            part += change.scaling * value
+        else:
+            part[:] = value
+    if settings.strength != 1.0:
+        result = base + settings.strength * (result - base)
+    return result.reshape(step.shape)
+
+
 def _value(step: Step, change: Change) -> Tensor:
-    """Return the values that a change adds or puts in place, in the weight's shape, float64."""
+    """Return the values that a change adds, or puts in place, beside a product; float64."""
     assert change.value is not None, "Bug: the change carries a value"
     rows, columns = _matrix(step.shape)
-    values = stored(change.value).double().reshape(-1, columns)
-    if change.kind == "rows":
-        whole = stored(step.source).double().reshape(rows, columns)
-        first = change.start // columns
-        for position, row in enumerate(change.row_indices):
-            whole[first + row] = values[position]
-        return whole.reshape(step.shape)
-    if change.kind == "add":
-        values = values * change.scaling
-    if change.rows != rows:
-        if change.kind == "replace":
-            raise Unsupported(step.name, "a part of it is replaced")
-        values = _padded(values, change.start // columns, rows, 0.0)
-    return values.reshape(step.shape)
+    if change.kind == "rows" or (change.kind == "replace" and change.rows != rows):
+        raise Unsupported(step.name, "some rows are replaced and others are given a product")
+    value = stored(change.value).double().reshape(-1, columns)
+    factor = change.scaling if change.kind == "add" else 1.0
+    return _padded(factor * value, change.start // columns, rows, 0.0).reshape(step.shape)
 
 
 def _squares(step: Step, position: int, left: Tensor | None, right: Tensor | None) -> Tensor:
@@ -336,7 +343,7 @@ class Parts:
         def base(x: Tensor) -> Tensor:
             return use.plain(x, self.base)
 
-        result = changed
+        result: Apply = changed
         if term.row_factor is not None:
             result = _scaled(use.by_row, term.row_factor, term.row_kept, changed, base)
         elif term.column_factor is not None:
@@ -356,7 +363,7 @@ def _scaled(
     return lambda x: by(x, factor, changed) + by(x, kept, base)
 
 
-Observer = Callable[["Unmerged", Callable[..., Any], tuple[Any, ...], dict[str, Any], Tensor], None]
+Observer = Callable[[Parts, "Call", Tensor], None]
 
 
 class Unmerged(Tensor):
@@ -393,18 +400,22 @@ class Unmerged(Tensor):
         result = call.run(weight.parts)
         weight.uses += 1
         if weight.observer is not None:
-            weight.observer(weight, func, args, kwargs, result)
+            weight.observer(weight.parts, call, result)
         return result
 
 
 # What a model may ask of a weight without computing with it.
-DESCRIPTIONS = frozenset(
-    [getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout",
-                                                "requires_grad", "is_cuda", "is_meta", "is_sparse",
-                                                "is_quantized", "itemsize", "nbytes", "_backward_hooks")]
-    + [Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_floating_point,
-       Tensor.is_complex, Tensor.element_size, Tensor.is_contiguous]
+_DESCRIBED = (
+    "shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_meta",
+    "is_sparse", "is_quantized", "itemsize", "nbytes",
 )  # fmt: skip
+DESCRIPTIONS = frozenset(
+    [
+        *(getattr(Tensor, name).__get__ for name in _DESCRIBED),
+        *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.element_size),
+        *(Tensor.is_floating_point, Tensor.is_complex, Tensor.is_contiguous),
+    ]
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -423,8 +434,14 @@ class Call:
 
     def run(self, parts: Parts) -> Tensor:
         """Return the result in activation form."""
-        y = parts.compute(self.use, self.x)
-        return y if self.bias is None else self.use.bias(y, self.bias)
+        return self._with(parts.compute(self.use, self.x), self.bias)
+
+    def plain(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the result with an ordinary weight and another bias."""
+        return self._with(self.use.plain(self.x, weight), bias)
+
+    def _with(self, y: Tensor, bias: Tensor | None) -> Tensor:
+        return y if bias is None else self.use.bias(y, bias)
 
     def to(self, dtype: torch.dtype) -> Call:
         """Return the same call on operands of another precision."""
