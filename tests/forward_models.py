@@ -22,6 +22,7 @@ from dora_export.adapters import ReadOptions, read_adapter
 from dora_export.checkpoints import open_checkpoint
 from dora_export.plan import Settings, plan_merge
 from tests import rider_models as text
+from tests.peft_models import rekey
 from tests.rider_models import VOCABULARY, train
 
 
@@ -42,8 +43,19 @@ class Pair:
         )
 
 
-def prepare(folder, model, dtype=torch.float32, *, seed=0, resize=0, **lora):
-    """Save ``model`` as base, train a PEFT adapter on it, and save that."""
+def prepare(folder, model, dtype=torch.float32, *, seed=0, resize=0, names=(), **lora):
+    """Save ``model`` as base, train a PEFT adapter on it, and save that.
+
+    Args:
+        folder: Where "base" and "adapter" are made.
+        model: Of transformers.
+        dtype: Storage type of the base; the adapter's is float32.
+        seed: Of the adapter's values.
+        resize: Tokens to add to the vocabulary before training.
+        names: Pairs of (part of a name in the model, that part in its checkpoint), where
+            transformers loads a parameter under another name than the file has.
+        **lora: LoraConfig's.
+    """
     model = model.to(dtype).eval()
     model.save_pretrained(folder / "base")
     if resize:
@@ -55,6 +67,8 @@ def prepare(folder, model, dtype=torch.float32, *, seed=0, resize=0, **lora):
     wrapped = peft.get_peft_model(model, config).eval()
     train(wrapped, seed)
     wrapped.save_pretrained(folder / "adapter")
+    for ours, theirs in names:
+        rekey(folder / "adapter", lambda key, a=ours, b=theirs: key.replace(a, b))
     return Pair(folder / "base", folder / "adapter", wrapped)
 
 
@@ -97,8 +111,10 @@ def resnet():
                           layer_type="basic")  # fmt: skip
     model = _seeded(ResNetForImageClassification, config)
     for name, buffer in model.named_buffers():
-        if "running" in name:
-            buffer.uniform_(0.5, 1.5)
+        if "running_var" in name:
+            buffer.uniform_(0.05, 0.15)  # so that what comes out is neither all cut off nor huge
+        elif "running_mean" in name:
+            buffer.normal_(0, 0.1)
     return model
 
 
@@ -126,7 +142,14 @@ KINDS = {
         text.bert_classifier,
         {"target_modules": ["query", "dense"], "task_type": "SEQ_CLS"},
     ),
-    "vit": (vit, {"target_modules": ["q_proj", "fc1", "projection"]}),
+    "vit": (
+        vit,
+        {
+            "target_modules": ["q_proj", "fc1", "projection"],
+            "names": [("vit.layers", "vit.encoder.layer"), ("mlp.fc1", "intermediate.dense"),
+                      ("attention.q_proj", "attention.attention.query")],
+        },
+    ),
     "bart": (bart, {"target_modules": ["q_proj", "fc1", "v_proj"]}),
     "resnet": (resnet, {"target_modules": ["convolution"], "modules_to_save": ["classifier.1"]}),
     "convnext": (convnext, {"target_modules": ["pwconv1", "pwconv2", "patch_embeddings"]}),

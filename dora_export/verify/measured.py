@@ -51,7 +51,7 @@ class Opinion:
 
     Attributes:
         error: Its outputs from the reference's, by name; empty where it could not be asked.
-        said: Why it could not, or what it warned of.
+        said: Why it could not.
     """
 
     error: Mapping[str, Compared] = field(default_factory=dict)

@@ -89,6 +89,8 @@ class Reference:
         numbers: Numbers,
         cls: ModelClass,
         fill: Mapping[str, Tensor] | None = None,
+        *,
+        noisy: bool = False,
     ) -> None:
         """Load the base and give it its adapter.
 
@@ -98,11 +100,13 @@ class Reference:
             numbers: As ``numbers()`` returns them.
             cls: The library's class.
             fill: Values for parameters that the base does not store, by path; None: random ones.
+            noisy: Take the norms in ``dtype`` as well, as one does who computes in it.
 
         Raises:
             Unsupported: The base does not load, or a changed tensor is not found in it.
         """
         self.plan = plan
+        self._noisy = noisy
         self.precision: torch.dtype = getattr(torch, dtype.torch)
         self.loaded = load_base(plan, cls, self.precision)
         for path in self.loaded.problems["missing_keys"]:
@@ -133,6 +137,8 @@ class Reference:
             base = self._base_values(step, parameter)
             changes = tuple(t.to(self.precision) for t in numbers[step.name])
             parts = Parts(step.name, base, changes, self.plan.settings.strength)
+            if self._noisy:
+                parts = parts.measured()
             new: Tensor = Unmerged.of(parts)
             self.weights[step.name] = new  # type: ignore[assignment]
         elif step.status == "added" and not step.changes and tuple(parameter.shape) == step.shape:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from dora_export.verify.reference import (
     precisions,
     unit,
 )
-from dora_export.verify.unmerged import Call, Parts
+from dora_export.verify.unmerged import Call, Parts, Term
 
 STAGES = 5
 
@@ -162,6 +162,7 @@ class LayerWatch:
         self._layers = layers
         self._types: dict[str, torch.dtype] = {}
         self._weights: dict[str, Tensor] = {}
+        self._terms: dict[str, tuple[Term, ...]] = {}
         for name in reference.weights:
             layers[name] = Layer(name, unit(storage[name]))
             self._types[name] = getattr(torch, storage[name].torch)
@@ -172,13 +173,20 @@ class LayerWatch:
     def __call__(self, parts: Parts, call: Call, result: Tensor) -> None:
         """Compare one use."""
         bias = None if call.bias is None else self._twins[id(call.bias)]
-        narrow = self._types[parts.name]
         exact, layer = result.numpy(), self._layers[parts.name]
         merged = call.plain(self._weights[parts.name], bias)
         layer.error += parity.distance(merged.numpy(), exact)
         layer.effect += parity.distance(call.plain(parts.base, call.bias).numpy(), exact)
-        noisy = call.to(narrow).run(parts.to(narrow)).to(result.dtype)
+        narrow = self._types[parts.name]
+        noisy = call.to(narrow).run(self._in_storage(parts)).to(result.dtype)
         layer.noise += parity.distance(noisy.numpy(), exact)
+
+    def _in_storage(self, parts: Parts) -> Parts:
+        """Return the parts in storage precision; norms are measured once."""
+        narrow = parts.to(self._types[parts.name])
+        if parts.name not in self._terms:
+            self._terms[parts.name] = narrow.measured().terms
+        return replace(narrow, terms=self._terms[parts.name])
 
 
 # --- runs
@@ -254,7 +262,7 @@ class _Run:
         Raises:
             Unsupported: It cannot be run in that precision.
         """
-        reference = Reference(plan, storage, factors, cls, self.fill)
+        reference = Reference(plan, storage, factors, cls, self.fill, noisy=True)
         return parity.added(self._compared(reference.outputs))
 
     def second_opinion(self, plan: Plan, cls: ModelClass, precision: torch.dtype) -> Opinion:
@@ -284,10 +292,12 @@ class _Run:
             except Exception as error:
                 # PEFT raises whatever it meets; all of it means that there is no second opinion.
                 return Opinion(said=f"fails: {type(error).__name__}: {shown(error, 300)}")
+        lacking = [str(w.message) for w in warnings if "missing adapter keys" in str(w.message)]
+        if lacking:
+            return Opinion(said=f"loads not all of it: {shown(lacking[0], 300)}")
         inner = model.get_base_model()
-        found = parity.added(self._compared(lambda batch: outputs(inner, batch, precision)))
-        doubts = [str(w.message) for w in warnings if "missing adapter keys" in str(w.message)]
-        return Opinion(found, shown(doubts[0], 300) if doubts else "")
+        found = self._compared(lambda batch: outputs(inner, batch, precision))
+        return Opinion(parity.added(found))
 
 
 def mask_of(batch: Batch) -> NDArray[Any] | None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch.nn import functional as F  # noqa: N812 - the name that everyone give
 
 from dora_export.plan import Settings, Step
 from dora_export.tensors import Operand, TensorRef
-from dora_export.update import Change
+from dora_export.update import Change, Over
 from dora_export.verify.measured import Unsupported
 
 BLOCK_ELEMENTS = 1 << 21  # float64 elements of one block of rows while norms are computed
@@ -44,6 +44,48 @@ def _operand(operand: Operand) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
+class Norm:
+    """A magnitude and the norm it is divided by.
+
+    Attributes:
+        over: Whether they belong to rows or to columns.
+        magnitude: m, one per row or column group of the change.
+        eps: Added to the norm.
+        first: Row of the weight that the change begins with.
+        group: Neighbouring columns that share one norm.
+        factor: ``m / (norm + eps)``, one per row of the weight (1 where the change is not), or one
+            per column group; 0 where the norm is.
+        kept: 1 for rows or columns that then keep the base's values, else 0; None: there are none.
+    """
+
+    over: Over
+    magnitude: Tensor
+    eps: float
+    first: int
+    group: int
+    factor: Tensor
+    kept: Tensor | None
+
+    def to(self, dtype: torch.dtype) -> Norm:
+        """Return the factors rounded to another precision."""
+        kept = None if self.kept is None else self.kept.to(dtype)
+        return replace(
+            self, magnitude=self.magnitude.to(dtype), factor=self.factor.to(dtype), kept=kept
+        )
+
+    def measured(self, V: Tensor) -> Norm:
+        """Return the factors as the precision of ``V``, rows and columns, gives them."""
+        if self.over == "row":
+            count = len(self.magnitude)
+            norm = torch.linalg.vector_norm(V[self.first : self.first + count], dim=1)
+            factor = _padded(self.magnitude / (norm + self.eps), self.first, len(V), 1.0)
+        else:
+            norm = torch.linalg.vector_norm(V.reshape(len(V), -1, self.group), dim=(0, 2))
+            factor = self.magnitude / (norm + self.eps)
+        return replace(self, factor=torch.where(self.factor == 0, self.factor, factor))
+
+
+@dataclass(frozen=True, eq=False)
 class Term:
     """One change of a weight, as numbers: stored terms, as in ``update.Change``.
 
@@ -51,10 +93,7 @@ class Term:
         left: ``(rows, rank)``, or None.
         right: ``(rank, columns)``, or None.
         scaling: Factor on ``left @ right``.
-        row_factor: One per row, or None.
-        row_kept: 1 for rows that keep the base's values, else 0; None: there are none.
-        column_factor: One per column of the weight's second dimension, or None.
-        column_kept: As ``row_kept``.
+        norm: What the sum is multiplied by and divided by, or None.
         value: Values of the weight's shape that are added, or that replace it, or None.
         replaces: Whether ``value`` replaces.
     """
@@ -62,25 +101,28 @@ class Term:
     left: Tensor | None = None
     right: Tensor | None = None
     scaling: float = 1.0
-    row_factor: Tensor | None = None
-    row_kept: Tensor | None = None
-    column_factor: Tensor | None = None
-    column_kept: Tensor | None = None
+    norm: Norm | None = None
     value: Tensor | None = None
     replaces: bool = False
 
     def to(self, dtype: torch.dtype) -> Term:
-        """Return the term in another precision."""
+        """Return the term rounded to another precision."""
+        return replace(
+            self,
+            left=None if self.left is None else self.left.to(dtype),
+            right=None if self.right is None else self.right.to(dtype),
+            norm=None if self.norm is None else self.norm.to(dtype),
+            value=None if self.value is None else self.value.to(dtype),
+        )
 
-        def cast(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(dtype)
-
-        return Term(
-            cast(self.left), cast(self.right), self.scaling,
-            cast(self.row_factor), cast(self.row_kept),
-            cast(self.column_factor), cast(self.column_kept),
-            cast(self.value), self.replaces,
-        )  # fmt: skip
+    def measured(self, W: Tensor) -> Term:
+        """Return the term with its norms as the precision of ``W`` gives them."""
+        if self.norm is None:
+            return self
+        V = W.reshape(W.shape[0], -1)
+        if self.left is not None and self.right is not None:
+            V = V + self.scaling * (self.left @ self.right)
+        return replace(self, norm=self.norm.measured(V))
 
 
 def terms(step: Step, settings: Settings) -> tuple[Term, ...]:
@@ -100,24 +142,41 @@ def _term(step: Step, position: int, settings: Settings) -> Term:
     first = change.start // columns
     if change.value is not None:
         return Term(value=_value(step, change), replaces=change.kind != "add")
-    left = right = row_factor = row_kept = column_factor = column_kept = None
+    left = right = norm = None
     if change.left is not None and change.right is not None:
         left, right = _operand(change.left), _operand(change.right)
     if change.magnitude is not None:
-        m, squares = _operand(change.magnitude), _squares(step, position, left, right)
-        keep = settings.zero_norm == "keep-base"
-        factor, kept = _factor(m, squares, change.eps, keep=keep)
-        if change.over == "row":
-            row_factor = _padded(factor, first, rows, 1.0)
-            row_kept = None if kept is None else _padded(kept, first, rows, 0.0)
-        elif change.rows != rows:
-            raise Unsupported(step.name, "a part of it has norms across its rows")
-        else:
-            # A convolution's kernel shares the norm of its input channel.
-            column_factor, column_kept = factor, kept
-    if left is not None and change.rows != rows:
+        norm = _norm(step, position, left, right, settings)
+    if left is not None:
         left = _padded(left, first, rows, 0.0)
-    return Term(left, right, change.scaling, row_factor, row_kept, column_factor, column_kept)
+    return Term(left, right, change.scaling, norm)
+
+
+def _norm(
+    step: Step, position: int, left: Tensor | None, right: Tensor | None, settings: Settings
+) -> Norm:
+    """Return a change's magnitude and norm, float64.
+
+    Source: arXiv:2402.09353, eq. 5.
+    """
+    change, rows = step.changes[position], _matrix(step.shape)[0]
+    assert change.magnitude is not None, "Bug: a norm without a magnitude"
+    assert change.over is not None, "Bug: a magnitude of neither rows nor columns"
+    if change.over == "column" and change.rows != rows:
+        raise Unsupported(step.name, "a part of it has norms across its rows")
+    m = _operand(change.magnitude)
+    length = _squares(step, position, left, right).sqrt()
+    zero = length == 0
+    factor = torch.where(zero, 0.0, m / torch.where(zero, 1.0, length + change.eps))
+    base_stays = zero & (m != 0)
+    kept = None
+    if settings.zero_norm == "keep-base" and bool(base_stays.any()):
+        kept = base_stays.double()
+    first = change.start // change.columns
+    if change.over == "row":
+        factor = _padded(factor, first, rows, 1.0)
+        kept = None if kept is None else _padded(kept, first, rows, 0.0)
+    return Norm(change.over, m, change.eps, first, change.group, factor, kept)
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -203,18 +262,6 @@ def _before(step: Step, position: int, first: int, last: int) -> Tensor:
         elif earlier.start < stop and start < earlier.stop:
             raise Unsupported(step.name, f"a norm after a change of kind {earlier.kind}")
     return stored(source, start, stop).double().reshape(last - first, change.columns)
-
-
-def _factor(m: Tensor, squares: Tensor, eps: float, *, keep: bool) -> tuple[Tensor, Tensor | None]:
-    """Return ``m / (norm + eps)``, 0 where the norm is, and a mask of what then keeps the base's.
-
-    Source: arXiv:2402.09353, eq. 5.
-    """
-    norm = squares.sqrt()
-    zero = norm == 0
-    factor = torch.where(zero, 0.0, m / torch.where(zero, 1.0, norm + eps))
-    kept = zero & (m != 0)
-    return factor, kept.double() if keep and bool(kept.any()) else None
 
 
 # --- how a weight is used, in activation form
@@ -310,9 +357,17 @@ class Parts:
     strength: float = 1.0
 
     def to(self, dtype: torch.dtype) -> Parts:
-        """Return the parts in another precision, all of them rounded to it."""
+        """Return the parts rounded to another precision."""
         changes = tuple(t.to(dtype) for t in self.terms)
-        return Parts(self.name, self.base.to(dtype), changes, self.strength)
+        return replace(self, base=self.base.to(dtype), terms=changes)
+
+    def measured(self) -> Parts:
+        """Return the parts with norms as their own precision gives them, not rounded float64."""
+        changes, W = [], self.base
+        for term in self.terms:
+            changes.append(term.measured(W))
+            W = term.value if term.replaces and term.value is not None else W
+        return replace(self, terms=tuple(changes))
 
     def compute(self, use: Use, x: Tensor) -> Tensor:
         """Return what ``use`` gives with the changed weight, put together from activations."""
@@ -343,24 +398,11 @@ class Parts:
         def base(x: Tensor) -> Tensor:
             return use.plain(x, self.base)
 
-        result: Apply = changed
-        if term.row_factor is not None:
-            result = _scaled(use.by_row, term.row_factor, term.row_kept, changed, base)
-        elif term.column_factor is not None:
-            result = _scaled(use.by_column, term.column_factor, term.column_kept, changed, base)
-        return result(x)
-
-
-def _scaled(
-    by: Callable[[Tensor, Tensor, Apply], Tensor],
-    factor: Tensor,
-    kept: Tensor | None,
-    changed: Apply,
-    base: Apply,
-) -> Apply:
-    if kept is None:
-        return lambda x: by(x, factor, changed)
-    return lambda x: by(x, factor, changed) + by(x, kept, base)
+        if term.norm is None:
+            return changed(x)
+        by = use.by_row if term.norm.over == "row" else use.by_column
+        y = by(x, term.norm.factor, changed)
+        return y if term.norm.kept is None else y + by(x, term.norm.kept, base)
 
 
 Observer = Callable[[Parts, "Call", Tensor], None]
