@@ -22,7 +22,7 @@ from torch.nn import functional as F  # noqa: N812 - the name that everyone give
 
 from dora_export.plan import Settings, Step
 from dora_export.tensors import Operand, TensorRef
-from dora_export.update import Change, Over
+from dora_export.update import Change, Over, Product
 from dora_export.verify.measured import Unsupported
 
 BLOCK_ELEMENTS = 1 << 21  # float64 elements of one block of rows while norms are computed
@@ -39,8 +39,8 @@ def stored(ref: TensorRef, start: int = 0, stop: int | None = None) -> Tensor:
 
 def _operand(operand: Operand) -> Tensor:
     """Return an adapter tensor, arranged, in float64."""
-    values = stored(operand.ref).double().numpy()
-    return torch.from_numpy(operand.arranged(values).copy())
+    values = operand.value(lambda ref: stored(ref).double().numpy())
+    return torch.from_numpy(values.copy())
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,8 +143,13 @@ def _term(step: Step, position: int, settings: Settings) -> Term:
     if change.value is not None:
         return Term(value=_value(step, change), replaces=change.kind != "add")
     left = right = norm = None
-    if change.left is not None and change.right is not None:
-        left, right = _operand(change.left), _operand(change.right)
+    if change.delta is not None:
+        if not isinstance(change.delta, Product):
+            kind = type(change.delta).__name__
+            raise Unsupported(step.name, f"its update is no low-rank product ({kind})")
+        left, right = _operand(change.delta.left), _operand(change.delta.right)
+    if change.magnitude_is_factor:
+        raise Unsupported(step.name, "its magnitudes were divided by the norm beforehand")
     if change.magnitude is not None:
         norm = _norm(step, position, left, right, settings)
     if left is not None:
