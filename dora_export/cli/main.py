@@ -16,7 +16,7 @@ from dora_export.errors import DoraExportError
 F = TypeVar("F", bound=Callable[..., Any])
 
 EPILOG = """Exit codes: 0 done and right, 1 a check failed, 2 bad input or refused,
-3 could not check, 130 interrupted."""
+3 could not check, 130 interrupted: run it again to go on."""
 
 
 class _Group(click.Group):
@@ -39,7 +39,7 @@ def main() -> None:
         error.show()
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted; nothing was published. Run the same command again.", err=True)
+        click.echo("interrupted; nothing was published.", err=True)
         sys.exit(130)
 
 
@@ -122,6 +122,7 @@ def adapter_options(command: F) -> F:
     help="Check what was written before publishing it.",
 )
 @click.option("--force", is_flag=True, help="Replace an earlier output of this tool.")
+@click.option("--restart", is_flag=True, help="Drop what an interrupted merge left.")
 @click.option("--allow-merged-base", is_flag=True, help="Merge onto an already merged base.")
 @click.option("--dry-run", is_flag=True, help="Plan and check everything; write nothing.")
 @adapter_options
@@ -131,15 +132,19 @@ def merge(
     """Merge ADAPTER into BASE and publish plain weights as a folder.
 
     BASE and ADAPTER are folders, files or hub ids. A file that holds its own base (a state dict of
-    LinearWithDoRAMerged layers) needs no ADAPTER.
+    LinearWithDoRAMerged layers) needs no ADAPTER. A merge that was interrupted is resumed by the
+    same command.
     """
-    from dora_export import api  # noqa: PLC0415
-    from dora_export.cli import text  # noqa: PLC0415
+    from dora_export.cli.interrupt import interruptible  # noqa: PLC0415
 
-    with text.progress(f"merging into {output}", quiet=as_json or dry_run) as on_progress:
-        report = api.merge(
-            base, adapter or None, output, dry_run=dry_run, progress=on_progress, **options
-        )
+    with interruptible(output):
+        from dora_export import api  # noqa: PLC0415
+        from dora_export.cli import text  # noqa: PLC0415
+
+        with text.progress(f"merging into {output}", quiet=as_json or dry_run) as on_progress:
+            report = api.merge(
+                base, adapter or None, output, dry_run=dry_run, progress=on_progress, **options
+            )
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=2))
         return

@@ -133,6 +133,10 @@ def merge_summary(report: MergeReport, output: Path) -> str:
         f" and {count(len(report.side_files), 'side file')}"
         f" · {_memory(report)} · {report.seconds:.1f} s",
     ]
+    if report.resumed_bytes:
+        there, whole = size(report.resumed_bytes), size(report.weight_bytes)
+        resumed, were = ("would resume", "are") if report.dry_run else ("resumed", "were")
+        lines.append(f"  {resumed}: {there} of {whole} {were} already there")
     lines += [f"  {note}" for note in report.notes]
     lines.append(
         "nothing written (--dry-run)"
