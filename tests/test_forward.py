@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: N812 - the name that torch gives it
 
 import dora_export
 from dora_export.adapters import ReadOptions, read_adapter
