@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dora_export import naming
+from dora_export import inputs, naming
 from dora_export.adapters import Adapter, ReadOptions, read_adapter
 from dora_export.checkpoints import Checkpoint, locate, open_checkpoint
 from dora_export.engine import (
@@ -24,8 +24,9 @@ from dora_export.engine import (
     check_adapter,
     memory_bound,
 )
-from dora_export.errors import AdapterError, DoraExportError, OutputError, PlanError
+from dora_export.errors import AdapterError, DoraExportError, OutputError, PlanError, shown
 from dora_export.formula import ZeroNorm
+from dora_export.machine import advice, faults_told, memory_told
 from dora_export.plan import Plan, Precision, Settings, plan_merge
 from dora_export.report import InspectReport, MergeReport
 from dora_export.serving import engines
@@ -44,6 +45,7 @@ SIZES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
 SPARE_BYTES = 16 << 20  # left free on the disk beyond the output
 
 
+@faults_told()
 def load_adapter(
     adapter: PathLike,
     *,
@@ -69,6 +71,7 @@ def load_adapter(
     return read_adapter(locate(adapter, "adapter"), options, adapter_format)
 
 
+@faults_told()
 def merge(
     base: PathLike,
     adapter: PathLike | Sequence[PathLike] | None,
@@ -144,22 +147,26 @@ def merge(
     _one_of("verify", verify, ("none", "fast", "full"))
     tile_elements = arithmetic_factory(resources)(settings.precision).tile_elements
     options = ReadOptions(alpha=alpha, axis=axis, allow_pickle=allow_pickle)
-    plan = _plan(base, adapter, options, adapter_format, settings)
+    target = _target(output)
+    plan, before = _plan(base, adapter, options, adapter_format, settings)
     manifest.refuse_merged_base(plan.base.folder, allow=allow_merged_base)
-    target = Path(output).absolute()
     _check_place(target, plan, force)
     beside = side_files.collect(plan)
+    files = [*plan.base.sources, *plan.adapter.files, *(file.source for file in beside)]
+    stamps = inputs.watch(files, before)
     total = plan.output_bytes + side_files.side_bytes(beside)
     _check_space(target, total)
     memory = memory_bound(plan, resources, tile_elements)
     checked = None
     if not dry_run:
-        check_adapter(plan)
-        with staged(target, force=force) as folder:
+        card = manifest.model_card(plan)
+        with memory_told(memory), inputs.held(stamps):
+            check_adapter(plan)
+        with memory_told(memory), staged(target, force=force) as folder, inputs.held(stamps):
             _write(plan, folder, resources, progress)
             side_files.write(plan, beside, folder)
             content = manifest.manifest(plan, resources, beside)
-            write_small(folder / "README.md", manifest.model_card(plan))
+            write_small(folder / "README.md", card)
             write_small(folder / MANIFEST, manifest.as_json(content))
             if verify != "none":
                 checked = selfcheck.check(plan, folder, verify)
@@ -167,6 +174,7 @@ def merge(
     return _report(plan, target, dry_run, beside, total, memory, seconds, checked)
 
 
+@faults_told()
 def inspect(
     adapter: PathLike,
     base: PathLike | None = None,
@@ -244,21 +252,25 @@ def _plan(
     options: ReadOptions,
     adapter_format: str | None,
     settings: Settings,
-) -> Plan:
+) -> tuple[Plan, inputs.Stamps]:
+    """Return the plan, and how the inputs were before anything of them was read."""
     if adapter is None:
         path = locate(base, "base")
+        before = inputs.seen(path)
         found = _with_own_base(path, options, adapter_format)
         assert found.own_base is not None, "Bug: _with_own_base() has checked it"
-        return plan_merge(found.own_base, found, settings)
+        return plan_merge(found.own_base, found, settings), before
     adapters = [adapter] if isinstance(adapter, str | os.PathLike) else list(adapter)
     if len(adapters) != 1:
         raise AdapterError(
             f"{len(adapters)} adapters given: merging several at once is not supported. "
             "Merge them one by one, each into the output before (--allow-merged-base)."
         )
-    checkpoint = open_checkpoint(locate(base, "base"), allow_pickle=options.allow_pickle)
-    found = read_adapter(locate(adapters[0], "adapter"), options, adapter_format)
-    return plan_merge(checkpoint, found, settings)
+    base_path, adapter_path = locate(base, "base"), locate(adapters[0], "adapter")
+    before = {**inputs.seen(base_path), **inputs.seen(adapter_path)}
+    checkpoint = open_checkpoint(base_path, allow_pickle=options.allow_pickle)
+    found = read_adapter(adapter_path, options, adapter_format)
+    return plan_merge(checkpoint, found, settings), before
 
 
 def _with_own_base(path: Path, options: ReadOptions, adapter_format: str | None) -> Adapter:
@@ -297,12 +309,41 @@ def _write(plan: Plan, folder: Path, resources: Resources, progress: Progress | 
         Engine(plan, sink, resources, on_bytes).run()
 
 
+def _target(output: PathLike) -> Path:
+    """Return the output's absolute path, with a name of its own.
+
+    Raises:
+        OutputError: It has none ("/"), or a name that no file system takes.
+    """
+    path = Path(output)
+    if "\0" in str(path):
+        raise OutputError(f"{shown(path)}: holds a NUL character. Pass another -o.")
+    if ".." in path.parts:
+        # Not by cutting text: beyond a link to a folder, ".." is not the folder before it.
+        parent, name = (path, "") if path.name == ".." else (path.parent, path.name)
+        path = Path(os.path.realpath(parent), name)
+    target = path.absolute()
+    if not target.name:
+        raise OutputError(f"{target}: not a folder that can be made. Pass -o with a new name.")
+    return target
+
+
 def _check_place(target: Path, plan: Plan, force: bool) -> None:
-    """Refuse an output that is, holds, or lies in the base or the adapter.
+    """Refuse an output that cannot be published by a rename, or that holds or lies in an input.
 
     Raises:
         OutputError: It does, or it exists already.
     """
+    if os.path.ismount(target):
+        raise OutputError(
+            f"{target}: a mount point cannot be replaced by a rename. Pass a folder inside it, "
+            f"e.g. -o {target / 'merged'}."
+        )
+    if target.is_dir() and os.path.samefile(target, os.curdir):
+        raise OutputError(
+            f"{target}: the folder this runs in; publishing by a rename would leave you in a "
+            "folder that is gone. Run from another one, or pass -o with a new name."
+        )
     real = Path(os.path.realpath(target))
     for what, path in (("base", plan.base.path), ("adapter", plan.adapter.path)):
         other = Path(os.path.realpath(path))
@@ -323,7 +364,9 @@ def _check_space(target: Path, nbytes: int) -> None:
     try:
         free = shutil.disk_usage(parent).free
     except OSError as error:
-        raise OutputError(f"{parent}: cannot be asked for free space: {error.strerror}.") from error
+        raise OutputError(
+            f"{parent}: cannot be asked for free space: {error.strerror}. {advice(error)}"
+        ) from error
     if nbytes + SPARE_BYTES > free:
         raise OutputError(
             f"output needs {nbytes / 1e9:.1f} GB, {parent} has {free / 1e9:.1f} GB free (checked "

@@ -7,6 +7,7 @@ DoraExportError                 catch this one to catch them all
 ├── ArithmeticRefusal           zero norm, NaN or overflow in the merged weight
 ├── OutputError                 the output exists, is misplaced or does not fit on the disk
 ├── DeviceError                 the device asked for is not there
+├── MachineError                the system denies a file, memory or a thread
 └── VerifyError                 what was written is not what was planned (exit code 1)
 
 Messages read ``{where}: {what is wrong}. {what to do}.``; problems of one kind are gathered
@@ -52,6 +53,10 @@ class OutputError(DoraExportError):
 
 class DeviceError(DoraExportError):
     """The device asked for is not available."""
+
+
+class MachineError(DoraExportError):
+    """The operating system denies access to a file, memory, or a thread."""
 
 
 class VerifyError(DoraExportError):

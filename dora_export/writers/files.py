@@ -22,18 +22,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dora_export.errors import OutputError
+from dora_export.machine import advice, start
 from dora_export.tensors import FileRange
 
 SYNC_BYTES = 128 << 20  # unsynced bytes of one file after which a sync starts in the background
 COPY_CHUNK = 8 << 20
+# Finished files that may wait for their sync, open: workers that are faster than the disk wait, and
+# a model of hundreds of shards stays below any limit on open files.
+WAITING = 8
 
 
 class _File:
-    """One output file: opened when its first byte comes, closed and synced when all are in."""
+    """One output file: made with its space, open while bytes come in, synced when all are in."""
 
     def __init__(self, path: Path, nbytes: int) -> None:
         self.path, self.nbytes = path, nbytes
         self.lock = threading.Lock()
+        self.made = False
         self.descriptor: int | None = None
         self.left = nbytes
         self.unsynced = 0
@@ -41,16 +46,24 @@ class _File:
     def open(self) -> int:
         with self.lock:
             if self.descriptor is None:
-                flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
+                flags = os.O_RDWR | (0 if self.made else os.O_CREAT | os.O_EXCL)
                 flags |= getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
                 descriptor = os.open(self.path, flags, 0o666)
                 try:
-                    _reserve(descriptor, self.nbytes)
+                    if not self.made:
+                        _reserve(descriptor, self.nbytes)
                 except OSError:
                     os.close(descriptor)
                     raise
-                self.descriptor = descriptor
+                self.made, self.descriptor = True, descriptor
             return self.descriptor
+
+    def rest(self) -> None:
+        """Close the file until more bytes come, unless it is complete and waits for its sync."""
+        with self.lock:
+            if self.descriptor is not None and self.left:
+                descriptor, self.descriptor = self.descriptor, None
+                os.close(descriptor)
 
 
 class FileSink:
@@ -65,12 +78,13 @@ class FileSink:
 
     def __init__(self, paths: Sequence[Path], sizes: Sequence[int]) -> None:
         self._files = [_File(p, n) for p, n in zip(paths, sizes, strict=True)]
-        self._to_sync: queue.SimpleQueue[tuple[_File, bool] | None] = queue.SimpleQueue()
-        self._unsynced: tuple[Path, OSError] | None = None
+        self._to_sync: queue.Queue[tuple[_File, bool] | None] = queue.Queue(WAITING)
+        self._failure: BaseException | None = None  # of the sync thread
+        self._abandoned = False
         self._syncer = threading.Thread(target=self._sync, name="sync", daemon=True)
 
     def __enter__(self) -> FileSink:
-        self._syncer.start()
+        start(self._syncer)
         return self
 
     def __exit__(
@@ -79,21 +93,34 @@ class FileSink:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._abandoned = kind is not None
         self._to_sync.put(None)
         self._syncer.join()
         for file in self._files:
             if file.descriptor is not None:
-                os.close(file.descriptor)
+                with suppress(OSError):  # nothing of it counts: an error is on its way
+                    os.close(file.descriptor)
                 file.descriptor = None
         if kind is None:
-            if self._unsynced is not None:
-                raise _refusal(*self._unsynced) from self._unsynced[1]
+            self._check_sync()
             unfinished = [f.path.name for f in self._files if f.left]
             assert not unfinished, f"Bug: bytes were never written: {unfinished}"
 
     def write_header(self, file: int, header: bytes) -> None:
-        """Put a file's first bytes into place."""
+        """Make a file, reserve its space and put its first bytes into place.
+
+        All files can be made before the first piece, so that a full disk shows at once: a file
+        that waits for pieces is not held open.
+
+        Raises:
+            OutputError: The disk is full, or writing fails.
+        """
         self.write(file, 0, np.frombuffer(header, np.uint8))
+        target = self._files[file]
+        try:
+            target.rest()
+        except OSError as error:
+            raise _refusal(target.path, error) from error
 
     def write(self, file: int, offset: int, data: NDArray[np.uint8]) -> None:
         """Put bytes into an output file.
@@ -101,6 +128,7 @@ class FileSink:
         Raises:
             OutputError: The disk is full, or writing fails.
         """
+        self._check_sync()
         target = self._files[file]
         view, done = data.reshape(-1).data, 0
         try:
@@ -120,6 +148,7 @@ class FileSink:
             InputError: The source ends too early.
             OutputError: The disk is full, or writing fails.
         """
+        self._check_sync()
         target = self._files[file]
         try:
             descriptor = target.open()
@@ -143,17 +172,26 @@ class FileSink:
                 self._to_sync.put((file, complete))
 
     def _sync(self) -> None:
+        """Sync what comes through the queue; never stops before its end, since writers wait."""
         while (item := self._to_sync.get()) is not None:
+            if self._failure is not None or self._abandoned:
+                continue
             file, complete = item
-            descriptor = file.descriptor
-            assert descriptor is not None, "Bug: a file is closed only when it is complete"
             try:
+                descriptor = file.descriptor
+                assert descriptor is not None, "Bug: a file is closed only when it is complete"
                 os.fsync(descriptor)
-            except OSError as error:  # told to the caller when the block ends
-                self._unsynced = self._unsynced or (file.path, error)
-            if complete:
-                file.descriptor = None
-                os.close(descriptor)
+                if complete:
+                    file.descriptor = None
+                    os.close(descriptor)
+            except OSError as error:  # told to the next who writes, or when the block ends
+                self._failure = _refusal(file.path, error)
+            except BaseException as error:
+                self._failure = error
+
+    def _check_sync(self) -> None:
+        if self._failure is not None:
+            raise self._failure
 
 
 def sync_folder(folder: Path) -> None:
@@ -172,8 +210,13 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_small(path: Path, data: bytes) -> None:
-    """Write a side file and put it on the disk; its mode follows the umask."""
+    """Write a side file and put it on the disk; its mode follows the umask.
+
+    Raises:
+        OutputError: The disk is full, or writing fails.
+    """
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("xb") as file:
             file.write(data)
             file.flush()
@@ -190,11 +233,14 @@ def _reserve(descriptor: int, nbytes: int) -> None:
     if sys.platform == "linux" and nbytes:
         libc = ctypes.CDLL(None, use_errno=True)
         length = ctypes.c_int64(nbytes)
-        if libc.fallocate64(descriptor, 0, ctypes.c_int64(0), length) == 0:
+        while libc.fallocate64(descriptor, 0, ctypes.c_int64(0), length) != 0:
+            code = ctypes.get_errno()
+            if code in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EPERM):
+                break  # not on this file system, or not in this sandbox
+            if code != errno.EINTR:
+                raise OSError(code, os.strerror(code))
+        else:
             return
-        code = ctypes.get_errno()
-        if code not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
-            raise OSError(code, os.strerror(code))
     os.ftruncate(descriptor, nbytes)
 
 
@@ -220,10 +266,15 @@ def _kernel_copy(source: FileRange, descriptor: int, offset: int) -> int:
 
 
 def _pwrite(descriptor: int, data: memoryview, offset: int) -> int:
+    """Write at least one byte and return how many; the file's lock is held."""
     if hasattr(os, "pwrite"):
-        return os.pwrite(descriptor, data, offset)
-    os.lseek(descriptor, offset, os.SEEK_SET)  # Windows; the file's lock is held
-    return os.write(descriptor, data)
+        written = os.pwrite(descriptor, data, offset)
+    else:  # Windows
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        written = os.write(descriptor, data)
+    if written == 0:  # neither an error nor progress: asking again would be for ever
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    return written
 
 
 def _refusal(path: Path, error: OSError) -> OutputError:
@@ -233,5 +284,6 @@ def _refusal(path: Path, error: OSError) -> OutputError:
             "run the same command again."
         )
     return OutputError(
-        f"{path}: cannot be written: {error.strerror}. Nothing was published; check the folder."
+        f"{path}: cannot be written: {error.strerror}. Nothing was published. "
+        f"{advice(error, 'Check the folder.')}"
     )

@@ -16,7 +16,6 @@ from dora_export.checkpoints.folder import read_json
 from dora_export.engine import Resources
 from dora_export.errors import PlanError, shown
 from dora_export.plan import Plan
-from dora_export.tensors import FileRange
 from dora_export.writers.side_files import SideFile, licence
 from dora_export.writers.staging import MANIFEST
 
@@ -48,7 +47,7 @@ def manifest(plan: Plan, resources: Resources, side_files: tuple[SideFile, ...])
         "tool": {"name": "dora-export", "version": __version__},
         "base": {
             "path": plan.base.model_name,
-            "files": [_weight_file(f) for f in _sources(plan)],
+            "files": [_weight_file(f) for f in plan.base.sources],
         },
         "adapter": {
             "path": plan.adapter.path.name,
@@ -82,8 +81,9 @@ def manifest(plan: Plan, resources: Resources, side_files: tuple[SideFile, ...])
 
 
 def as_json(content: dict[str, Any]) -> bytes:
-    """Return the manifest as it is stored."""
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    """Return the manifest as it is stored; file names that are no text keep JSON's escapes."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace")
 
 
 def model_card(plan: Plan) -> bytes:
@@ -101,7 +101,7 @@ def model_card(plan: Plan) -> bytes:
         f"to run it. `{MANIFEST}` lists what went in and what changed.", "",
         "The terms of the base model and of the adapter apply.", "",
     ]  # fmt: skip
-    return "\n".join(lines).encode()
+    return "\n".join(lines).encode("utf-8", "backslashreplace")
 
 
 def sha256(path: Path) -> str:
@@ -111,17 +111,6 @@ def sha256(path: Path) -> str:
         while chunk := file.read(HASH_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _sources(plan: Plan) -> list[Path]:
-    """Return the base's weight files, each once, in order."""
-    paths = [
-        t.source.path
-        for file in plan.base.files
-        for t in file.tensors
-        if isinstance(t.source, FileRange)
-    ]
-    return list(dict.fromkeys(paths)) or [plan.base.path]
 
 
 def _weight_file(path: Path) -> dict[str, Any]:
