@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dora_export.errors import OutputError
 from dora_export.writers.files import sync_folder
+from dora_export.writers.names import hidden_name
 
 MARK = ".dora_export-staging"
 MANIFEST = "dora_export.json"
@@ -31,7 +32,7 @@ def staged(target: Path, *, force: bool = False) -> Iterator[Path]:
             folder cannot be made.
     """
     check_target(target, force=force)
-    partial = target.with_name(f".{target.name}.dora_export-partial")
+    partial = target.with_name(hidden_name(target.name, "partial"))
     made = [parent for parent in target.parents if not parent.exists()]
     lock = _claim(partial)
     try:
@@ -142,7 +143,7 @@ def _empty(partial: Path) -> None:
 def _publish(partial: Path, target: Path, *, force: bool) -> None:
     """Rename the staged folder into place, and put the rename on the disk."""
     check_target(target, force=force)  # again: a merge takes long enough for a folder to appear
-    replaced = target.with_name(f".{target.name}.dora_export-replaced")
+    replaced = target.with_name(hidden_name(target.name, "replaced"))
     if _is_own(replaced):
         shutil.rmtree(replaced, ignore_errors=True)  # left by a run killed while it replaced
     old = _is_own(target)
