@@ -161,8 +161,14 @@ def _publish(partial: Path, target: Path, *, force: bool) -> None:
                 f"{target}: cannot be put in place: {error.strerror}. Pass another -o."
             ) from error
         raise
-    (target / MARK).unlink()
-    sync_folder(target)
-    sync_folder(target.parent)
+    try:
+        (target / MARK).unlink()
+        sync_folder(target)
+        sync_folder(target.parent)
+    except (OSError, OutputError) as error:
+        raise OutputError(
+            f"{target}: whole and in place, but the disk does not confirm it: "
+            f"{error.__cause__ or error}. Check the disk, then run again with --force."
+        ) from error
     if old:
         shutil.rmtree(replaced, ignore_errors=True)
