@@ -26,7 +26,7 @@ from dora_export.engine import (
 )
 from dora_export.errors import AdapterError, DoraExportError, OutputError, PlanError, shown
 from dora_export.formula import ZeroNorm
-from dora_export.machine import advice, faults_told, memory_told
+from dora_export.machine import advice, faults_told, memory_told, require_space
 from dora_export.plan import Plan, Precision, Settings, plan_merge
 from dora_export.report import InspectReport, MergeReport
 from dora_export.serving import engines
@@ -42,6 +42,8 @@ PathLike = str | os.PathLike[str]
 Progress = Callable[[int, int], None]
 SIZES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
          "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}  # fmt: skip
+# Address space of a thread: its stack, its part of the heap, and what OpenBLAS maps for it.
+THREAD_BYTES = (8 + 64 + 32) << 20
 SPARE_BYTES = 16 << 20  # left free on the disk beyond the output
 
 
@@ -159,6 +161,8 @@ def merge(
     memory = memory_bound(plan, resources, tile_elements)
     checked = None
     if not dry_run:
+        # the workers, the thread that syncs, and this one
+        require_space(memory + (resources.workers + 2) * THREAD_BYTES, "this merge")
         card = manifest.model_card(plan)
         with memory_told(memory), inputs.held(stamps):
             check_adapter(plan)

@@ -71,6 +71,13 @@ def shown(name: object, limit: int = 120) -> str:
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
+def printable(text: str) -> str:
+    """Return a message fit for a terminal: what is neither printable nor a line break, escaped."""
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+    )
+
+
 def listing(problems: Iterable[str]) -> str:
     """Return problems as indented lines, at most ``MAX_LISTED`` of them, the rest counted."""
     lines = list(problems)

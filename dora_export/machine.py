@@ -7,6 +7,8 @@ module expects ends here, so that a fault of the machine is never a traceback.
 from __future__ import annotations
 
 import errno
+import mmap
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,6 +72,32 @@ def memory_told(bound: int) -> Iterator[None]:
         raise MachineError(
             f"out of memory: buffers take up to {bound / 1e6:.0f} MB on top of the program itself. "
             "Pass --threads 1, a smaller --block (in bytes), or free some memory."
+        ) from error
+
+
+def require_space(nbytes: int, what: str) -> None:
+    """Refuse work for which there is no address space; nothing is kept.
+
+    Some C libraries (OpenBLAS) end the process where an allocation fails, without a chance to say
+    anything. So what they will take is asked for beforehand. It is a matter of ``ulimit -v`` and of
+    machines that commit no more memory than they have; elsewhere address space is plenty.
+
+    Args:
+        nbytes: How much the work takes at most.
+        what: Whose need it is, for the message.
+
+    Raises:
+        MachineError: The system does not give as much.
+    """
+    if os.name == "nt":
+        return
+    try:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+        mmap.mmap(-1, nbytes, flags=flags).close()
+    except (OSError, MemoryError) as error:
+        raise MachineError(
+            f"{what} needs up to {nbytes / 1e6:.0f} MB of address space, and the system does not "
+            "give as much. Raise the limit (ulimit -v), or pass --threads 1 and a smaller --block."
         ) from error
 
 
