@@ -36,6 +36,7 @@ from dora_export.verify import selfcheck
 from dora_export.verify.selfcheck import Level, SelfCheck
 from dora_export.writers import manifest, side_files
 from dora_export.writers.files import FileSink, write_small
+from dora_export.writers.names import hidden_name
 from dora_export.writers.staging import MANIFEST, check_target, staged
 
 PathLike = str | os.PathLike[str]
@@ -156,6 +157,7 @@ def merge(
     beside = side_files.collect(plan)
     files = [*plan.base.sources, *plan.adapter.files, *(file.source for file in beside)]
     stamps = inputs.watch(files, before)
+    _check_way(target, [*(f.name for f in plan.files), *(f.name for f in beside), MANIFEST])
     total = plan.output_bytes + side_files.side_bytes(beside)
     _check_space(target, total)
     memory = memory_bound(plan, resources, tile_elements)
@@ -361,6 +363,27 @@ def _check_place(target: Path, plan: Plan, force: bool) -> None:
                 f"{target}: is, holds, or lies in the {what} ({path}). Pass an -o outside of it."
             )
     check_target(target, force=force)
+
+
+def _check_way(target: Path, names: Sequence[str]) -> None:
+    """Refuse a path that is too long, or that leads over something that is no folder.
+
+    Raises:
+        OutputError: One of the files could not be made there.
+    """
+    broken = [p for p in target.parents if p.is_symlink() and not p.exists()]
+    if broken:
+        raise OutputError(f"{broken[0]}: a link to nothing. Repair it, or pass another -o.")
+    longest = max(names, key=lambda name: len(os.fsencode(name)))
+    for folder in (target, target.with_name(hidden_name(target.name, "partial"))):
+        try:
+            os.lstat(folder / longest)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise OutputError(
+                f"{folder / longest}: {error.strerror}. {advice(error, 'Pass another -o.')}"
+            ) from error
 
 
 def _check_space(target: Path, nbytes: int) -> None:

@@ -66,9 +66,12 @@ def watch(paths: Iterable[Path], before: Stamps) -> Stamps:
         before: Stamps from before anything was read; files not in it count from now.
 
     Raises:
-        InputError: A file cannot be read; all are listed.
+        InputError: A file cannot be read, or was there before and is gone; all are listed.
     """
-    stamps, problems = {}, []
+    stamps: dict[Path, Stamp] = {}
+    # One that is gone may have been planned with (a config), and would be missing in the output.
+    problems = [f"{shown(path, 400)}: was there and is gone" for path in before
+                if not os.path.lexists(path)]  # fmt: skip
     for path in dict.fromkeys(paths):
         try:
             with path.open("rb") as file:
@@ -78,7 +81,9 @@ def watch(paths: Iterable[Path], before: Stamps) -> Stamps:
             continue
         stamps[path] = before.get(path, now)
     if problems:
-        raise InputError(f"inputs that cannot be read:{listing(problems)}")
+        raise InputError(
+            f"inputs that cannot be read:{listing(problems)}\nNothing was published."
+        )
     return stamps
 
 

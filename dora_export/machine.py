@@ -52,7 +52,8 @@ def faults_told() -> Iterator[None]:
         raise MachineError(f"{where}: {what}. {advice(error)}") from error
     except MemoryError as error:
         raise MachineError(
-            "out of memory. Close other programs, or raise the limit on memory (ulimit -v)."
+            "out of memory: the system gives no more. Close other programs, or raise the limit "
+            "(ulimit -v)."
         ) from error
 
 
@@ -96,7 +97,7 @@ def require_space(nbytes: int, what: str) -> None:
         mmap.mmap(-1, nbytes, flags=flags).close()
     except (OSError, MemoryError) as error:
         raise MachineError(
-            f"{what} needs up to {nbytes / 1e6:.0f} MB of address space, and the system does not "
+            f"memory: {what} needs up to {nbytes / 1e6:.0f} MB of address space, and the system does not "
             "give as much. Raise the limit (ulimit -v), or pass --threads 1 and a smaller --block."
         ) from error
 

@@ -166,9 +166,10 @@ def _publish(partial: Path, target: Path, *, force: bool) -> None:
         sync_folder(target)
         sync_folder(target.parent)
     except (OSError, OutputError) as error:
+        cause = error.__cause__ or error
         raise OutputError(
             f"{target}: whole and in place, but the disk does not confirm it: "
-            f"{error.__cause__ or error}. Check the disk, then run again with --force."
+            f"{getattr(cause, 'strerror', cause)}. Check the disk, then run again with --force."
         ) from error
     if old:
         shutil.rmtree(replaced, ignore_errors=True)
