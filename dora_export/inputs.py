@@ -81,9 +81,7 @@ def watch(paths: Iterable[Path], before: Stamps) -> Stamps:
             continue
         stamps[path] = before.get(path, now)
     if problems:
-        raise InputError(
-            f"inputs that cannot be read:{listing(problems)}\nNothing was published."
-        )
+        raise InputError(f"inputs that cannot be read:{listing(problems)}\nNothing was published.")
     return stamps
 
 

@@ -88,7 +88,9 @@ def test_report_that_finds_no_space_is_one_clear_error(at, words):
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
-@pytest.mark.parametrize("words", [COMMANDS["merge"], COMMANDS["inspect"]], ids=["merge", "inspect"])
+@pytest.mark.parametrize(
+    "words", [COMMANDS["merge"], COMMANDS["inspect"]], ids=["merge", "inspect"]
+)
 def test_closed_streams_are_no_fault_and_no_output_file_takes_their_place(at, words, closed):
     before = small.entries(at / "base")
     result = shell(at, f'"$@" {closed}', *words)

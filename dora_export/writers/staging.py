@@ -38,7 +38,7 @@ def staged(target: Path, *, force: bool = False) -> Iterator[Path]:
     try:
         _empty(partial)
         yield partial
-        for folder, _, _ in os.walk(partial):
+        for folder, _, _ in os.walk(partial, onerror=_refuse_unlisted):
             sync_folder(Path(folder))
         _publish(partial, target, force=force)
     except BaseException:  # Ctrl-C too: half a model must never look like a whole one
@@ -138,6 +138,14 @@ def _empty(partial: Path) -> None:
             f"{partial}: what a killed run left there cannot be removed: {error.strerror}. "
             "Remove it, or pass another -o."
         ) from error
+
+
+def _refuse_unlisted(error: OSError) -> None:
+    """Stop a walk that would leave a folder out, and so out of what is synced."""
+    raise OutputError(
+        f"{error.filename}: cannot be listed: {error.strerror}. Nothing was published; check the "
+        "disk."
+    ) from error
 
 
 def _publish(partial: Path, target: Path, *, force: bool) -> None:
