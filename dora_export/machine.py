@@ -97,8 +97,9 @@ def require_space(nbytes: int, what: str) -> None:
         mmap.mmap(-1, nbytes, flags=flags).close()
     except (OSError, MemoryError) as error:
         raise MachineError(
-            f"memory: {what} needs up to {nbytes / 1e6:.0f} MB of address space, and the system does not "
-            "give as much. Raise the limit (ulimit -v), or pass --threads 1 and a smaller --block."
+            f"memory: {what} needs up to {nbytes / 1e6:.0f} MB of address space, and the system "
+            "does not give as much. Raise the limit (ulimit -v), or pass --threads 1 and a smaller "
+            "--block."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""What every test of a fault asks: one clear refusal or a whole output, and nothing else touched."""
+"""What every test of a fault asks: one clear refusal or a whole output, nothing else touched."""
 
 import contextlib
 import errno
