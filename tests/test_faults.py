@@ -36,9 +36,9 @@ def no_hang():
         raise AssertionError("hangs")
 
     before = signal.signal(signal.SIGALRM, told)
-    signal.alarm(60)
+    signal.setitimer(signal.ITIMER_REAL, 60, 1)  # and again: what hangs may hang in its cleaning up
     yield
-    signal.alarm(0)
+    signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)
 
 
@@ -272,19 +272,26 @@ def test_signal_while_space_is_reserved_is_no_fault(tmp_path, monkeypatch):
 
 def test_failing_sync_stops_the_run_and_not_only_its_end(at, monkeypatch):
     """With hundreds of files to come, the first that the disk refuses is the last one."""
-    made = many_shards(at, small.base_tensors(), shards=8)
-    reals, synced = os.fsync, []
+    base = small.base_tensors()
+    base |= {f"model.extra.{i}": base["model.norm.weight"] + i for i in range(40)}
+    made = many_shards(at, base, shards=40)
+    reals, synced, done = os.fsync, [], []
 
     def fsync(descriptor):
         synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
         raise disk(errno.EIO)
 
+    def progress(now, total):
+        done.append((now, total))
+
     monkeypatch.setattr(os, "fsync", fsync)
-    refusal = attempt(at, base=made.name, threads=1)
+    monkeypatch.setattr(files, "WAITING", 1)  # so that the writer is not far ahead
+    refusal = attempt(at, base=made.name, threads=1, progress=progress)
     assert "cannot be written: Input/output error. Nothing was published" in refusal
     assert len(synced) == 1
+    assert done[-1][0] < done[-1][1]
     monkeypatch.setattr(os, "fsync", reals)
-    assert attempt(at, base=made.name, threads=1) is None
+    dora_export.merge(made, at / "adapter", at / "out", threads=1)
 
 
 def test_write_that_neither_fails_nor_advances_is_no_endless_loop(at, monkeypatch):
@@ -604,19 +611,27 @@ CLOSED = [
     ("parent", 0o555, "parent: cannot make a folder there: Permission denied. Pass another -o"),
     ("parent", 0o000, "parent"),
 ]
+CLOSED_TO_INSPECT = [
+    ("base", 0o300, "base: Permission denied. Check its permissions"),
+    ("base/model.safetensors", 0o000, "base/model.safetensors: cannot be read: Permission denied"),
+    ("adapter/adapter_model.safetensors", 0o000, "adapter_model.safetensors: cannot be read: Perm"),
+]
 UNDER_PERMISSIONS = """
 import json, sys
 from pathlib import Path
 import dora_export
 at, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
 said = []
-for name, mode in cases:
+for command, name, mode in cases:
     path = at / name
     before = path.stat().st_mode
     path.chmod(mode)
     try:
-        dora_export.merge(at / "base", at / "adapter", at / "parent" / "out")
-        said.append(["published", 0])
+        if command == "inspect":
+            dora_export.inspect(at / "adapter", at / "base")
+        else:
+            dora_export.merge(at / "base", at / "adapter", at / "parent" / "out")
+        said.append(["done", 0])
     except dora_export.DoraExportError as error:
         said.append([str(error), error.exit_code])
     except Exception as error:
@@ -636,16 +651,18 @@ def test_what_may_not_be_read_or_written_is_one_clear_refusal(at):
     (at / "adapter" / "additional_chat_templates" / "tool.jinja").write_text("x")
     (at / "parent").mkdir()
     before = small.entries(at)
+    cases = [("merge", *case) for case in CLOSED]
+    cases += [("inspect", *case) for case in CLOSED_TO_INSPECT]
     command = [*words, sys.executable, "-B", "-c", UNDER_PERMISSIONS, str(at),
-               json.dumps([case[:2] for case in CLOSED])]  # fmt: skip
+               json.dumps([case[:3] for case in cases])]  # fmt: skip
     result = subprocess.run(
         command, capture_output=True, text=True, check=True, timeout=60,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
     )  # fmt: skip
     said = json.loads(result.stdout)
-    for (name, mode, words_), (message, code) in zip(CLOSED, said, strict=True):
-        assert code == 2, (name, oct(mode), message)
-        assert words_ in message, (name, oct(mode))
+    for (*case, expected), (message, code) in zip(cases, said, strict=True):
+        assert code == 2, (case, message)
+        assert expected in message, case
         assert "Permission denied" in message
         assert faults.CLEAR.fullmatch(message), message
     assert small.entries(at) == before
@@ -813,6 +830,13 @@ def test_thread_that_cannot_be_started_stops_those_that_were(at, monkeypatch, nu
         started.append(thread.name)
         real(thread)
 
+    real_copy = worker.Worker.copy
+
+    def slow_copy(*args):
+        time.sleep(0.3)
+        real_copy(*args)
+
+    monkeypatch.setattr(worker.Worker, "copy", slow_copy)
     monkeypatch.setattr(threading.Thread, "start", start)
     refusal = attempt(at, threads=3)
     assert f"cannot start thread '{['sync', 'merge-0', 'merge-1', 'merge-2'][number]}'" in refusal

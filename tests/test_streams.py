@@ -101,6 +101,29 @@ def test_closed_streams_are_no_fault_and_no_output_file_takes_their_place(at, wo
     assert small.entries(at / "base") == before
 
 
+TALKATIVE = """
+import os
+from dora_export.cli import main, text
+def talk(what):
+    def show(done, total):
+        for descriptor in (0, 1, 2):
+            os.write(descriptor, b"as a C library does")
+    return show
+text._lines = talk
+main()
+"""
+
+
+def test_what_a_library_prints_goes_into_no_output_file(at):
+    line = '"$0" -B -c "$1" "${@:2}" <&- >&- 2>&-'
+    result = subprocess.run(
+        ["bash", "-c", line, sys.executable, TALKATIVE, *COMMANDS["merge"], "--verify", "none"],
+        cwd=at, env=HERE, check=False, timeout=60,
+    )  # fmt: skip
+    assert result.returncode == 0
+    check_published(at, COMMANDS["merge"])
+
+
 @pytest.mark.parametrize("line", ['"$@" 2>&-', '"$@" 2> /dev/full', '"$@" 2>&1 > /dev/full | true; '
                                   "exit ${PIPESTATUS[0]}"])  # fmt: skip
 @pytest.mark.parametrize("words", REFUSED.values(), ids=REFUSED)

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,10 +56,8 @@ def main() -> None:
         # Not standalone: Ctrl-C ends with 130, as shells expect, instead of click's 1.
         sys.exit(cli.main(standalone_mode=False))
     except click.ClickException as error:
-        try:
+        with suppress(OSError):  # as in streams.tell()
             error.show()
-        except OSError:
-            streams.silence(sys.stderr)
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort):
         streams.tell("interrupted; nothing was published. Run the same command again.")

@@ -6,7 +6,7 @@ import codecs
 import io
 import os
 import sys
-from typing import TextIO
+from contextlib import suppress
 
 import click
 
@@ -33,15 +33,12 @@ def prepare() -> None:
 
 def tell(message: str) -> None:
     """Print a line to stderr; who does not listen misses it, and nothing else comes of that."""
-    try:
+    with suppress(OSError):
         click.echo(message, err=True)
-    except OSError:
-        silence(sys.stderr)
 
 
 def unheard(error: OSError) -> int:
     """Return the exit code for a report that could not be printed."""
-    silence(sys.stdout)
     if isinstance(error, BrokenPipeError):
         return BROKEN_PIPE
     tell(
@@ -49,13 +46,6 @@ def unheard(error: OSError) -> int:
         "elsewhere."
     )
     return LOST
-
-
-def silence(stream: TextIO) -> None:
-    """Lead a stream nowhere, so that Python's flush at exit does not fail once more."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, stream.fileno())
-    os.close(null)
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:
