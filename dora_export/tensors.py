@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dora_export.errors import InputError, shown
+from dora_export.machine import advice
 
 Bytes = NDArray[np.uint8]
 
@@ -95,7 +96,7 @@ class FileRange:
         except OSError as error:
             raise InputError(
                 f"{self.path}: cannot be read at byte {offset + done}: {error.strerror}. "
-                "Check the disk or copy the file again."
+                f"{advice(error, 'Check the disk or copy the file again.')}"
             ) from error
         if done < len(view):
             raise InputError(
@@ -106,8 +107,9 @@ class FileRange:
 
 @dataclass(frozen=True, eq=False)
 class HeldBytes:
-    """Bytes that lie in memory or in a mapped file (torch's ``.bin``/``.pt`` tensors)."""
+    """Bytes of a file that lie in memory or are mapped (torch's ``.bin``/``.pt`` tensors)."""
 
+    path: Path
     data: Bytes = field(repr=False)
 
     @property
@@ -151,9 +153,7 @@ class TensorRef:
     @property
     def where(self) -> str:
         """File and tensor name, for error messages."""
-        if isinstance(self.source, FileRange):
-            return f"{self.source.path.name}: tensor '{shown(self.name)}'"
-        return f"tensor '{shown(self.name)}'"
+        return f"{self.source.path.name}: tensor '{shown(self.name)}'"
 
     def raw(self, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Return elements ``[start, stop)``, flattened, as a new array of ``dtype.raw``."""
