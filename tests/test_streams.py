@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests import faults, small
+from tests.test_engine import write_case
 
 HERE = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
 PROGRAM = [sys.executable, "-B", "-m", "dora_export"]
