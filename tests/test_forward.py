@@ -4,6 +4,8 @@ import importlib.util
 import json
 import subprocess
 import sys
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -90,7 +92,7 @@ def test_a_right_merge_passes_and_the_base_does_not(kind, tmp_path):
     result, findings = check(plan, merged(pair, tmp_path / "out"))
     assert findings == []
     assert result.ran
-    products = {s.name for s in plan.steps if any(c.left is not None for c in s.changes)}
+    products = {s.name for s in plan.steps if any(c.delta is not None for c in s.changes)}
     assert {layer["name"] for layer in result.figures["layers"]} == products
     assert all(o["excess"] < 0.5 for o in result.figures["outputs"].values())
     opinion = result.figures["peft"]["outputs"]
@@ -221,7 +223,7 @@ def test_the_reference_computes_what_pefts_active_adapter_does(kind, tmp_path):
 
     with reference.without_adapter():
         before = reference.outputs(batch)["logits"]
-    with wrapped.disable_adapter():
+    with warnings.catch_warnings(action="ignore"), wrapped.disable_adapter():
         saved_apart = {"modules_to_save", "trainable_token_indices"} & lora.keys()
         # PEFT leaves the biases that it trained where they are.
         if not saved_apart and lora.get("bias") != "all":
@@ -240,7 +242,7 @@ def test_the_reference_computes_what_pefts_active_adapter_does(kind, tmp_path):
 def held(name, array):
     """A stored tensor in memory."""
     data = np.ascontiguousarray(array, np.float64).view(np.uint8).reshape(-1)
-    return TensorRef(name, DTYPES["F64"], array.shape, HeldBytes(data))
+    return TensorRef(name, DTYPES["F64"], array.shape, HeldBytes(Path("memory"), data))
 
 
 SHAPES = {"linear": (6, 8), "fan in": (8, 6), "embedding": (9, 6), "conv": (6, 4, 3, 2)}

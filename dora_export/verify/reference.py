@@ -141,7 +141,7 @@ class Reference:
                 parts = parts.measured()
             new: Tensor = Unmerged.of(parts)
             self.weights[step.name] = new  # type: ignore[assignment]
-        elif step.status == "added" and not step.changes and tuple(parameter.shape) == step.shape:
+        elif not step.changes and any(step.source is t for t in self.plan.base.tensors.values()):
             return  # a head parted from the embedding: it keeps the base's values
         else:
             exact = torch.float64 if self.precision == torch.float64 else torch.float32
