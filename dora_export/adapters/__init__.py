@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from dora_export.adapters import merged_dora, peft
+from dora_export.adapters import merged_dora, mlx, peft
 from dora_export.adapters.model import Adapter, ReadOptions
 from dora_export.errors import AdapterError, InputError
 
@@ -31,6 +31,9 @@ class AdapterFormat(NamedTuple):
 
 FORMATS = (
     AdapterFormat("peft", "PEFT folder: adapter_config.json and weights", peft.matches, peft.read),
+    AdapterFormat(
+        "mlx", "MLX folder: adapter_config.json and adapters.safetensors", mlx.matches, mlx.read
+    ),
     AdapterFormat(
         "linear-with-dora-merged",
         "state dict of LinearWithDoRAMerged modules, base weights included",

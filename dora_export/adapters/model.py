@@ -47,6 +47,8 @@ class Adapter:
         whole_families: Layers that differ in their number only are adapted all or none, so a gap
             means that tensors are missing.
         square_io: Whether square weights are stored ``(in, out)``, as far as the adapter says.
+        not_for: Model types (config.json) whose checkpoints store what the adapter replaces in
+            another way than its trainer did, and how.
         doubts: What the files leave open and the reader had to take on trust.
         facts: What ``inspect`` shows: settings in the format's own words.
     """
@@ -64,5 +66,6 @@ class Adapter:
     saved_embeddings: frozenset[str] = frozenset()
     whole_families: bool = False
     square_io: bool | None = None
+    not_for: Mapping[str, str] = field(default_factory=dict)
     doubts: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_export.adapters import peft_config
+from dora_export.adapters.config_files import CONFIG, config_of
 from dora_export.adapters.model import Adapter, ReadOptions
 from dora_export.adapters.peft_config import PeftConfig
 from dora_export.checkpoints.folder import read_json
@@ -22,7 +23,6 @@ from dora_export.storage import read_tensors
 from dora_export.tensors import Operand, TensorRef
 from dora_export.update import Kind, Update
 
-CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 # Segments that wrappers of the training loop leave in names.
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -120,12 +120,7 @@ def read(path: Path, options: ReadOptions) -> Adapter:
 
 
 def _config_path(path: Path) -> Path | None:
-    folder = path if path.is_dir() else path.parent
-    if not (folder / CONFIG).is_file() or (path.is_file() and path.name not in (CONFIG, *WEIGHTS)):
-        return None
-    if "fine_tune_type" in read_json(folder / CONFIG):
-        return None  # MLX's folders use the same file name
-    return folder / CONFIG
+    return config_of(path, "peft", WEIGHTS)
 
 
 def _means_all_layers(raw: Mapping[str, Any]) -> bool:
