@@ -1,18 +1,22 @@
 # make demo   merge the small model inside the package and let it write
 # make test   format, lint, types and tests
+# make crash  a few hundred kills of a running merge (about 5 minutes)
 # make bench  the speed and memory table of the README (about 15 minutes, 12 GB of disk)
 # Each makes .venv if it is missing and installs what it needs; PYTHON is all that must be there.
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 WORK ?= build/bench
 
-.PHONY: demo test bench clean
+.PHONY: demo test crash bench clean
 
 demo: .venv/.demo
 	.venv/bin/dora-export demo -o demo-output
 
 test: .venv/.test
 	PATH="$(CURDIR)/.venv/bin:$$PATH" tools/check
+
+crash: .venv/.test
+	.venv/bin/pytest -m nightly -s tests/test_crash.py
 
 bench: .venv/.test
 	.venv/bin/python tools/bench_merge.py --work $(WORK) --deep

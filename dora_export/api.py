@@ -35,9 +35,19 @@ from dora_export.verify.check import Checked, check, in_order, refuse_wrong
 from dora_export.verify.ledger import Source
 from dora_export.verify.model import Level, VerifyReport
 from dora_export.verify.subject import open_subject
-from dora_export.writers import manifest, side_files
+from dora_export.writers import identity, manifest, side_files
 from dora_export.writers.files import FileSink, write_small
-from dora_export.writers.staging import MANIFEST, check_target, staged
+from dora_export.writers.identity import adapter_digests
+from dora_export.writers.ranges import Ranges
+from dora_export.writers.staging import (
+    MANIFEST,
+    Leftover,
+    Stage,
+    check_target,
+    find_leftover,
+    preview,
+    staged,
+)
 
 PathLike = str | os.PathLike[str]
 Progress = Callable[[int, int], None]
@@ -93,6 +103,7 @@ def merge(
     force: bool = False,
     allow_pickle: bool = False,
     allow_merged_base: bool = False,
+    restart: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
@@ -102,6 +113,14 @@ def merge(
     their bytes; each changed element is within one unit in the last place of the float64 result
     and rounded once. The same inputs and options give the same bytes for any number of threads
     and any block size. ``output`` is absent or whole at any instant.
+
+    A merge that did not end is gone on with by the next call with the same inputs and options,
+    whatever its threads and blocks, and gives the same bytes as one that nothing disturbed. Its
+    work is kept, in a hidden folder beside ``output``, when the process or the machine goes down,
+    when ``KeyboardInterrupt`` or any error but a refusal ends it, and when a disk is full or fails;
+    the latter raise an ``OutputError`` or ``InputError`` that names the folder. It is removed when
+    something is wrong with the inputs or the result. Of two calls on one output at a time the
+    second is refused.
 
     Args:
         base: Folder, weight file, or hub id of the base model. With ``adapter`` None: a file that
@@ -126,6 +145,8 @@ def merge(
         force: Replace an earlier output of this tool.
         allow_pickle: As in ``load_adapter``; for the base as well.
         allow_merged_base: Accept a base that this tool has merged an adapter into.
+        restart: Drop what an interrupted merge into ``output`` left. Without it, one that was
+            started from other inputs or with other options is an error, which names them.
         dry_run: Plan and check only; write nothing.
         progress: Called with bytes done and bytes in all, from worker threads.
 
@@ -149,27 +170,35 @@ def merge(
     plan = _plan(base, adapter, options, adapter_format, settings)
     manifest.refuse_merged_base(plan.base.folder, allow=allow_merged_base)
     target = Path(output).absolute()
-    _check_place(target, plan, force)
+    leftover = find_leftover(target)
+    _check_place(target, plan, force, leftover)
     beside = side_files.collect(plan)
     total = plan.output_bytes + side_files.side_bytes(beside)
-    _check_space(target, total)
+    _check_space(target, total, leftover)
     memory = memory_bound(plan, resources, tile_elements)
-    checked = None
+    checked, resumed = None, 0
     if not dry_run:
         check_adapter(plan)
-        with staged(target, force=force) as folder:
-            _write(plan, folder, resources, progress)
-            side_files.write(plan, beside, folder)
-            content = manifest.manifest(plan, resources, beside)
-            write_small(folder / "README.md", manifest.model_card(plan))
-            write_small(folder / MANIFEST, manifest.as_json(content))
+        digests = adapter_digests(plan)
+        job = identity.job(plan, resources, digests)
+        with staged(target, job, force=force, restart=restart) as stage:
+            resumed = stage.held_bytes
+            if not stage.published:
+                _write(plan, stage, resources, progress)
+                side_files.write(plan, beside, stage.folder)
+                content = manifest.manifest(plan, resources, beside, digests)
+                write_small(stage.folder / "README.md", manifest.model_card(plan))
+                write_small(stage.folder / MANIFEST, manifest.as_json(content))
             if verify != "none":
                 checked = check(
-                    plan, open_subject(folder), _sources(beside), verify, threads=threads
+                    plan, open_subject(stage.folder), _sources(beside), verify, threads=threads
                 )
                 refuse_wrong(checked)
+    elif leftover is not None:
+        job = identity.job(plan, resources, adapter_digests(plan))
+        resumed = preview(target, job, force=force, restart=restart)
     seconds = time.monotonic() - started
-    return _report(plan, target, dry_run, beside, total, memory, seconds, checked)
+    return _report(plan, target, dry_run, beside, total, memory, seconds, checked, resumed)
 
 
 def verify(
@@ -382,7 +411,7 @@ def _with_own_base(path: Path, options: ReadOptions, adapter_format: str | None)
     return found
 
 
-def _write(plan: Plan, folder: Path, resources: Resources, progress: Progress | None) -> None:
+def _write(plan: Plan, stage: Stage, resources: Resources, progress: Progress | None) -> None:
     total, done, counting = plan.output_bytes, 0, threading.Lock()
 
     def on_bytes(count: int) -> None:
@@ -392,15 +421,16 @@ def _write(plan: Plan, folder: Path, resources: Resources, progress: Progress | 
             if progress is not None:
                 progress(done, total)
 
-    paths = [folder / file.name for file in plan.files]
-    with FileSink(paths, [file.nbytes for file in plan.files]) as sink:
+    paths = [stage.folder / file.name for file in plan.files]
+    held = [stage.held.get(file.name, Ranges()) for file in plan.files]
+    with FileSink(paths, [file.nbytes for file in plan.files], held, stage.record) as sink:
         for position, file in enumerate(plan.files):
             sink.write_header(position, file.header)
             on_bytes(len(file.header))
         Engine(plan, sink, resources, on_bytes).run()
 
 
-def _check_place(target: Path, plan: Plan, force: bool) -> None:
+def _check_place(target: Path, plan: Plan, force: bool, leftover: Leftover | None) -> None:
     """Refuse an output that is, holds, or lies in the base or the adapter.
 
     Raises:
@@ -418,10 +448,13 @@ def _check_place(target: Path, plan: Plan, force: bool) -> None:
             raise OutputError(
                 f"{target}: is, holds, or lies in the {what} ({path}). Pass an -o outside of it."
             )
-    check_target(target, force=force)
+    if leftover is None or not leftover.published:
+        check_target(target, force=force)
 
 
-def _check_space(target: Path, nbytes: int) -> None:
+def _check_space(target: Path, nbytes: int, leftover: Leftover | None) -> None:
+    if leftover is not None:  # its files are used or removed, and have their space already
+        nbytes -= nbytes if leftover.published else leftover.disk_bytes
     parent = next(p for p in target.parents if p.exists())
     try:
         free = shutil.disk_usage(parent).free
@@ -443,6 +476,7 @@ def _report(
     memory: int,
     seconds: float,
     checked: Checked | None,
+    resumed: int,
 ) -> MergeReport:
     changed = [s for s in plan.steps if s.status not in ("unchanged", "cast")]
     used = {key for s in changed for key in s.consumes}
@@ -473,6 +507,8 @@ def _report(
         verified=checked.level if checked else "none",
         worst_ulp=worst.max_ulp if worst else None,
         worst_tensor=worst.name if worst else None,
+        resumed_bytes=resumed,
+        weight_bytes=plan.output_bytes,
         notes=plan.notes,
         warnings=plan.warnings,
     )  # fmt: skip

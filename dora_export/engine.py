@@ -9,18 +9,19 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from dora_export import cast
 from dora_export.arithmetic import UFUNC_BUFFER, NumpyArithmetic
 from dora_export.errors import AdapterError, shown
 from dora_export.formula import LoadedChange
-from dora_export.pieces import ColumnSquares, Copy, Piece, Region, cut, regions
-from dora_export.plan import Plan, Step
+from dora_export.pieces import Batch, ColumnSquares, Copy, Merge, Piece, Region, cut, regions
+from dora_export.plan import Plan
 from dora_export.update import Change
 from dora_export.worker import ArithmeticFactory, Sink, Worker, working_precision
 
@@ -80,6 +81,28 @@ def arithmetic_factory(resources: Resources) -> ArithmeticFactory:
 
     device = open_device(resources.device)
     return lambda precision: TorchArithmetic(device, getattr(torch, precision))
+
+
+def arithmetic_name(resources: Resources) -> str:
+    """Return what the last bit of a result depends on: libraries, and the processor they fit."""
+    if not resources.on_cpu:
+        import torch  # noqa: PLC0415 - as above
+
+        return f"torch {torch.__version__}, {torch.cuda.get_device_name(resources.device)}"
+    found = np.show_config(mode="dicts")["SIMD Extensions"].get("found", [])
+    return ", ".join([f"numpy {np.__version__}", *found, *_blas_names()])
+
+
+def _blas_names() -> list[str]:
+    """Return numpy's BLAS with the processor type it has chosen."""
+    loaded = [lib for lib in threadpool_info() if lib["user_api"] == "blas"]
+    shipped = [lib for lib in loaded if "numpy" in lib["filepath"]]
+    return sorted(
+        {
+            f"{lib['internal_api']} {lib['version']} {lib.get('architecture', '')}".rstrip()
+            for lib in shipped or loaded
+        }
+    )
 
 
 def memory_bound(plan: Plan, resources: Resources, tile_elements: int) -> int:
@@ -184,7 +207,7 @@ class Engine:
         Raises:
             DoraExportError: The first refusal or failure of any worker; the others stop.
         """
-        pieces = self._counted(cut(self._plan, self._tile_elements, self._resources.block))
+        pieces = self._to_do(cut(self._plan, self._tile_elements, self._resources.block))
         with threadpool_limits(limits=1, user_api="blas"):
             if self._resources.workers == 1:
                 self._work(pieces)
@@ -206,27 +229,24 @@ class Engine:
                     thread.join(0.2)  # in slices, so that Ctrl-C is heard
         except BaseException as error:
             self._fail(error)
-            for thread in threads:
-                thread.join()
+            _join(threads)
             raise
 
-    def _counted(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
-        """Yield pieces; before a region's first one, note how many belong to it."""
-        for piece in pieces:
-            if not isinstance(piece, Copy):
-                key = (piece.step.name, piece.region.start)
-                if key not in self._loaded:
-                    self._loaded[key] = self._expected(piece.step, piece.region)
-            yield piece
+    def _to_do(self, batches: Iterator[Batch]) -> Iterator[Piece]:
+        """Yield the pieces whose bytes the sink does not hold, and the sums that they need.
 
-    def _expected(self, step: Step, region: Region) -> _Loaded:
-        tile = region.tile_rows(self._tile_elements)
-        tile_bytes = tile * region.columns * step.source.dtype.itemsize
-        rows = tile * max(1, self._resources.block // tile_bytes)
-        sums = 0
-        if region.column_change is not None:
-            sums = -(-region.rows // region.norm_rows(self._tile_elements))
-        return _Loaded(-(-region.rows // rows), sums)
+        Before a region's first piece, note how many belong to it.
+        """
+        for batch in batches:
+            writing = [p for p in batch if not isinstance(p, ColumnSquares)]
+            left = [p for p in writing if not self._sink.holds(p.file, p.offset, p.nbytes)]
+            if held := sum(p.nbytes for p in writing) - sum(p.nbytes for p in left):
+                self._on_bytes(held)
+            if left and isinstance(merge := left[0], Merge):
+                sums = [p for p in batch if isinstance(p, ColumnSquares)]
+                self._loaded[_key(merge)] = _Loaded(len(left), len(sums))
+                yield from sums
+            yield from left
 
     def _work(self, pieces: Iterator[Piece]) -> None:
         buffer = np.setbufsize(UFUNC_BUFFER)
@@ -250,8 +270,7 @@ class Engine:
             worker.copy(piece)
             self._on_bytes(piece.nbytes)
             return
-        key = (piece.step.name, piece.region.start)
-        loaded = self._loaded[key]
+        loaded = self._loaded[_key(piece)]
         with loaded.lock:
             if loaded.changes is None:
                 loaded.changes = worker.load(piece.step, piece.region)
@@ -272,7 +291,7 @@ class Engine:
         with loaded.lock:
             loaded.pieces_left -= 1
             if loaded.pieces_left == 0:
-                del self._loaded[key]
+                del self._loaded[_key(piece)]
 
     def _finish_norms(self, worker: Worker, piece: ColumnSquares, loaded: _Loaded) -> None:
         """Add the partial sums in a fixed order and turn them into factors."""
@@ -293,3 +312,15 @@ class Engine:
         self._failed.set()
         for loaded in list(self._loaded.values()):
             loaded.ready.set()
+
+
+def _key(piece: Merge | ColumnSquares) -> tuple[str, int]:
+    return piece.step.name, piece.region.start
+
+
+def _join(threads: list[threading.Thread]) -> None:
+    """Wait for workers to end their pieces; another Ctrl-C must not close files under them."""
+    while any(thread.is_alive() for thread in threads):
+        with suppress(KeyboardInterrupt):
+            for thread in threads:
+                thread.join()

@@ -7,7 +7,7 @@ from the shape, so the bytes do not depend on how many tiles a piece holds or wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from dora_export.plan import OutputFile, Plan, Step
@@ -115,6 +115,7 @@ class Merge:
 
 
 Piece = Copy | ColumnSquares | Merge
+Batch = Sequence[Piece]
 
 
 def regions(step: Step) -> tuple[Region, ...]:
@@ -141,10 +142,10 @@ def regions(step: Step) -> tuple[Region, ...]:
     return tuple(filled)
 
 
-def cut(plan: Plan, tile_elements: int, block_bytes: int) -> Iterator[Piece]:
-    """Yield a plan's pieces in the order of the output's bytes.
+def cut(plan: Plan, tile_elements: int, block_bytes: int) -> Iterator[Batch]:
+    """Yield a plan's pieces in the order of the output's bytes, those of one region together.
 
-    Partial sums of a tensor come before the merges that need them.
+    A region's partial sums come before its merges, which need all of them.
 
     Args:
         plan: What to cut.
@@ -152,10 +153,12 @@ def cut(plan: Plan, tile_elements: int, block_bytes: int) -> Iterator[Piece]:
         block_bytes: About how many bytes a merging piece reads; at least one tile.
     """
     for position, file in enumerate(plan.files):
-        yield from _copies(position, file)
+        for copy in _copies(position, file):
+            yield (copy,)
         for step, offset in file.offsets():
             if not step.copies_bytes:
-                yield from _pieces(step, position, offset, tile_elements, block_bytes)
+                for region in regions(step):
+                    yield _pieces(step, region, position, offset, tile_elements, block_bytes)
 
 
 def _copies(position: int, file: OutputFile) -> Iterator[Copy]:
@@ -190,17 +193,19 @@ def _chunks(copy: Copy) -> Iterator[Copy]:
 
 
 def _pieces(
-    step: Step, position: int, offset: int, tile_elements: int, block_bytes: int
-) -> Iterator[Piece]:
-    for region in regions(step):
-        if region.column_change is not None:
-            rows = region.norm_rows(tile_elements)
-            for i, first in enumerate(range(0, region.rows, rows)):
-                yield ColumnSquares(step, region, first, min(first + rows, region.rows), i)
-        tile = region.tile_rows(tile_elements)
-        tile_bytes = tile * region.columns * step.source.dtype.itemsize
-        rows = tile * max(1, block_bytes // tile_bytes)
-        start = offset + region.start * step.dtype.itemsize
-        for first in range(0, region.rows, rows):
-            at = start + first * region.columns * step.dtype.itemsize
-            yield Merge(step, region, first, min(first + rows, region.rows), position, at)
+    step: Step, region: Region, position: int, offset: int, tile_elements: int, block_bytes: int
+) -> list[Piece]:
+    pieces: list[Piece] = []
+    if region.column_change is not None:
+        rows = region.norm_rows(tile_elements)
+        for i, first in enumerate(range(0, region.rows, rows)):
+            last = min(first + rows, region.rows)
+            pieces.append(ColumnSquares(step, region, first, last, i))
+    tile = region.tile_rows(tile_elements)
+    tile_bytes = tile * region.columns * step.source.dtype.itemsize
+    rows = tile * max(1, block_bytes // tile_bytes)
+    start = offset + region.start * step.dtype.itemsize
+    for first in range(0, region.rows, rows):
+        at = start + first * region.columns * step.dtype.itemsize
+        pieces.append(Merge(step, region, first, min(first + rows, region.rows), position, at))
+    return pieces

@@ -33,6 +33,8 @@ class MergeReport:
         verified: "none", "fast" or "full".
         worst_ulp: Largest distance from the float64 result found by the check, or None.
         worst_tensor: Where that was.
+        resumed_bytes: Bytes of weight files that an interrupted run had written already.
+        weight_bytes: Bytes of all weight files.
         notes: Decisions worth knowing.
         warnings: Doubts worth knowing.
     """
@@ -58,6 +60,8 @@ class MergeReport:
     verified: str = "none"
     worst_ulp: float | None = None
     worst_tensor: str | None = None
+    resumed_bytes: int = 0
+    weight_bytes: int = 0
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 

@@ -37,6 +37,9 @@ ArithmeticFactory = Callable[[Precision], Arithmetic]
 class Sink(Protocol):
     """Where merged bytes go. Called from several threads at once."""
 
+    def holds(self, file: int, offset: int, nbytes: int) -> bool:
+        """Return whether bytes of an output file are there already, from a run before."""
+
     def write(self, file: int, offset: int, data: NDArray[np.uint8]) -> None:
         """Put bytes into an output file."""
 

@@ -1,6 +1,15 @@
-"""Shared by all tests: quiet libraries, no network, one thread per BLAS call."""
+"""Shared by all tests: quiet libraries, no network, and what takes minutes only when asked for."""
 
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what takes minutes, unless ``-m`` names it."""
+    if "nightly" in config.getoption("-m"):
+        return
+    nightly = [item for item in items if item.get_closest_marker("nightly")]
+    config.hook.pytest_deselected(items=nightly)
+    items[:] = [item for item in items if item not in nightly]

@@ -44,6 +44,8 @@ def seconds(*command):
 COMMANDS = {
     "--help": ("-m", "dora_export", "--help"),
     "merge --help": ("-m", "dora_export", "merge", "--help"),
+    "verify --help": ("-m", "dora_export", "verify", "--help"),
+    "explain": ("-m", "dora_export", "explain", "not-applied"),
     "--version": ("-m", "dora_export", "--version"),
     "import dora_export": ("-c", "import dora_export"),
 }
@@ -92,15 +94,18 @@ def test_module_and_script_show_the_version():
     assert result.stdout == f"dora-export {dora_export.__version__}\n"
 
 
-@pytest.mark.parametrize("command", [(), ("merge",), ("inspect",), ("demo",)])
+@pytest.mark.parametrize("command", [(), ("merge",), ("verify",), ("inspect",), ("demo",)])
 def test_help_names_what_it_is_about(command):
     result = small.run(*command, "--help")
     assert result.exit_code == 0
     assert "Usage:" in result.stdout
     expected = {
-        (): ["merge", "inspect", "demo", "Exit codes: 0 done and right", "130 interrupted"],
+        (): ["merge", "verify", "explain", "inspect", "demo", "Exit codes: 0 done and right",
+             "130 interrupted"],
         ("merge",): ["BASE", "ADAPTER", "--output", "--dry-run", "--json", "--allow-pickle",
                      "--zero-norm", "--max-shard-size", "[default: fast]"],
+        ("verify",): ["BASE [ADAPTER]... MERGED", "--level", "--forward", "--prompt", "--html",
+                      "[default: full]", "--json"],
         ("inspect",): ["ADAPTER", "--base", "--json"],
         ("demo",): ["--output"],
     }[command]  # fmt: skip

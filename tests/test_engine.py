@@ -192,7 +192,7 @@ def test_first_failure_of_a_worker_stops_the_others_and_is_raised(case, tmp_path
         dora_export.merge(
             folder / "base", folder / "adapter", tmp_path / "out", threads=4, block_bytes=1
         )
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_progress_counts_every_byte_once(case, tmp_path):

@@ -9,7 +9,7 @@ import dora_export
 
 PACKAGE = Path(dora_export.__file__).parent
 FLOORS = (
-    "_version errors",
+    "_version errors words",
     "tensors",
     "cast update",
     "storage arithmetic refine",
@@ -19,7 +19,7 @@ FLOORS = (
     "plan serving",
     "pieces",
     "worker verify",
-    "engine",
+    "engine lowrank",
     "writers",
     "api",
     "cli",

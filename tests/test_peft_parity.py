@@ -467,9 +467,16 @@ class Bench:
     def vector(self, name):
         return Operand.vector(self.refs[name])
 
-    def merge(self, *updates, **settings):
+    def plan(self, *updates, **settings):
         adapter = Adapter(self.path, "bench", (self.path,), self.refs, updates)
-        plan = plan_merge(self._base, adapter, Settings(**settings))
+        return plan_merge(self._base, adapter, Settings(**settings))
+
+    def stored(self, folder, tensors):
+        save_file(tensors, folder / "merged.safetensors")
+        return read_header(folder / "merged.safetensors").tensors
+
+    def merge(self, *updates, **settings):
+        plan = self.plan(*updates, **settings)
         sink = Memory(plan)
         Engine(plan, sink, Resources(threads=1)).run()
         return load(sink.files[0].tobytes())

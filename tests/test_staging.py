@@ -4,27 +4,26 @@ import errno
 import fcntl
 import os
 import resource
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
-import torch
 
 import dora_export
 from dora_export import api
 from dora_export.engine import Engine
-from dora_export.errors import InputError, OutputError
+from dora_export.errors import ArithmeticRefusal, InputError, OutputError, VerifyError
 from dora_export.tensors import FileRange
 from dora_export.writers import files, side_files, staging
 from dora_export.writers.files import FileSink
+from dora_export.writers.journal import Job, decode
 from dora_export.writers.staging import MANIFEST, MARK, staged
 from tests import small
 
 PARTIAL = ".out.dora_export-partial"
 REPLACED = ".out.dora_export-replaced"
+JOB = Job({}, {})
 
 
 @pytest.fixture
@@ -42,6 +41,21 @@ def check(at):
     small.check_merged(at / "out", tensors, small.adapter_tensors(tensors))
     assert {p.name for p in at.iterdir()} == {"base", "adapter", "out"}
     assert not (at / "out" / MARK).exists()
+
+
+def others(at):
+    """Everything but staged work."""
+    return {k: v for k, v in small.entries(at).items() if not k.startswith(PARTIAL)}
+
+
+def done_bytes(at):
+    contents = decode((at / PARTIAL / MARK).read_bytes())
+    return contents.done_bytes
+
+
+def swapless(monkeypatch):
+    """A file system that cannot swap two folders."""
+    monkeypatch.setattr(staging, "_exchange", lambda *_: False)
 
 
 def raiser(error):
@@ -70,22 +84,62 @@ def disk(code):
     ],
     ids=lambda x: getattr(x, "__name__", x),
 )
-@pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize(
+    ("error", "keeps"),
+    [
+        (RuntimeError("boom"), True),
+        (KeyboardInterrupt(), True),
+        (OutputError("full"), True),
+        (ArithmeticRefusal("not finite"), False),
+        (VerifyError("7 ulp"), False),
+        (InputError("truncated"), False),
+    ],
+    ids=lambda x: repr(x) if isinstance(x, BaseException) else "",
+)
 @pytest.mark.parametrize("replaces", [False, True])
-def test_failure_at_any_stage_leaves_what_was_there(at, monkeypatch, where, name, error, replaces):
+def test_failure_at_any_stage_leaves_what_was_there(at, where, name, error, keeps, replaces):
     if replaces:
         merge(at)
     before = small.entries(at)
-    monkeypatch.setattr(where, name, raiser(error))
-    with pytest.raises(type(error)):
-        merge(at, force=replaces)
-    assert small.entries(at) == before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(where, name, raiser(error))
+        with pytest.raises(type(error)):
+            merge(at, force=replaces)
+    assert others(at) == before
+    if not keeps:
+        assert not (at / PARTIAL).exists()
+    merge(at, force=replaces)
+    check(at)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("boom"), KeyboardInterrupt(), OutputError("full"), MemoryError()],
+    ids=repr,
+)
+def test_work_is_kept_where_it_can_be_gone_on_with(at, monkeypatch, error):
+    monkeypatch.setattr(side_files, "write", raiser(error))
+    with pytest.raises(type(error)) as caught:
+        merge(at)
+    assert done_bytes(at) == (at / PARTIAL / "model.safetensors").stat().st_size
+    if isinstance(error, OutputError):
+        assert str(at / PARTIAL) in str(caught.value)
+
+
+def test_nothing_is_kept_where_nothing_is_on_the_disk(at, monkeypatch):
+    monkeypatch.setattr(Engine, "run", raiser(RuntimeError()))
+    monkeypatch.setattr(FileSink, "write_header", lambda *_: None)
+    with pytest.raises(RuntimeError):
+        merge(at)
+    assert {p.name for p in at.iterdir()} == {"base", "adapter"}
 
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("calls", [0, 1, 4])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
-def test_disk_error_in_the_middle_is_one_clear_refusal(at, monkeypatch, code, calls, threads):
+def test_disk_error_in_the_middle_is_one_clear_refusal_that_can_be_resumed(
+    at, code, calls, threads
+):
     before = small.entries(at)
     real, made = os.pwrite, []
 
@@ -95,10 +149,15 @@ def test_disk_error_in_the_middle_is_one_clear_refusal(at, monkeypatch, code, ca
             raise disk(code)
         return real(*args)
 
-    monkeypatch.setattr(os, "pwrite", pwrite)
-    with pytest.raises(OutputError, match="Nothing was published"):
-        merge(at, threads=threads)
-    assert small.entries(at) == before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "pwrite", pwrite)
+        with pytest.raises(OutputError, match="Nothing was published") as caught:
+            merge(at, threads=threads)
+    assert others(at) == before
+    kept = f"staged work are kept in {at / PARTIAL}: the same command goes on from there"
+    assert (kept in str(caught.value)) == (at / PARTIAL).exists() == (calls > 0)
+    merge(at)
+    check(at)
 
 
 @pytest.mark.parametrize("name", ["open", "fsync"])
@@ -115,7 +174,7 @@ def test_disk_error_outside_of_writes_is_one_clear_refusal(at, monkeypatch, name
     monkeypatch.setattr(os, name, fail)
     with pytest.raises(OutputError, match=r"model\.safetensors: cannot be written: Input/output"):
         merge(at)
-    assert small.entries(at) == before
+    assert small.entries(at) == before  # after a failed sync nothing is known to be on the disk
 
 
 def test_full_disk_shows_when_space_is_reserved_and_leaks_no_descriptor(tmp_path, monkeypatch):
@@ -152,7 +211,7 @@ def test_limit_on_file_sizes_is_one_clear_refusal(at, limit):
     assert result.stderr.startswith("error: ")
     assert "model.safetensors: File too large while writing. Nothing was published" in result.stderr
     assert "Traceback" not in result.stderr
-    assert small.entries(at) == before
+    assert others(at) == before
 
 
 def test_unreadable_source_is_blamed_on_the_source(tmp_path):
@@ -281,8 +340,18 @@ def test_run_killed_before_the_mark_is_made_does_not_block_the_next(at):
 def test_run_killed_while_it_replaces_does_not_block_the_next(at):
     merge(at)
     (at / "out").rename(at / REPLACED)  # killed between the two renames
-    merge(at)
+    merge(at, force=True)
     check(at)
+
+
+def test_output_set_aside_by_a_killed_run_is_put_back_first(at, monkeypatch):
+    merge(at)
+    old = small.entries(at / "out")
+    (at / "out").rename(at / REPLACED)
+    with pytest.raises(OutputError, match="pass --force"):
+        merge(at)
+    assert small.entries(at / "out") == old
+    assert {p.name for p in at.iterdir()} == {"base", "adapter", "out"}
 
 
 def test_foreign_folder_of_the_staging_name_is_refused_and_kept(at):
@@ -302,27 +371,32 @@ def test_link_of_the_staging_name_is_refused_and_kept(at):
     assert list((at / "elsewhere").iterdir()) == []
 
 
-def test_foreign_folder_of_the_replaced_name_is_kept(at):
+@pytest.mark.parametrize("swaps", [False, True])
+def test_foreign_folder_of_the_replaced_name_is_kept(at, monkeypatch, swaps):
     merge(at)
     (at / REPLACED).mkdir()
     (at / REPLACED / "thesis.txt").write_text("mine")
     before = small.entries(at)
-    with pytest.raises(OutputError, match="cannot be put in place"):
+    if swaps:
         merge(at, force=True)
-    assert small.entries(at) == before
+    else:
+        swapless(monkeypatch)
+        with pytest.raises(OutputError, match="cannot be put in place"):
+            merge(at, force=True)
+    assert others(at) == before
 
 
 def test_second_run_on_the_same_output_is_refused_and_the_first_one_ends_well(at):
-    with staged(at / "out") as folder:
+    with staged(at / "out", JOB) as stage:
         with pytest.raises(OutputError, match=r"another run is writing this output\. Wait"):
             merge(at)
-        (folder / MANIFEST).write_text("{}")
+        (stage.folder / MANIFEST).write_text("{}")
     assert (at / "out" / MANIFEST).read_text() == "{}"
     assert not (at / PARTIAL).exists()
 
 
 def test_lock_is_let_go_when_a_run_fails(at):
-    with pytest.raises(RuntimeError), staged(at / "out"):
+    with pytest.raises(RuntimeError), staged(at / "out", JOB):
         raise RuntimeError
     merge(at)
     check(at)
@@ -337,7 +411,7 @@ def test_mark_that_another_run_has_just_published_is_no_lock(at, monkeypatch):
         return real(descriptor, operation)
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.raises(OutputError, match="another run"), staged(at / "out"):
+    with pytest.raises(OutputError, match="another run"), staged(at / "out", JOB):
         pass
 
 
@@ -349,7 +423,7 @@ def test_file_system_without_locks_is_no_obstacle(at, monkeypatch):
 
 @pytest.mark.parametrize("force", [False, True])
 def test_file_that_appears_during_the_run_is_kept(at, force):
-    with pytest.raises(OutputError, match="exists already"), staged(at / "out", force=force):
+    with pytest.raises(OutputError, match="exists already"), staged(at / "out", JOB, force=force):
         small.write_json(at / "out", {"not": "ours"})
     assert (at / "out").is_file()
     assert not (at / PARTIAL).exists()
@@ -364,7 +438,7 @@ def test_folder_that_appears_during_the_run_is_kept(at, monkeypatch):
     with pytest.raises(OutputError, match="exists already"):
         merge(at, verify="none")
     assert [p.name for p in (at / "out").iterdir()] == ["thesis.txt"]
-    assert not (at / PARTIAL).exists()
+    assert done_bytes(at) > 0  # the folder can be moved out of the way, and the work is not lost
 
 
 # --- replacing ---
@@ -386,7 +460,7 @@ def test_force_keeps_the_old_output_until_the_new_one_is_in_place(at, monkeypatc
 
 
 @pytest.mark.parametrize("error", [disk(errno.EIO), KeyboardInterrupt()], ids=["EIO", "Ctrl-C"])
-def test_force_restores_the_old_output_when_the_rename_fails(at, monkeypatch, error):
+def test_force_restores_the_old_output_when_the_rename_fails(at, error):
     merge(at)
     before = small.entries(at)
     real = os.rename
@@ -396,62 +470,74 @@ def test_force_restores_the_old_output_when_the_rename_fails(at, monkeypatch, er
             raise error
         return real(source, target, **options)
 
-    monkeypatch.setattr(os, "rename", rename)
-    with pytest.raises((OutputError, KeyboardInterrupt)):
+    with pytest.MonkeyPatch.context() as patch:
+        swapless(patch)
+        patch.setattr(os, "rename", rename)
+        with pytest.raises((OutputError, KeyboardInterrupt)):
+            merge(at, force=True)
+    assert others(at) == before
+    merge(at, force=True)
+    check(at)
+
+
+@pytest.mark.parametrize("swaps", [True, False])
+def test_output_is_the_same_whether_or_not_folders_can_be_swapped(at, monkeypatch, swaps):
+    merge(at)
+    first = small.entries(at / "out")
+    (at / "out" / "config.json").write_text("{}")
+    if not swaps:
+        swapless(monkeypatch)
+    merge(at, force=True)
+    check(at)
+    assert small.entries(at / "out") == first
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can swap two folders")
+def test_output_is_never_absent_while_it_is_replaced(at, monkeypatch):
+    merge(at)
+    seen = []
+
+    def looking(name):
+        real = getattr(os, name)
+
+        def call(*args, **options):
+            seen.append((at / "out" / MANIFEST).is_file())
+            return real(*args, **options)
+
+        monkeypatch.setattr(os, name, call)
+
+    for name in ("rename", "fsync", "unlink", "rmdir"):
+        looking(name)
+    merge(at, force=True)
+    assert len(seen) > 10
+    assert all(seen)
+
+
+def test_folder_swapped_in_at_the_last_moment_is_given_back(at, monkeypatch):
+    merge(at)
+    real, made = staging._exchange, []
+
+    def exchange(one, other):
+        if not made:
+            (at / "out").rename(at / "moved")
+            (at / "out").mkdir()
+            (at / "out" / "thesis.txt").write_text("mine")
+        made.append(one)
+        return real(one, other)
+
+    monkeypatch.setattr(staging, "_exchange", exchange)
+    with pytest.raises(OutputError, match="changed meanwhile"):
         merge(at, force=True)
-    assert small.entries(at) == before
+    assert [p.name for p in (at / "out").iterdir()] == ["thesis.txt"]
+    assert done_bytes(at) > 0
 
 
 def test_folders_above_the_output_are_made_and_taken_back_on_failure(at, monkeypatch):
     output = at / "a" / "b" / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(Engine, "run", raiser(RuntimeError()))
-        with pytest.raises(RuntimeError):
+        patch.setattr(Engine, "run", raiser(ArithmeticRefusal("")))
+        with pytest.raises(ArithmeticRefusal):
             dora_export.merge(at / "base", at / "adapter", output)
     assert not (at / "a").exists()
     dora_export.merge(at / "base", at / "adapter", output)
     assert (output / MANIFEST).is_file()
-
-
-# --- signals ---
-
-
-def big_pair(at):
-    """A pair that takes a while: some 100 MB to be merged into float32."""
-    tensors = {f"model.layers.{i}.proj.weight": torch.randn(2048, 1024) for i in range(12)}
-    small.write_base(at / "base", tensors)
-    adapter = {}
-    for name in tensors:
-        key = small.PREFIX + name.removesuffix(".weight")
-        adapter |= {
-            f"{key}.lora_A.weight": torch.randn(4, 1024),
-            f"{key}.lora_B.weight": torch.randn(2048, 4),
-            f"{key}.lora_magnitude_vector": torch.rand(2048) + 0.5,
-        }
-    small.write_adapter(at / "adapter", adapter, r=4, target_modules=["proj"])
-
-
-@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL], ids=["SIGINT", "SIGKILL"])
-def test_signal_in_the_middle_leaves_no_output_and_the_next_run_is_whole(tmp_path, kind):
-    big_pair(tmp_path)
-    command = [sys.executable, "-m", "dora_export", "merge", "base", "adapter", "-o", "out",
-               "--verify", "full", "--threads", "1", "--precision", "float64"]  # fmt: skip
-    process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    weights = tmp_path / PARTIAL / "model.safetensors"
-    while not weights.exists() and process.poll() is None:
-        time.sleep(0.005)
-    assert process.poll() is None, process.communicate()
-    process.send_signal(kind)
-    _, err = process.communicate(timeout=30)
-    assert not (tmp_path / "out").exists()
-    if kind is signal.SIGINT:
-        assert process.returncode == 130
-        assert "nothing was published" in err
-        assert "Traceback" not in err
-        assert {p.name for p in tmp_path.iterdir()} == {"base", "adapter"}
-        return
-    assert (tmp_path / PARTIAL / MARK).exists()
-    merge(tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {"base", "adapter", "out"}

@@ -191,4 +191,4 @@ def _base(
     metadata = {"format": "pt"}
     if path.suffix == ".safetensors":
         metadata = dict(read_header(path).metadata) or metadata
-    return Checkpoint(path, (WeightFile("model.safetensors", kept, metadata),))
+    return Checkpoint(path, (WeightFile("model.safetensors", kept, metadata, path=path),))

@@ -91,9 +91,9 @@ def _weight_file(path: Path, allow_pickle: bool, name: str | None = None) -> Wei
     if path.suffix == ".safetensors":
         header = read_header(path)
         tensors = tuple(header.tensors.values())
-        return WeightFile(name, tensors, header.metadata, header.data_start)
+        return WeightFile(name, tensors, header.metadata, header.data_start, path)
     tensors = tuple(read_tensors(path, allow_pickle=allow_pickle).values())
-    return WeightFile(_safetensors_name(name), tensors)
+    return WeightFile(_safetensors_name(name), tensors, path=path)
 
 
 def _safetensors_name(name: str) -> str:

@@ -20,12 +20,14 @@ class WeightFile:
         tensors: In the order of their bytes.
         metadata: safetensors ``__metadata__``.
         data_start: Offset of the first data byte, 0 if unknown.
+        path: Where the tensors lie; None for a file that is only planned.
     """
 
     name: str
     tensors: tuple[TensorRef, ...]
     metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
     data_start: int = 0
+    path: Path | None = None
 
     @property
     def nbytes(self) -> int:

@@ -38,7 +38,7 @@ def run(output: Path, tokens: int) -> None:
     _say(f"dora-export inspect {adapter} --base {base}")
     click.echo(text.inspect_summary(api.inspect(adapter, base)))
     _say(f"dora-export merge {base} {adapter} -o {merged} --verify full")
-    report = api.merge(base, adapter, merged, verify="full", force=True)
+    report = api.merge(base, adapter, merged, verify="full", force=True, restart=True)
     click.echo(text.merge_summary(report, merged))
     if find_spec("transformers") is None:
         click.echo("\nto see both models write: pip install transformers")

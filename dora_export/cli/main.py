@@ -16,7 +16,7 @@ from dora_export.errors import DoraExportError
 F = TypeVar("F", bound=Callable[..., Any])
 
 EPILOG = """Exit codes: 0 done and right, 1 a check failed, 2 bad input or refused,
-3 could not check, 130 interrupted."""
+3 could not check, 130 interrupted: run it again to go on."""
 
 
 class _Group(click.Group):
@@ -39,7 +39,7 @@ def main() -> None:
         error.show()
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted; nothing was published. Run the same command again.", err=True)
+        click.echo("interrupted; nothing was published.", err=True)
         sys.exit(130)
 
 
@@ -122,6 +122,7 @@ def adapter_options(command: F) -> F:
     help="Check what was written before publishing it.",
 )
 @click.option("--force", is_flag=True, help="Replace an earlier output of this tool.")
+@click.option("--restart", is_flag=True, help="Drop what an interrupted merge left.")
 @click.option("--allow-merged-base", is_flag=True, help="Merge onto an already merged base.")
 @click.option("--dry-run", is_flag=True, help="Plan and check everything; write nothing.")
 @adapter_options
@@ -131,21 +132,103 @@ def merge(
     """Merge ADAPTER into BASE and publish plain weights as a folder.
 
     BASE and ADAPTER are folders, files or hub ids. A file that holds its own base (a state dict of
-    LinearWithDoRAMerged layers) needs no ADAPTER.
+    LinearWithDoRAMerged layers) needs no ADAPTER. A merge that was interrupted is resumed by the
+    same command.
     """
-    from dora_export import api  # noqa: PLC0415
-    from dora_export.cli import text  # noqa: PLC0415
+    from dora_export.cli.interrupt import interruptible  # noqa: PLC0415
 
-    with text.progress(f"merging into {output}", quiet=as_json or dry_run) as on_progress:
-        report = api.merge(
-            base, adapter or None, output, dry_run=dry_run, progress=on_progress, **options
-        )
+    with interruptible(output):
+        from dora_export import api  # noqa: PLC0415
+        from dora_export.cli import text  # noqa: PLC0415
+
+        with text.progress(f"merging into {output}", quiet=as_json or dry_run) as on_progress:
+            report = api.merge(
+                base, adapter or None, output, dry_run=dry_run, progress=on_progress, **options
+            )
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=2))
         return
     for warning in report.warnings:
         click.echo(f"{click.style('warning:', fg='yellow', bold=True)} {warning}", err=True)
     click.echo(text.merge_summary(report, output))
+
+
+@cli.command()
+@click.argument("base")
+@click.argument("adapter", nargs=-1)
+@click.argument("merged")
+@click.option(
+    "--level",
+    type=click.Choice(["fast", "full"]),
+    default="full",
+    show_default=True,
+    help="Every element, or sampled rows of every changed tensor.",
+)
+@click.option("--forward", is_flag=True, help="Run merged and unmerged model too.")
+@click.option(
+    "--prompt",
+    "prompts",
+    multiple=True,
+    metavar="TEXT",
+    help="Text to run them on; implies --forward. Repeatable.",
+)
+@click.option(
+    "--html", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as a page."
+)
+@click.option("--force", is_flag=True, help="Let --html replace any file.")
+@click.option("--dtype", help="bf16, fp16 or fp32 that all weights should have.")
+@click.option("--strength", type=float, help="Strength that was merged with.")
+@click.option(
+    "--zero-norm",
+    type=click.Choice(["refuse", "zero", "keep-base"]),
+    help="Rows without direction, as merge treated them.",
+)
+@click.option(
+    "--fan-in-fan-out/--no-fan-in-fan-out",
+    default=None,
+    help="Square weights are stored (in, out), or not. Default: by model type.",
+)
+@click.option("--threads", type=int, help="Workers. Default: one per CPU.")
+@adapter_options
+def verify(
+    base: str, adapter: tuple[str, ...], merged: str, html: Path | None, force: bool,
+    as_json: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Prove that MERGED is BASE with ADAPTER merged in, whichever tool wrote it.
+
+    Compares every file, name and untouched byte, and every changed value with the exact one. Ends
+    with 0 if all is right, 1 if something is wrong, 3 if something could not be checked. dtype,
+    strength and zero-norm default to what the merged model's manifest says. A base that holds its
+    own adapter needs no ADAPTER.
+    """
+    from dora_export import api  # noqa: PLC0415
+    from dora_export.cli import text  # noqa: PLC0415
+    from dora_export.verify.page import page  # noqa: PLC0415
+    from dora_export.writers import page_file  # noqa: PLC0415
+
+    if html is not None:
+        page_file.check_target(html, force=force)  # before minutes of work
+    options["forward"] = options["forward"] or bool(options["prompts"])
+    with text.progress(f"verifying {merged}", quiet=as_json, unit="values", end="summing up") as on:
+        report = api.verify(base, adapter or None, merged, progress=on, **options)
+    if html is not None:
+        page_file.write(html, page(report), force=force)
+    if as_json:
+        click.echo(json.dumps(report.to_dict(), indent=2, allow_nan=False))
+    else:
+        click.echo(text.verify_summary(report))
+        if html is not None:
+            click.echo(f"-> {html}")
+    click.get_current_context().exit(report.exit_code)
+
+
+@cli.command()
+@click.argument("code", required=False)
+def explain(code: str | None) -> None:
+    """Say what a finding of verify means and what to do; without CODE, list them all."""
+    from dora_export.cli import explain as explain_command  # noqa: PLC0415
+
+    click.echo(explain_command.table() if code is None else explain_command.entry(code))
 
 
 @cli.command()

@@ -7,34 +7,69 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import click
 
 from dora_export.api import Progress
+from dora_export.cli.explain import COLOURS
+from dora_export.errors import shown
 from dora_export.report import Engine, InspectReport, MergeReport
+from dora_export.verify.model import TensorResult, TierResult, Verdict, VerifyReport
+from dora_export.verify.statement import (
+    Group,
+    State,
+    accuracy,
+    groups,
+    headline,
+    misrounded,
+    tier_state,
+)
+from dora_export.words import compact, count, number, share, size
 
 LINE_SECONDS = 10.0  # between two plain progress lines
+LISTED = 8  # findings of one kind told one by one; more are told by their places
+WORST = 5  # tensors
+Unit = Literal["bytes", "values"]
 MARKS = {"yes": ("✓", "green"), "no": ("✗", "red"), "wrong": ("!", "yellow")}
+
+VERDICTS: dict[Verdict, tuple[str, str]] = {
+    "right": ("✓", "green"), "wrong": ("✗", "red"), "unchecked": ("?", "yellow")
+}  # fmt: skip
+STATES: dict[State, tuple[str, str]] = {
+    "right": VERDICTS["right"], "wrong": VERDICTS["wrong"], "unchecked": VERDICTS["unchecked"],
+    "warning": ("!", "yellow"), "skipped": ("–", "yellow"),
+}  # fmt: skip
 
 
 @contextmanager
-def progress(what: str, *, quiet: bool) -> Iterator[Progress | None]:
-    """Yield a callback for bytes done and in all, shown on stderr; None if ``quiet``."""
+def progress(
+    what: str, *, quiet: bool, unit: Unit = "bytes", end: str = "checking and publishing"
+) -> Iterator[Progress | None]:
+    """Yield a callback for what is done and in all, shown on stderr; None if ``quiet``.
+
+    Args:
+        what: What goes on, until all is done.
+        quiet: Show nothing.
+        unit: What is counted.
+        end: What goes on after that.
+    """
     if quiet:
         yield None
     elif sys.stderr.isatty():
-        with _bar(what) as on_progress:
+        with _bar(what, unit, end) as on_progress:
             yield on_progress
     else:
-        yield _lines(what)
+        yield _lines(what, unit)
 
 
 @contextmanager
-def _bar(what: str) -> Iterator[Progress]:
+def _bar(what: str, unit: Unit, end: str) -> Iterator[Progress]:
     from rich.console import Console  # noqa: PLC0415 - a tenth of a second, for terminals only
     from rich.progress import (  # noqa: PLC0415
         BarColumn,
         DownloadColumn,
+        TaskProgressColumn,
         TextColumn,
         TimeRemainingColumn,
         TransferSpeedColumn,
@@ -44,40 +79,37 @@ def _bar(what: str) -> Iterator[Progress]:
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
+        *(
+            (DownloadColumn(), TransferSpeedColumn())
+            if unit == "bytes"
+            else (TaskProgressColumn(),)
+        ),
         TimeRemainingColumn(),
     )
     bar = RichProgress(*columns, console=Console(stderr=True), transient=True)
     task = bar.add_task(what, total=None)
 
     def show(done: int, total: int) -> None:
-        phase = what if done < total else "checking and publishing"
+        phase = what if done < total else end
         bar.update(task, description=phase, completed=done, total=total)
 
     with bar:
         yield show
 
 
-def _lines(what: str) -> Progress:
+def _lines(what: str, unit: Unit) -> Progress:
     last = time.monotonic()
+    counted = size if unit == "bytes" else "{:,}".format
 
     def show(done: int, total: int) -> None:
         nonlocal last
         if time.monotonic() - last >= LINE_SECONDS:
             last = time.monotonic()
-            click.echo(f"{what}: {size(done)} of {size(total)} ({done / total:.0%})", err=True)
+            click.echo(
+                f"{what}: {counted(done)} of {counted(total)} ({done / total:.0%})", err=True
+            )
 
     return show
-
-
-def size(nbytes: float) -> str:
-    """Return bytes as people write them, in powers of ten."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(nbytes) < 1000 or unit == "GB":
-            break
-        nbytes /= 1000
-    return f"{nbytes:.0f} {unit}" if unit == "B" or nbytes >= 100 else f"{nbytes:.1f} {unit}"
 
 
 def merge_summary(report: MergeReport, output: Path) -> str:
@@ -86,7 +118,7 @@ def merge_summary(report: MergeReport, output: Path) -> str:
     counts = report.tensors
     kind = f"{report.adapter_format}, magnitude {report.magnitude}"
     kind = kind if report.method == "DoRA" else report.adapter_format
-    head = f"{done} {_count(counts.get('merged', 0), f'{report.method} tensor')} ({kind})"
+    head = f"{done} {count(counts.get('merged', 0), f'{report.method} tensor')} ({kind})"
     rest = [f"{counts[s]} {s}" for s in ("replaced", "added", "cast", "unchanged") if s in counts]
     ignored = f", {len(report.ignored)} ignored" if report.ignored else ""
     lines = [
@@ -95,10 +127,14 @@ def merge_summary(report: MergeReport, output: Path) -> str:
         f" · base tensors {', '.join(rest) or 'all merged'} · names {report.names}",
         f"  {report.dtypes[0]} -> {report.dtypes[1]}, math {report.precision} or better"
         f" · {_verified(report)}",
-        f"  {size(report.output_bytes)} in {_count(len(report.files), 'weight file')}"
-        f" and {_count(len(report.side_files), 'side file')}"
+        f"  {size(report.output_bytes)} in {count(len(report.files), 'weight file')}"
+        f" and {count(len(report.side_files), 'side file')}"
         f" · {_memory(report)} · {report.seconds:.1f} s",
     ]
+    if report.resumed_bytes:
+        there, whole = size(report.resumed_bytes), size(report.weight_bytes)
+        resumed, were = ("would resume", "are") if report.dry_run else ("resumed", "were")
+        lines.append(f"  {resumed}: {there} of {whole} {were} already there")
     lines += [f"  {note}" for note in report.notes]
     lines.append(
         "nothing written (--dry-run)"
@@ -106,10 +142,6 @@ def merge_summary(report: MergeReport, output: Path) -> str:
         else f"-> {output}/   manifest {output / 'dora_export.json'}"
     )
     return "\n".join(lines)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
 def _verified(report: MergeReport) -> str:
@@ -162,3 +194,93 @@ def inspect_summary(report: InspectReport) -> str:
 def _engine(engine: Engine) -> str:
     mark, colour = MARKS[engine.takes]
     return f"    {click.style(mark, fg=colour)} {engine.name:<20} {engine.why}"
+
+
+def verify_summary(report: VerifyReport) -> str:
+    """Return what a verification found: the verdict first, then every finding."""
+    sign, colour = VERDICTS[report.verdict]
+    found = groups(report.findings)
+    lines = [click.style(f"{sign} {headline(report)}", fg=colour, bold=True)]
+    lines += [_tier(report, tier) for tier in report.tiers]
+    lines += _accuracy(report)
+    for group in found:
+        lines += _finding(group)
+    lines += _worst(report)
+    lines += [f"  note: {shown(note, 500)}" for note in report.notes]
+    memory = (
+        "" if report.peak_rss_bytes is None else f" · peak memory {size(report.peak_rss_bytes)}"
+    )
+    lines.append(
+        f"  {shown(report.method)} · {report.level} · written by {shown(report.maker)}"
+        f" · {report.seconds:.1f} s{memory}"
+    )
+    telling = [g.meaning.code for g in found if g.meaning.severity != "note"] or [
+        g.meaning.code for g in found
+    ]
+    if telling:
+        lines.append(f"what it means and what to do: dora-export explain {telling[0]}")
+    return "\n".join(lines)
+
+
+def _tier(report: VerifyReport, tier: TierResult) -> str:
+    state = tier_state(report, tier)
+    sign, colour = STATES[state]
+    seconds = click.style(f"  {tier.seconds:.1f} s", dim=True) if tier.ran else ""
+    summary = shown(tier.summary, 300) if tier.ran else f"not run: {shown(tier.summary, 300)}"
+    return f"  {click.style(sign, fg=colour)} {tier.tier:<8} {summary}{seconds}"
+
+
+def _accuracy(report: VerifyReport) -> list[str]:
+    lines = []
+    for kind, found in accuracy(report):
+        best = "" if kind == "exact" else " (best: 0.5 ulp, none)"
+        lines.append(
+            f"    {kind}: {count(found.tensors, 'tensor')}, "
+            f"{found.elements:,} {found.dtypes} values, worst "
+            f"{number(found.worst.max_ulp, ascii_only=True)} ulp, "
+            f"{misrounded(found.misrounded, ascii_only=True)}{best}"
+        )
+    return lines
+
+
+def _finding(group: Group) -> list[str]:
+    """Return a heading and every place: with what was found, or folded where there are many."""
+    meaning, found = group.meaning, group.findings
+    severity = click.style(meaning.severity, fg=COLOURS[meaning.severity], bold=True)
+    many = f" ({len(found):,} times)" if len(found) > 1 else ""
+    lines = [f"{severity}: {click.style(meaning.code, bold=True)}, {meaning.title}{many}"]
+    if len(found) <= LISTED:
+        return lines + [f"    {shown(f.where)}: {shown(f.what, 300)}" for f in found]
+    lines += [f"    {shown(name, 200)}" for name in compact(f.where for f in found)]
+    return [*lines, f"    e.g. {shown(found[0].where)}: {shown(found[0].what, 300)}"]
+
+
+def _worst(report: VerifyReport) -> list[str]:
+    """Return the tensors that are furthest from exact, where any is worth a look."""
+    compared = [t for t in report.tensors if t.status != "unchecked"]
+    if all(t.status == "exact" for t in compared):
+        return []
+    order = sorted(compared, key=lambda t: (t.status != "wrong", -t.max_ulp))[:WORST]
+    rows = [("worst tensors", "ulp", "not rounded right", "error/least", "update"),
+            *map(_tensor, order)]  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            [
+                f"{row[0]:<{widths[0]}}",
+                *(f"{c:>{w}}" for c, w in zip(row[1:], widths[1:], strict=True)),
+            ]
+        )
+        for row in rows
+    ]
+    return [click.style(f"  {lines[0]}", dim=True), *(f"  {line}" for line in lines[1:])]
+
+
+def _tensor(tensor: TensorResult) -> tuple[str, ...]:
+    return (
+        shown(tensor.name, 70),
+        number(tensor.max_ulp, ascii_only=True),
+        share(tensor.misrounded, ascii_only=True),
+        number(tensor.error_ratio, ascii_only=True),
+        number(tensor.update_size, 2, ascii_only=True),
+    )

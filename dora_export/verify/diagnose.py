@@ -221,12 +221,13 @@ def _scalings(sample: Sample, finish: Callable[[Floats], Floats]) -> Iterator[Ca
     s, root = sample.scaling, math.sqrt(sample.rank)
     if not s:
         return
-    usual = {
-        1.0: "alpha left out",
-        s * root: "alpha/sqrt(r) for alpha/r",
-        s / root: "alpha/r for alpha/sqrt(r)",
-        s * sample.rank: "alpha, not divided by r",
-    }
+    usual = {1.0: "alpha left out"}
+    if sample.rank:
+        usual |= {
+            s * root: "alpha/sqrt(r) for alpha/r",
+            s / root: "alpha/r for alpha/sqrt(r)",
+            s * sample.rank: "alpha, not divided by r",
+        }
     fitted = _fitted_scaling(sample)
     for other, why in (*usual.items(), (fitted, "")) if fitted else usual.items():
         if abs(other - s) > 1e-3 * abs(s):
@@ -256,13 +257,14 @@ def _norm(lines: Floats) -> Floats:
 
 def _lengths(sample: Sample) -> Iterator[Candidate]:
     """Yield lines of the right direction and of the lengths found."""
-    if sample.magnitude is None or not np.isfinite(sample.merged).all():
+    if not np.isfinite(sample.merged).all():
         return
     along = np.einsum("ij,ij->i", sample.merged, sample.exact)
     size = np.einsum("ij,ij->i", sample.exact, sample.exact)
     share = along / np.where(size == 0, np.inf, size)
     what = f"lengths are {share.min():.4g} to {share.max():.4g} of the right ones"
-    yield Candidate("magnitude-other", what, sample.exact * share[:, None])
+    code = "wrong-values" if sample.magnitude is None else "magnitude-other"
+    yield Candidate(code, what, sample.exact * share[:, None])
 
 
 def _mixed_up(

@@ -138,11 +138,15 @@ class VerifyReport:
 
     @property
     def verdict(self) -> Verdict:
-        """Wrong if anything is, else unchecked if anything could not be checked."""
-        found = {f.severity for f in self.findings}
+        """Wrong if anything is; unchecked if something, or everything, was left open; else right.
+
+        A tensor's own status counts as well as the findings, so that none can be forgotten.
+        """
+        found = {f.severity for f in self.findings} | {t.status for t in self.tensors}
         if "wrong" in found:
             return "wrong"
-        return "unchecked" if "unchecked" in found else "right"
+        ran = any(t.ran for t in self.tiers)
+        return "right" if ran and "unchecked" not in found else "unchecked"
 
     @property
     def exit_code(self) -> int:

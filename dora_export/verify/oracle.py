@@ -147,10 +147,13 @@ def _tier(tensors: Sequence[TensorResult], level: Level, seconds: float) -> Tier
     scope = "every element" if level == "full" else "sampled rows"
     words = ", ".join(f"{counts[s]} {s}" for s in ("exact", "rounded", "wrong", "unchecked")
                       if counts[s])  # fmt: skip
-    summary = (
-        f"{len(tensors)} changed tensors, {scope}: {words}; worst {worst.max_ulp:.3g} ulp in "
-        f"{shown(worst.name)}"
-    )
+    if counts["rounded"]:
+        # not in ulps: an element that all but cancels counts millions of them
+        ratio = max(t.error_ratio for t in tensors if t.status == "rounded")
+        far = f"error at most {ratio:.2g} times that of rounding once"
+    else:
+        far = f"worst {worst.max_ulp:.3g} ulp in {shown(worst.name)}"
+    summary = f"{len(tensors)} changed tensors, {scope}: {words}; {far}"
     figures = {
         "tensors": dict(counts),
         "elements": compared,

@@ -2,7 +2,8 @@
 
 Writing is at the speed of copying: space is reserved first, untouched ranges are copied by the
 kernel (shared, on file systems that can), and finished data is sent to the disk while the rest is
-still being computed, so that the final sync has little left to do.
+still being computed, so that the final sync has little left to do. Whoever keeps a journal is told
+which bytes are on the disk, after they are.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -23,27 +24,46 @@ from numpy.typing import NDArray
 
 from dora_export.errors import OutputError
 from dora_export.tensors import FileRange
+from dora_export.writers.ranges import Ranges
 
 SYNC_BYTES = 128 << 20  # unsynced bytes of one file after which a sync starts in the background
 COPY_CHUNK = 8 << 20
 
 
-class _File:
-    """One output file: opened when its first byte comes, closed and synced when all are in."""
+Synced = Callable[[Mapping[str, Ranges]], None]
 
-    def __init__(self, path: Path, nbytes: int) -> None:
-        self.path, self.nbytes = path, nbytes
+
+class _File:
+    """One output file: opened when its first byte comes, closed and synced when all are in.
+
+    Attributes:
+        held: Bytes that were on the disk before this run.
+        finished: Bytes that are held, or have been written.
+        pending: Of those, the ones that no sync has been started for.
+        queued: A sync has been asked for that has not begun.
+        failed: A sync has failed: which bytes are on the disk cannot be known any more.
+    """
+
+    def __init__(self, path: Path, nbytes: int, held: Ranges) -> None:
+        self.path, self.nbytes, self.held = path, nbytes, held
         self.lock = threading.Lock()
         self.descriptor: int | None = None
-        self.left = nbytes
-        self.unsynced = 0
+        self.finished, self.pending = Ranges(held), Ranges()
+        self.queued = self.synced_once = self.failed = False
+
+    @property
+    def complete(self) -> bool:
+        return self.finished.covers(0, self.nbytes)
 
     def open(self) -> int:
         with self.lock:
             if self.descriptor is None:
-                flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
-                flags |= getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-                descriptor = os.open(self.path, flags, 0o666)
+                flags = os.O_RDWR | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+                if self.held:
+                    flags |= getattr(os, "O_NOFOLLOW", 0)
+                    self.descriptor = os.open(self.path, flags)
+                    return self.descriptor
+                descriptor = os.open(self.path, flags | os.O_CREAT | os.O_EXCL, 0o666)
                 try:
                     _reserve(descriptor, self.nbytes)
                 except OSError:
@@ -52,22 +72,43 @@ class _File:
                 self.descriptor = descriptor
             return self.descriptor
 
+    def finish(self, start: int, stop: int) -> bool:
+        """Note that bytes have been written; return whether it is time to ask for a sync."""
+        with self.lock:
+            self.finished.add(start, stop)
+            self.pending.add(start, stop)
+            due = not self.queued and (self.complete or self.pending.nbytes >= SYNC_BYTES)
+            self.queued = self.queued or due
+            return due
+
 
 class FileSink:
     """Files of known sizes that pieces are written into, in any order, from any thread.
 
     Use as a context manager; on leaving without an error all files are complete and on the disk.
+    On leaving with an error what is finished is put on the disk, and told of, as well.
 
     Args:
-        paths: Files to make; none may exist.
+        paths: Files to make; none may exist, but for those of which ``held`` has bytes.
         sizes: Their sizes in bytes.
+        held: For each file the bytes that are on the disk already, if any.
+        on_synced: Called from a thread of its own with file names and ranges whose bytes have come
+            to the disk, and after that the file's entry in its folder.
     """
 
-    def __init__(self, paths: Sequence[Path], sizes: Sequence[int]) -> None:
-        self._files = [_File(p, n) for p, n in zip(paths, sizes, strict=True)]
-        self._to_sync: queue.SimpleQueue[tuple[_File, bool] | None] = queue.SimpleQueue()
-        self._unsynced: tuple[Path, OSError] | None = None
-        self._syncer = threading.Thread(target=self._sync, name="sync", daemon=True)
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        sizes: Sequence[int],
+        held: Sequence[Ranges] = (),
+        on_synced: Synced = lambda _: None,
+    ) -> None:
+        held = held or [Ranges() for _ in paths]
+        self._files = [_File(p, n, h) for p, n, h in zip(paths, sizes, held, strict=True)]
+        self._on_synced = on_synced
+        self._to_sync: queue.SimpleQueue[_File | None] = queue.SimpleQueue()
+        self._failure: BaseException | None = None
+        self._syncer = threading.Thread(target=self._sync_files, name="sync", daemon=True)
 
     def __enter__(self) -> FileSink:
         self._syncer.start()
@@ -79,6 +120,8 @@ class FileSink:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        for file in self._files:
+            self._to_sync.put(file)
         self._to_sync.put(None)
         self._syncer.join()
         for file in self._files:
@@ -86,14 +129,19 @@ class FileSink:
                 os.close(file.descriptor)
                 file.descriptor = None
         if kind is None:
-            if self._unsynced is not None:
-                raise _refusal(*self._unsynced) from self._unsynced[1]
-            unfinished = [f.path.name for f in self._files if f.left]
+            if self._failure is not None:
+                raise self._failure
+            unfinished = [f.path.name for f in self._files if not f.complete]
             assert not unfinished, f"Bug: bytes were never written: {unfinished}"
+
+    def holds(self, file: int, offset: int, nbytes: int) -> bool:
+        """Return whether bytes were on the disk before this run."""
+        return self._files[file].held.covers(offset, offset + nbytes)
 
     def write_header(self, file: int, header: bytes) -> None:
         """Put a file's first bytes into place."""
-        self.write(file, 0, np.frombuffer(header, np.uint8))
+        if not self.holds(file, 0, len(header)):
+            self.write(file, 0, np.frombuffer(header, np.uint8))
 
     def write(self, file: int, offset: int, data: NDArray[np.uint8]) -> None:
         """Put bytes into an output file.
@@ -102,16 +150,9 @@ class FileSink:
             OutputError: The disk is full, or writing fails.
         """
         target = self._files[file]
-        view, done = data.reshape(-1).data, 0
-        try:
-            descriptor = target.open()
-            # The kernel lets one writer into a file at a time and lets others spin: queue here.
-            with target.lock:
-                while done < len(view):
-                    done += _pwrite(descriptor, view[done:], offset + done)
-        except OSError as error:
-            raise _refusal(target.path, error) from error
-        self._account(target, len(view))
+        view = data.reshape(-1).data
+        self._put(target, offset, view)
+        self._finish(target, offset, offset + len(view))
 
     def copy(self, file: int, offset: int, source: FileRange) -> None:
         """Put a range of another file into an output file.
@@ -124,36 +165,60 @@ class FileSink:
         try:
             descriptor = target.open()
         except OSError as error:
-            raise _refusal(target.path, error) from error
+            raise refusal(target.path, error) from error
         done = _kernel_copy(source, descriptor, offset)
-        self._account(target, done)
         while done < source.nbytes:
             chunk = np.empty(min(COPY_CHUNK, source.nbytes - done), np.uint8)
             source.read(done, chunk)
-            self.write(file, offset + done, chunk)
+            self._put(target, offset + done, chunk.data)
             done += chunk.size
+        # Only now, in one go: a file is closed as soon as all of its bytes are said to be in.
+        self._finish(target, offset, offset + source.nbytes)
 
-    def _account(self, file: _File, nbytes: int) -> None:
-        with file.lock:
-            file.left -= nbytes
-            file.unsynced += nbytes
-            complete = file.left == 0
-            if complete or file.unsynced >= SYNC_BYTES:
-                file.unsynced = 0
-                self._to_sync.put((file, complete))
+    def _put(self, target: _File, offset: int, view: memoryview) -> None:
+        done = 0
+        try:
+            descriptor = target.open()
+            # The kernel lets one writer into a file at a time and lets others spin: queue here.
+            with target.lock:
+                while done < len(view):
+                    done += _pwrite(descriptor, view[done:], offset + done)
+        except OSError as error:
+            raise refusal(target.path, error) from error
 
-    def _sync(self) -> None:
-        while (item := self._to_sync.get()) is not None:
-            file, complete = item
-            descriptor = file.descriptor
-            assert descriptor is not None, "Bug: a file is closed only when it is complete"
+    def _finish(self, target: _File, start: int, stop: int) -> None:
+        if target.finish(start, stop):
+            self._to_sync.put(target)
+        if self._failure is not None:
+            raise self._failure  # of a sync: no use in going on
+
+    def _sync_files(self) -> None:
+        while (file := self._to_sync.get()) is not None:
             try:
-                os.fsync(descriptor)
-            except OSError as error:  # told to the caller when the block ends
-                self._unsynced = self._unsynced or (file.path, error)
-            if complete:
-                file.descriptor = None
-                os.close(descriptor)
+                self._sync(file)
+            except BaseException as error:  # raised where the next bytes are finished
+                self._failure = self._failure or error
+
+    def _sync(self, file: _File) -> None:
+        """Put what is finished on the disk, then tell of it: never of bytes that came later."""
+        with file.lock:
+            ranges, file.pending, file.queued = file.pending, Ranges(), False
+            descriptor, complete = file.descriptor, file.complete
+        if descriptor is None or not ranges or file.failed:
+            return
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            # The kernel forgets which bytes it could not write: a later sync would prove nothing.
+            file.failed = True
+            raise refusal(file.path, error) from error
+        if not file.synced_once:
+            sync_folder(file.path.parent)
+            file.synced_once = True
+        self._on_synced({file.path.name: ranges})
+        if complete:
+            file.descriptor = None
+            os.close(descriptor)
 
 
 def sync_folder(folder: Path) -> None:
@@ -168,7 +233,7 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system that cannot
-            raise _refusal(folder, error) from error
+            raise refusal(folder, error) from error
 
 
 def write_small(path: Path, data: bytes) -> None:
@@ -179,7 +244,7 @@ def write_small(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise _refusal(path, error) from error
+        raise refusal(path, error) from error
 
 
 def _reserve(descriptor: int, nbytes: int) -> None:
@@ -226,7 +291,8 @@ def _pwrite(descriptor: int, data: memoryview, offset: int) -> int:
     return os.write(descriptor, data)
 
 
-def _refusal(path: Path, error: OSError) -> OutputError:
+def refusal(path: Path, error: OSError) -> OutputError:
+    """Return what to tell the user of a failure to write a file."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return OutputError(
             f"{path}: {error.strerror} while writing. Nothing was published; free some space and "

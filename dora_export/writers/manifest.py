@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import platform
@@ -20,12 +19,12 @@ from dora_export.engine import Resources
 from dora_export.errors import InputError, PlanError, shown
 from dora_export.naming import parse_map_prefix
 from dora_export.plan import Plan, Settings
-from dora_export.tensors import DTYPES, FileRange
+from dora_export.tensors import DTYPES
+from dora_export.writers.identity import base_files, known_digest
 from dora_export.writers.side_files import SideFile, licence
 from dora_export.writers.staging import MANIFEST
 
 SCHEMA = 1
-HASH_CHUNK = 1 << 20
 
 
 def refuse_merged_base(folder: Path | None, *, allow: bool) -> None:
@@ -101,20 +100,32 @@ def _stored_settings(said: Mapping[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def manifest(plan: Plan, resources: Resources, side_files: tuple[SideFile, ...]) -> dict[str, Any]:
-    """Return the manifest's content. It holds no times, so equal runs give equal bytes."""
+def manifest(
+    plan: Plan,
+    resources: Resources,
+    side_files: tuple[SideFile, ...],
+    digests: Mapping[Path, str],
+) -> dict[str, Any]:
+    """Return the manifest's content. It holds no times, so equal runs give equal bytes.
+
+    Args:
+        plan: The plan.
+        resources: What the run used.
+        side_files: What was taken over.
+        digests: SHA-256 of the adapter's files.
+    """
     settings = plan.settings
     return {
         "schema": SCHEMA,
         "tool": {"name": "dora-export", "version": __version__},
         "base": {
             "path": plan.base.model_name,
-            "files": [_weight_file(f) for f in _sources(plan)],
+            "files": [_weight_file(f) for f in base_files(plan)],
         },
         "adapter": {
             "path": plan.adapter.path.name,
             "format": plan.adapter.format,
-            "files": [{**_weight_file(f), "sha256": sha256(f)} for f in plan.adapter.files],
+            "files": [{**_weight_file(f), "sha256": d} for f, d in digests.items()],
             "settings": dict(plan.adapter.facts),
             "names": plan.rule,
             "ignored": dict(plan.ignored),
@@ -165,29 +176,8 @@ def model_card(plan: Plan) -> bytes:
     return "\n".join(lines).encode()
 
 
-def sha256(path: Path) -> str:
-    """Return the hex digest of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(HASH_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _sources(plan: Plan) -> list[Path]:
-    """Return the base's weight files, each once, in order."""
-    paths = [
-        t.source.path
-        for file in plan.base.files
-        for t in file.tensors
-        if isinstance(t.source, FileRange)
-    ]
-    return list(dict.fromkeys(paths)) or [plan.base.path]
-
-
 def _weight_file(path: Path) -> dict[str, Any]:
     entry: dict[str, Any] = {"name": path.name, "bytes": path.stat().st_size}
-    blob = path.resolve().name
-    if path.is_symlink() and len(blob) == 64:
-        entry["sha256"] = blob  # the Hugging Face cache names large files by their digest
+    if (digest := known_digest(path)) is not None:
+        entry["sha256"] = digest
     return entry

@@ -1,0 +1,539 @@
+"""The reference: a base model that computes with an adapter, without ever merging a product.
+
+A weight that the adapter changes by a product or a norm becomes a tensor that knows both parts
+(``Unmerged``). Where the model multiplies by it, the result is put together from activations:
+``f * (x W^T) + f * s ((x A^T) B^T)`` with ``f = m / (||W + s B A|| + eps)``. Any other use of such
+a weight is an error, so no part of a model can quietly go on with the base's values. Weights that
+are replaced or added to by stored values just have other values.
+
+The norms are this module's own: float64, in blocks of rows, from the stored bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 - the name that everyone gives it
+
+from dora_export.plan import Settings, Step
+from dora_export.tensors import Operand, TensorRef
+from dora_export.update import Change, Over, Product
+from dora_export.verify.measured import Unsupported
+
+BLOCK_ELEMENTS = 1 << 21  # float64 elements of one block of rows while norms are computed
+
+
+# --- numbers of the adapter
+
+
+def stored(ref: TensorRef, start: int = 0, stop: int | None = None) -> Tensor:
+    """Return elements ``[start, stop)`` of a stored tensor, flat, in its own dtype."""
+    dtype: torch.dtype = getattr(torch, ref.dtype.torch)
+    return torch.from_numpy(ref.raw(start, stop)).view(dtype)
+
+
+def _operand(operand: Operand) -> Tensor:
+    """Return an adapter tensor, arranged, in float64."""
+    values = operand.value(lambda ref: stored(ref).double().numpy())
+    return torch.from_numpy(values.copy())
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """A magnitude and the norm it is divided by.
+
+    Attributes:
+        over: Whether they belong to rows or to columns.
+        magnitude: m, one per row or column group of the change.
+        eps: Added to the norm.
+        first: Row of the weight that the change begins with.
+        group: Neighbouring columns that share one norm.
+        factor: ``m / (norm + eps)``, one per row of the weight (1 where the change is not), or one
+            per column group; 0 where the norm is.
+        kept: 1 for rows or columns that then keep the base's values, else 0; None: there are none.
+    """
+
+    over: Over
+    magnitude: Tensor
+    eps: float
+    first: int
+    group: int
+    factor: Tensor
+    kept: Tensor | None
+
+    def to(self, dtype: torch.dtype) -> Norm:
+        """Return the factors rounded to another precision."""
+        kept = None if self.kept is None else self.kept.to(dtype)
+        return replace(
+            self, magnitude=self.magnitude.to(dtype), factor=self.factor.to(dtype), kept=kept
+        )
+
+    def measured(self, V: Tensor) -> Norm:
+        """Return the factors as the precision of ``V``, rows and columns, gives them."""
+        if self.over == "row":
+            count = len(self.magnitude)
+            norm = torch.linalg.vector_norm(V[self.first : self.first + count], dim=1)
+            factor = _padded(self.magnitude / (norm + self.eps), self.first, len(V), 1.0)
+        else:
+            norm = torch.linalg.vector_norm(V.reshape(len(V), -1, self.group), dim=(0, 2))
+            factor = self.magnitude / (norm + self.eps)
+        return replace(self, factor=torch.where(self.factor == 0, self.factor, factor))
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """One change of a weight, as numbers: stored terms, as in ``update.Change``.
+
+    Attributes:
+        left: ``(rows, rank)``, or None.
+        right: ``(rank, columns)``, or None.
+        scaling: Factor on ``left @ right``.
+        norm: What the sum is multiplied by and divided by, or None.
+        value: Values of the weight's shape that are added, or that replace it, or None.
+        replaces: Whether ``value`` replaces.
+    """
+
+    left: Tensor | None = None
+    right: Tensor | None = None
+    scaling: float = 1.0
+    norm: Norm | None = None
+    value: Tensor | None = None
+    replaces: bool = False
+
+    def to(self, dtype: torch.dtype) -> Term:
+        """Return the term rounded to another precision."""
+        return replace(
+            self,
+            left=None if self.left is None else self.left.to(dtype),
+            right=None if self.right is None else self.right.to(dtype),
+            norm=None if self.norm is None else self.norm.to(dtype),
+            value=None if self.value is None else self.value.to(dtype),
+        )
+
+    def measured(self, W: Tensor) -> Term:
+        """Return the term with its norms as the precision of ``W`` gives them."""
+        if self.norm is None:
+            return self
+        V = W.reshape(W.shape[0], -1)
+        if self.left is not None and self.right is not None:
+            V = V + self.scaling * (self.left @ self.right)
+        return replace(self, norm=self.norm.measured(V))
+
+
+def terms(step: Step, settings: Settings) -> tuple[Term, ...]:
+    """Return a step's changes as float64 numbers, norms included.
+
+    Raises:
+        Unsupported: A change is about a part of the weight that no activation form covers.
+    """
+    return tuple(_term(step, position, settings) for position in range(len(step.changes)))
+
+
+def _term(step: Step, position: int, settings: Settings) -> Term:
+    change, shape = step.changes[position], step.shape
+    rows, columns = _matrix(shape)
+    if change.columns != columns:
+        raise Unsupported(step.name, f"a part of a fused weight {shape} is changed")
+    first = change.start // columns
+    if change.value is not None:
+        return Term(value=_value(step, change), replaces=change.kind != "add")
+    left = right = norm = None
+    if change.delta is not None:
+        if not isinstance(change.delta, Product):
+            kind = type(change.delta).__name__
+            raise Unsupported(step.name, f"its update is no low-rank product ({kind})")
+        left, right = _operand(change.delta.left), _operand(change.delta.right)
+    if change.magnitude_is_factor:
+        raise Unsupported(step.name, "its magnitudes were divided by the norm beforehand")
+    if change.magnitude is not None:
+        norm = _norm(step, position, left, right, settings)
+    if left is not None:
+        left = _padded(left, first, rows, 0.0)
+    return Term(left, right, change.scaling, norm)
+
+
+def _norm(
+    step: Step, position: int, left: Tensor | None, right: Tensor | None, settings: Settings
+) -> Norm:
+    """Return a change's magnitude and norm, float64.
+
+    Source: arXiv:2402.09353, eq. 5.
+    """
+    change, rows = step.changes[position], _matrix(step.shape)[0]
+    assert change.magnitude is not None, "Bug: a norm without a magnitude"
+    assert change.over is not None, "Bug: a magnitude of neither rows nor columns"
+    if change.over == "column" and change.rows != rows:
+        raise Unsupported(step.name, "a part of it has norms across its rows")
+    m = _operand(change.magnitude)
+    length = _squares(step, position, left, right).sqrt()
+    zero = length == 0
+    factor = torch.where(zero, 0.0, m / torch.where(zero, 1.0, length + change.eps))
+    base_stays = zero & (m != 0)
+    kept = None
+    if settings.zero_norm == "keep-base" and bool(base_stays.any()):
+        kept = base_stays.double()
+    first = change.start // change.columns
+    if change.over == "row":
+        factor = _padded(factor, first, rows, 1.0)
+        kept = None if kept is None else _padded(kept, first, rows, 0.0)
+    return Norm(change.over, m, change.eps, first, change.group, factor, kept)
+
+
+def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
+
+
+def _padded(part: Tensor, first: int, rows: int, fill: float) -> Tensor:
+    """Return a part of the rows as all of them."""
+    if len(part) == rows:
+        return part
+    whole = torch.full((rows, *part.shape[1:]), fill, dtype=part.dtype)
+    whole[first : first + len(part)] = part
+    return whole
+
+
+def values(step: Step, settings: Settings, dtype: torch.dtype) -> Tensor:
+    """Return a tensor that only stored values change: replaced, added to, or row by row.
+
+    Args:
+        step: Its changes hold no product and no norm.
+        settings: For the strength.
+        dtype: Precision of the result and of the sums.
+
+    Raises:
+        Unsupported: A change is about a part that does not begin with a whole row.
+    """
+    base = stored(step.source).to(dtype)
+    result = base.clone()
+    for change in step.changes:
+        assert change.value is not None, "Bug: a product among stored values"
+        part = result[change.start : change.stop].view(change.rows, change.columns)
+        value = stored(change.value).to(dtype).view(-1, change.columns)
+        if change.kind == "rows":
+            part[list(change.row_indices)] = value
+        elif change.kind == "add":
+            part += change.scaling * value
+        else:
+            part[:] = value
+    if settings.strength != 1.0:
+        result = base + settings.strength * (result - base)
+    return result.reshape(step.shape)
+
+
+def _value(step: Step, change: Change) -> Tensor:
+    """Return the values that a change adds, or puts in place, beside a product; float64."""
+    assert change.value is not None, "Bug: the change carries a value"
+    rows, columns = _matrix(step.shape)
+    if change.kind == "rows" or (change.kind == "replace" and change.rows != rows):
+        raise Unsupported(step.name, "some rows are replaced and others are given a product")
+    value = stored(change.value).double().reshape(-1, columns)
+    factor = change.scaling if change.kind == "add" else 1.0
+    return _padded(factor * value, change.start // columns, rows, 0.0).reshape(step.shape)
+
+
+def _squares(step: Step, position: int, left: Tensor | None, right: Tensor | None) -> Tensor:
+    """Return the squares of the norms of ``W + s left right``: per row, or per column group."""
+    change = step.changes[position]
+    by_row = change.over == "row"
+    parts: list[Tensor] = []
+    block = max(1, BLOCK_ELEMENTS // change.columns)
+    for first in range(0, change.rows, block):
+        last = min(first + block, change.rows)
+        V = _before(step, position, first, last)
+        if left is not None and right is not None:
+            V = torch.addmm(V, left[first:last], right, alpha=change.scaling)
+        parts.append((V * V).sum(dim=1 if by_row else 0))
+    if by_row:
+        return torch.cat(parts)
+    return torch.stack(parts).sum(dim=0).reshape(-1, change.group).sum(dim=1)
+
+
+def _before(step: Step, position: int, first: int, last: int) -> Tensor:
+    """Return rows of a change's matrix as the changes before it leave them, float64.
+
+    Those before a norm on the same rows can only have replaced them: the plan allows no other.
+    """
+    change = step.changes[position]
+    start, stop = (change.start + row * change.columns for row in (first, last))
+    source = step.source
+    for earlier in step.changes[:position]:
+        if earlier.kind == "replace" and earlier.value is not None:
+            source = earlier.value
+        elif earlier.start < stop and start < earlier.stop:
+            raise Unsupported(step.name, f"a norm after a change of kind {earlier.kind}")
+    return stored(source, start, stop).double().reshape(last - first, change.columns)
+
+
+# --- how a weight is used, in activation form
+
+Apply = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Use:
+    """One way of multiplying by a stored matrix of rows and columns.
+
+    Attributes:
+        plain: ``(x, weight) -> y`` without a bias.
+        product: ``(x, left, right) -> y``: the same with the weight ``left @ right``, which it
+            never forms.
+        by_row: ``(x, factor, apply) -> y``: ``apply`` with every stored row times its factor.
+        by_column: The same for columns.
+        bias: ``(y, bias) -> y``.
+    """
+
+    plain: Callable[[Tensor, Tensor], Tensor]
+    product: Callable[[Tensor, Tensor, Tensor], Tensor]
+    by_row: Callable[[Tensor, Tensor, Apply], Tensor]
+    by_column: Callable[[Tensor, Tensor, Apply], Tensor]
+    bias: Callable[[Tensor, Tensor], Tensor] = torch.add
+
+
+# y = x W^T: rows are outputs, columns inputs.
+LINEAR = Use(
+    plain=F.linear,
+    product=lambda x, left, right: F.linear(F.linear(x, right), left),
+    by_row=lambda x, f, apply: apply(x) * f,
+    by_column=lambda x, f, apply: apply(x * f),
+)
+# y = x W (GPT-2's Conv1D): rows are inputs, columns outputs.
+FAN_IN = Use(
+    plain=torch.matmul,
+    product=lambda x, left, right: (x @ left) @ right,
+    by_row=lambda x, f, apply: apply(x * f),
+    by_column=lambda x, f, apply: apply(x) * f,
+)
+
+
+def lookup(**options: Any) -> Use:
+    """Return the use of an embedding: rows are looked up by token, columns are outputs."""
+    return Use(
+        plain=lambda ids, weight: F.embedding(ids, weight, **options),
+        product=lambda ids, left, right: F.embedding(ids, left) @ right,
+        by_row=lambda ids, f, apply: apply(ids) * f[ids][..., None],
+        by_column=lambda ids, f, apply: apply(ids) * f,
+    )
+
+
+def convolution(function: Callable[..., Tensor], weight: Tensor, **options: Any) -> Use:
+    """Return the use of a convolution: rows are output channels, columns input channels x kernel.
+
+    Padding is with zeros here (the layer pads otherwise beforehand), so scaling the channels of
+    the input scales the padding too.
+    """
+    kernel = weight.shape[1:]
+    channels = (-1, *(1 for _ in weight.shape[2:]))
+
+    def product(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        inner = function(x, right.reshape(-1, *kernel), None, **options)
+        return function(inner, left.reshape(*left.shape, *channels[1:]))
+
+    return Use(
+        plain=lambda x, weight: function(x, weight, None, **options),
+        product=product,
+        by_row=lambda x, f, apply: apply(x) * f.reshape(channels),
+        by_column=lambda x, f, apply: apply(x * f.reshape(channels)),
+        bias=lambda y, bias: y + bias.reshape(channels),
+    )
+
+
+# --- the weight itself
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """What an ``Unmerged`` weight is made of.
+
+    Attributes:
+        name: The tensor's name in the checkpoint.
+        base: Its base values, in working precision.
+        terms: Its changes in working precision, in order.
+        strength: ``y0 + strength (y - y0)``, dimensionless.
+    """
+
+    name: str
+    base: Tensor
+    terms: tuple[Term, ...]
+    strength: float = 1.0
+
+    def to(self, dtype: torch.dtype) -> Parts:
+        """Return the parts rounded to another precision."""
+        changes = tuple(t.to(dtype) for t in self.terms)
+        return replace(self, base=self.base.to(dtype), terms=changes)
+
+    def measured(self) -> Parts:
+        """Return the parts with norms as their own precision gives them, not rounded float64."""
+        changes, W = [], self.base
+        for term in self.terms:
+            changes.append(term.measured(W))
+            W = term.value if term.replaces and term.value is not None else W
+        return replace(self, terms=tuple(changes))
+
+    def compute(self, use: Use, x: Tensor) -> Tensor:
+        """Return what ``use`` gives with the changed weight, put together from activations."""
+        y = self._after(len(self.terms), use, x)
+        if self.strength != 1.0:
+            y0 = use.plain(x, self.base)
+            y = y0 + self.strength * (y - y0)
+        return y
+
+    def _after(self, count: int, use: Use, x: Tensor) -> Tensor:
+        """Return the result with the first ``count`` changes.
+
+        A factor applies to all that came before it, so each change wraps the ones before.
+        """
+        if count == 0:
+            return use.plain(x, self.base)
+        term = self.terms[count - 1]
+        if term.value is not None:
+            y = use.plain(x, term.value)
+            return y if term.replaces else self._after(count - 1, use, x) + y
+
+        def changed(x: Tensor) -> Tensor:
+            y = self._after(count - 1, use, x)
+            if term.left is not None and term.right is not None:
+                y = y + term.scaling * use.product(x, term.left, term.right)
+            return y
+
+        def base(x: Tensor) -> Tensor:
+            return use.plain(x, self.base)
+
+        if term.norm is None:
+            return changed(x)
+        by = use.by_row if term.norm.over == "row" else use.by_column
+        y = by(x, term.norm.factor, changed)
+        return y if term.norm.kept is None else y + by(x, term.norm.kept, base)
+
+
+Observer = Callable[[Parts, "Call", Tensor], None]
+
+
+class Unmerged(Tensor):
+    """A weight of which base and adapter stay apart; behaves as its base towards ``shape`` etc.
+
+    Attributes:
+        parts: What it is made of.
+        uses: How often a forward pass has computed with it.
+        observer: Called with every such use and its result, or None.
+    """
+
+    parts: Parts
+    uses: int
+    observer: Observer | None
+
+    @staticmethod
+    def of(parts: Parts) -> Unmerged:
+        """Return a weight that shares the memory of ``parts.base``."""
+        weight: Unmerged = torch.Tensor._make_subclass(Unmerged, parts.base.detach(), False)
+        weight.parts, weight.uses, weight.observer = parts, 0, None
+        return weight
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:  # the signature is torch's
+        """Compute a known use in activation form; refuse any other."""
+        kwargs = kwargs or {}
+        if func in DESCRIPTIONS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        weight = next(a for a in (*args, *kwargs.values()) if isinstance(a, Unmerged))
+        call = _call(func, weight, args, kwargs)
+        result = call.run(weight.parts)
+        weight.uses += 1
+        if weight.observer is not None:
+            weight.observer(weight.parts, call, result)
+        return result
+
+
+# What a model may ask of a weight without computing with it.
+_DESCRIBED = (
+    "shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_meta",
+    "is_sparse", "is_quantized", "itemsize", "nbytes",
+)  # fmt: skip
+DESCRIPTIONS = frozenset(
+    [
+        *(getattr(Tensor, name).__get__ for name in _DESCRIBED),
+        *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.element_size),
+        *(Tensor.is_floating_point, Tensor.is_complex, Tensor.is_contiguous),
+    ]
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One multiplication by an ``Unmerged`` weight.
+
+    Attributes:
+        use: What kind.
+        x: What is multiplied.
+        bias: Added afterwards, or None.
+    """
+
+    use: Use
+    x: Tensor
+    bias: Tensor | None = None
+
+    def run(self, parts: Parts) -> Tensor:
+        """Return the result in activation form."""
+        return self._with(parts.compute(self.use, self.x), self.bias)
+
+    def plain(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the result with an ordinary weight and another bias."""
+        return self._with(self.use.plain(self.x, weight), bias)
+
+    def _with(self, y: Tensor, bias: Tensor | None) -> Tensor:
+        return y if bias is None else self.use.bias(y, bias)
+
+    def to(self, dtype: torch.dtype) -> Call:
+        """Return the same call on operands of another precision."""
+        x = self.x.to(dtype) if self.x.is_floating_point() else self.x
+        return Call(self.use, x, None if self.bias is None else self.bias.to(dtype))
+
+
+def _call(func: Any, weight: Unmerged, args: Any, kwargs: Any) -> Call:
+    """Return what a torch function does with the weight.
+
+    Raises:
+        Unsupported: It is none of the known uses.
+    """
+    arguments = SIGNATURES.get(func)
+    if arguments is None:
+        name = getattr(func, "__name__", str(func))
+        raise Unsupported(weight.parts.name, f"the model uses it in torch's {name}()")
+    given = dict(zip(arguments, args, strict=False)) | kwargs
+    if func is torch.addmm:
+        plain = given.get("beta", 1) == 1 and given.get("alpha", 1) == 1
+        if given["mat2"] is not weight or not plain:
+            raise Unsupported(weight.parts.name, "the model uses it in another addmm()")
+        return Call(FAN_IN, given["mat1"], given["input"])
+    if given["weight"] is not weight:
+        raise Unsupported(weight.parts.name, "the model multiplies another weight by it")
+    bias = given.get("bias")
+    if func is F.linear:
+        return Call(LINEAR, given["input"], bias)
+    options = {k: v for k, v in given.items() if k not in ("input", "weight", "bias")}
+    if func is F.embedding:
+        if options.get("max_norm") is not None:
+            raise Unsupported(weight.parts.name, "an embedding with max_norm changes its weight")
+        return Call(lookup(padding_idx=options.get("padding_idx")), given["input"])
+    if options.get("groups", 1) != 1:
+        raise Unsupported(weight.parts.name, "a convolution in groups")
+    return Call(convolution(func, weight, **options), given["input"], bias)
+
+
+_CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+SIGNATURES: Mapping[Any, tuple[str, ...]] = {
+    F.linear: ("input", "weight", "bias"),
+    F.embedding: ("input", "weight", "padding_idx", "max_norm", "norm_type",
+                  "scale_grad_by_freq", "sparse"),
+    torch.addmm: ("input", "mat1", "mat2"),
+    torch.conv1d: _CONVOLUTION,
+    torch.conv2d: _CONVOLUTION,
+    torch.conv3d: _CONVOLUTION,
+}  # fmt: skip
