@@ -62,6 +62,8 @@ def load_adapter(
     adapter_format: str | None = None,
     alpha: float | None = None,
     axis: Axis | None = None,
+    torchtune_dora_fix: bool | None = None,
+    magnitude_is_normalised: bool | None = None,
     allow_pickle: bool = False,
 ) -> Adapter:
     """Return an adapter in normal form; reads its config and headers, no tensor.
@@ -71,13 +73,23 @@ def load_adapter(
         adapter_format: Name of a format; None: the only one that matches.
         alpha: Scaling numerator, for formats that do not store it.
         axis: What the magnitudes count, for formats that leave it open.
+        torchtune_dora_fix: Whether torchtune exported this PEFT adapter, with the rows of B or m
+            of q and k in another order than the base's; None: where that shows, else ask.
+        magnitude_is_normalised: Whether the magnitudes of this PEFT or NVlabs adapter were divided
+            by the norms already, as TensorRT-LLM wants them; None: refuse what looks like it.
         allow_pickle: Read ``.bin``/``.pt`` files through torch's restricted loader.
 
     Raises:
         InputError: The adapter is missing or malformed.
         AdapterError: It is of no known format, contradicts itself, or is refused by name.
     """
-    options = ReadOptions(alpha=alpha, axis=axis, allow_pickle=allow_pickle)
+    options = ReadOptions(
+        alpha=alpha,
+        axis=axis,
+        allow_pickle=allow_pickle,
+        torchtune_dora_fix=torchtune_dora_fix,
+        magnitude_is_normalised=magnitude_is_normalised,
+    )
     return read_adapter(locate(adapter, "adapter"), options, adapter_format)
 
 
@@ -92,6 +104,8 @@ def merge(
     strength: float = 1.0,
     alpha: float | None = None,
     axis: Axis | None = None,
+    torchtune_dora_fix: bool | None = None,
+    magnitude_is_normalised: bool | None = None,
     adapter_format: str | None = None,
     zero_norm: ZeroNorm = "refuse",
     map_prefix: Iterable[str] = (),
@@ -133,6 +147,8 @@ def merge(
         strength: ``W + strength * (W' - W)``, dimensionless.
         alpha: As in ``load_adapter``.
         axis: As in ``load_adapter``.
+        torchtune_dora_fix: As in ``load_adapter``.
+        magnitude_is_normalised: As in ``load_adapter``.
         adapter_format: As in ``load_adapter``.
         zero_norm: Rows with ``||W + s B A|| = 0`` and a magnitude other than zero: refuse, make
             them zero, or keep the base's.
@@ -166,7 +182,13 @@ def merge(
     )
     _one_of("verify", verify, ("none", "fast", "full"))
     tile_elements = arithmetic_factory(resources)(settings.precision).tile_elements
-    options = ReadOptions(alpha=alpha, axis=axis, allow_pickle=allow_pickle)
+    options = ReadOptions(
+        alpha=alpha,
+        axis=axis,
+        allow_pickle=allow_pickle,
+        torchtune_dora_fix=torchtune_dora_fix,
+        magnitude_is_normalised=magnitude_is_normalised,
+    )
     plan = _plan(base, adapter, options, adapter_format, settings)
     manifest.refuse_merged_base(plan.base.folder, allow=allow_merged_base)
     target = Path(output).absolute()
@@ -213,6 +235,8 @@ def verify(
     strength: float | None = None,
     alpha: float | None = None,
     axis: Axis | None = None,
+    torchtune_dora_fix: bool | None = None,
+    magnitude_is_normalised: bool | None = None,
     adapter_format: str | None = None,
     zero_norm: ZeroNorm | None = None,
     map_prefix: Iterable[str] = (),
@@ -240,6 +264,8 @@ def verify(
         strength: As in ``merge``.
         alpha: As in ``merge``.
         axis: As in ``merge``.
+        torchtune_dora_fix: As in ``merge``.
+        magnitude_is_normalised: As in ``merge``.
         adapter_format: As in ``merge``.
         zero_norm: As in ``merge``.
         map_prefix: As in ``merge``.
@@ -266,7 +292,13 @@ def verify(
         "fan_in_fan_out": fan_in_fan_out,
     }
     settings, notes = manifest.settings_of(subject.manifest, given)
-    options = ReadOptions(alpha=alpha, axis=axis, allow_pickle=allow_pickle)
+    options = ReadOptions(
+        alpha=alpha,
+        axis=axis,
+        allow_pickle=allow_pickle,
+        torchtune_dora_fix=torchtune_dora_fix,
+        magnitude_is_normalised=magnitude_is_normalised,
+    )
     plan = _plan(base, adapter, options, adapter_format, settings)
     sources = _sources(side_files.collect(plan))
     checked = check(
@@ -306,6 +338,8 @@ def inspect(
     adapter_format: str | None = None,
     alpha: float | None = None,
     axis: Axis | None = None,
+    torchtune_dora_fix: bool | None = None,
+    magnitude_is_normalised: bool | None = None,
     map_prefix: Iterable[str] = (),
     allow_pickle: bool = False,
 ) -> InspectReport:
@@ -317,6 +351,8 @@ def inspect(
         adapter_format: As in ``load_adapter``.
         alpha: As in ``load_adapter``.
         axis: As in ``load_adapter``.
+        torchtune_dora_fix: As in ``load_adapter``.
+        magnitude_is_normalised: As in ``load_adapter``.
         map_prefix: As in ``merge``.
         allow_pickle: As in ``load_adapter``.
 
@@ -326,7 +362,13 @@ def inspect(
             report says why.
     """
     found = load_adapter(
-        adapter, adapter_format=adapter_format, alpha=alpha, axis=axis, allow_pickle=allow_pickle
+        adapter,
+        adapter_format=adapter_format,
+        alpha=alpha,
+        axis=axis,
+        torchtune_dora_fix=torchtune_dora_fix,
+        magnitude_is_normalised=magnitude_is_normalised,
+        allow_pickle=allow_pickle,
     )
     report = InspectReport(
         path=found.path,

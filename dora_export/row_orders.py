@@ -107,6 +107,10 @@ def with_row_orders(
 
 def _resolved(update: Update, shapes: Mapping[str, tuple[int, ...]], base: Checkpoint) -> Update:
     plain = replace(update, row_order=None)
+    if update.row_order == "torchtune-peft?" and update.scales_bias and (
+        f"{update.target.removesuffix('weight')}bias" in base.tensors
+    ):  # fmt: skip
+        raise _perhaps_torchtune(update, "scales the biases of DoRA layers as well")
     if update.row_order in ("torchtune", "torchtune-peft", "torchtune-peft?"):
         module = update.target.rpartition(".")[0].rpartition(".")[2]
         return _torchtune(update, plain, base) if module in ROTARY_LEAVES else plain
@@ -115,7 +119,10 @@ def _resolved(update: Update, shapes: Mapping[str, tuple[int, ...]], base: Check
 
 
 def _torchtune(update: Update, plain: Update, base: Checkpoint) -> Update:
-    paired = _rotary_pairs(update, base)
+    model_type = _setting(base, "model_type")
+    if update.row_order == "torchtune-peft?" and model_type not in (None, *PAIRED, *HALVED):
+        return plain  # torchtune does not train it
+    paired = _rotary_pairs(update, model_type)
     if update.row_order == "torchtune":
         change_up = change_magnitude = paired
     else:  # the export has permuted B once, and m never
@@ -123,12 +130,8 @@ def _torchtune(update: Update, plain: Update, base: Checkpoint) -> Update:
     if not (change_up or change_magnitude):
         return plain
     if update.row_order == "torchtune-peft?":
-        raise PlanError(
-            f"{shown(update.target)}: the adapter's config is as bare as torchtune's export to "
-            "PEFT writes it, and that export leaves "
-            + ("m" if paired else "B")
-            + " of q_proj and k_proj in another row order than the base's. Pass "
-            "--torchtune-dora-fix if torchtune made it, --no-torchtune-dora-fix if it did not."
+        raise _perhaps_torchtune(
+            update, f"leaves {'m' if paired else 'B'} of q_proj and k_proj in another row order"
         )
     head = _head_dim(update, base)
     arrange: Arrange = ToHalves(head) if paired else ToPairs(head)
@@ -139,13 +142,20 @@ def _torchtune(update: Update, plain: Update, base: Checkpoint) -> Update:
     )
 
 
+def _perhaps_torchtune(update: Update, what: str) -> PlanError:
+    return PlanError(
+        f"{shown(update.target)}: the adapter's config is as bare as torchtune's export to PEFT "
+        f"writes it, and torchtune {what}. Pass --torchtune-dora-fix if torchtune made the "
+        "adapter, --no-torchtune-dora-fix if it did not."
+    )
+
+
 def _arranged(operand: Operand | None, arrange: Arrange) -> Operand | None:
     return None if operand is None else operand.with_rows(arrange, operand.shape[0])
 
 
-def _rotary_pairs(update: Update, base: Checkpoint) -> bool:
+def _rotary_pairs(update: Update, model_type: object) -> bool:
     """Return whether torchtune trains this model with rotary pairs in neighbouring rows."""
-    model_type = _setting(base, "model_type")
     if model_type in PAIRED or model_type in HALVED:
         return model_type in PAIRED
     raise PlanError(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from dora_export.adapters import merged_dora, mlx, peft
+from dora_export.adapters import merged_dora, mlx, peft, torchtune
 from dora_export.adapters.model import Adapter, ReadOptions
 from dora_export.errors import AdapterError, InputError
 
@@ -34,6 +34,7 @@ FORMATS = (
     AdapterFormat(
         "mlx", "MLX folder: adapter_config.json and adapters.safetensors", mlx.matches, mlx.read
     ),
+    AdapterFormat("torchtune", "torchtune's adapter_model.pt", torchtune.matches, torchtune.read),
     AdapterFormat(
         "linear-with-dora-merged",
         "state dict of LinearWithDoRAMerged modules, base weights included",

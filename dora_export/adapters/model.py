@@ -20,11 +20,15 @@ class ReadOptions:
         alpha: Scaling numerator, for formats that do not store it.
         axis: What the magnitudes count, for formats that leave it open.
         allow_pickle: Whether pickled files may be read (through torch's restricted loader).
+        torchtune_dora_fix: Whether torchtune exported a PEFT adapter; None: not said.
+        magnitude_is_normalised: Whether magnitudes were divided by the norms; None: not said.
     """
 
     alpha: float | None = None
     axis: Axis | None = None
     allow_pickle: bool = False
+    torchtune_dora_fix: bool | None = None
+    magnitude_is_normalised: bool | None = None
 
 
 @dataclass(frozen=True)

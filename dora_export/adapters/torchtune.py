@@ -7,6 +7,8 @@ a layer with a bias is refused. Names are torchtune's, and in q_proj and k_proj 
 the order of the rows (``row_orders.py``). The rank and alpha stand in an adapter_config.json that
 torchtune writes beside the file, for the models whose export to PEFT it supports.
 
+The export to PEFT that lies beside is read by ``peft``; ``export_order`` says how its rows lie.
+
 Source: github.com/pytorch/torchtune 0.6.1, torchtune/modules/peft/{lora,dora}.py,
 torchtune/models/convert_weights.py, torchtune/training/checkpointing/_checkpointer.py.
 """
@@ -18,6 +20,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from dora_export.adapters.config_files import CONFIG, made_by
 from dora_export.adapters.model import Adapter, ReadOptions
@@ -25,7 +28,7 @@ from dora_export.checkpoints.folder import read_json
 from dora_export.errors import AdapterError, listing, shown
 from dora_export.storage import PICKLED, read_tensors
 from dora_export.tensors import Operand, TensorRef
-from dora_export.update import Update
+from dora_export.update import RowOrder, Update
 
 PART = re.compile(r"(?P<module>.+)\.(?P<part>lora_a\.weight|lora_b\.weight|magnitude)")
 SIGN = re.compile(r"(.+\.)?lora_[ab]\.weight")
@@ -40,6 +43,30 @@ MODULES = {
     "mlp.w2": "mlp.down_proj",
     "mlp.w3": "mlp.up_proj",
 }
+# All that torchtune's export to PEFT puts into a config (PEFT itself writes many more), with the
+# use_dora that has to be added by hand before PEFT loads it.
+EXPORTED = frozenset(
+    "r lora_alpha target_modules peft_type base_model_name_or_path use_dora".split()
+)
+EXPORT_NEEDS = frozenset("r lora_alpha target_modules".split())
+
+
+def is_export(config: Mapping[str, Any]) -> bool:
+    """Return whether a PEFT config is as bare as torchtune's export writes it."""
+    return config.keys() <= EXPORTED and config.keys() >= EXPORT_NEEDS
+
+
+def export_order(folder: Path, config: Mapping[str, Any], options: ReadOptions) -> RowOrder | None:
+    """Return the row order of a PEFT adapter: torchtune's export's, perhaps that, or PEFT's (None).
+
+    It is torchtune's for sure where the user says so, or where the file lies beside that only
+    torchtune writes; a config as bare as torchtune's alone leaves it open.
+    """
+    if options.torchtune_dora_fix is not None:
+        return "torchtune-peft" if options.torchtune_dora_fix else None
+    if not is_export(config):
+        return None
+    return "torchtune-peft" if (folder / "adapter_model.pt").is_file() else "torchtune-peft?"
 
 
 def matches(path: Path, options: ReadOptions) -> bool:
