@@ -34,6 +34,7 @@ from dora_export.update import Axis, Update
 from dora_export.verify.check import Checked, check, in_order, refuse_wrong
 from dora_export.verify.ledger import Source
 from dora_export.verify.model import Level, VerifyReport
+from dora_export.verify.plausible import refuse_implausible
 from dora_export.verify.subject import open_subject
 from dora_export.writers import identity, manifest, side_files
 from dora_export.writers.files import FileSink, write_small
@@ -201,6 +202,7 @@ def merge(
     checked, resumed = None, 0
     if not dry_run:
         check_adapter(plan)
+        refuse_implausible(plan)
         digests = adapter_digests(plan)
         job = identity.job(plan, resources, digests)
         with staged(target, job, force=force, restart=restart) as stage:

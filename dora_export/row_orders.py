@@ -35,6 +35,10 @@ ROTARY_LEAVES = ("q_proj", "k_proj")
 # Models that torchtune trains with neighbouring rotary pairs, and with Hugging Face's order.
 PAIRED = frozenset("llama mistral gemma gemma2".split())
 HALVED = frozenset("qwen2 qwen3".split())
+# Models whose q, k and v Megatron fuses as said above (others gate their queries, or share heads).
+GROUPED = frozenset(
+    """llama mistral mixtral qwen2 qwen2_moe qwen3 qwen3_moe gemma gemma2 gemma3_text""".split()
+)
 
 
 @dataclass(frozen=True)
@@ -175,6 +179,13 @@ def _megatron(update: Update, plain: Update, shape: tuple[int, ...], base: Check
             raise _not_fused(update, f"{2 * rows} (gate and up of {rows} rows each)", fused)
         arrange = OfGroups(1, 0, rows) if part == "gate" else OfGroups(1, rows, fused)
         return _cut(plain, arrange, rows)
+    model_type = _setting(base, "model_type")
+    if model_type not in GROUPED:
+        raise PlanError(
+            f"{shown(update.target)}: how Megatron fuses q, k and v depends on the model, and "
+            f"config.json says model_type '{shown(model_type)}'. Known: "
+            f"{', '.join(sorted(GROUPED))}. Export the merged model with Megatron-Bridge."
+        )
     head = _head_dim(update, base)
     keys = (fused - rows) // 2 if part == "q" else rows
     queries = fused - 2 * keys

@@ -53,6 +53,8 @@ class Adapter:
         square_io: Whether square weights are stored ``(in, out)``, as far as the adapter says.
         not_for: Model types (config.json) whose checkpoints store what the adapter replaces in
             another way than its trainer did, and how.
+        doubtful_magnitudes: Tools divide magnitudes of this format by the norms beforehand without
+            saying so, and the user has not said.
         doubts: What the files leave open and the reader had to take on trust.
         facts: What ``inspect`` shows: settings in the format's own words.
     """
@@ -71,5 +73,6 @@ class Adapter:
     whole_families: bool = False
     square_io: bool | None = None
     not_for: Mapping[str, str] = field(default_factory=dict)
+    doubtful_magnitudes: bool = False
     doubts: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)

@@ -97,7 +97,7 @@ def read(path: Path, options: ReadOptions) -> Adapter:
     updates = [u for module, layer in sorted_.layers.items()
                for u in _layer_updates(module, layer, config, sorted_.problems)]  # fmt: skip
     order = torchtune.export_order(config_path.parent, raw, options)
-    updates = [_in_order(u, order) for u in updates]
+    updates = [_as_said(u, order, options) for u in updates]
     updates += [_replacement(target, ref) for target, ref in sorted_.whole.items()]
     _check_magnitudes(config, sorted_)
     if sorted_.problems:
@@ -119,12 +119,16 @@ def read(path: Path, options: ReadOptions) -> Adapter:
         ensure_weight_tying=config.ensure_weight_tying,
         saved_embeddings=_saved_embeddings(sorted_, config),
         whole_families=_means_all_layers(raw),
+        doubtful_magnitudes=config.dora and options.magnitude_is_normalised is None,
         square_io=config.fan_in_fan_out,
         facts=_facts(config, updates, order),
     )
 
 
-def _in_order(update: Update, order: RowOrder | None) -> Update:
+def _as_said(update: Update, order: RowOrder | None, options: ReadOptions) -> Update:
+    """Return the update with what config and options say of all products."""
+    if update.kind == "dora" and options.magnitude_is_normalised:
+        update = replace(update, magnitude_is_factor=True)
     if order is None or update.kind not in ("lora", "dora"):
         return update
     return replace(update, row_order=order, scales_bias=update.kind == "dora")
