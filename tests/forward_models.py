@@ -1,4 +1,4 @@
-"""Tiny models of every kind that the forward tier runs, with adapters that PEFT made and trained."""
+"""Tiny models of every kind that the forward tier runs, with adapters that PEFT made."""
 
 from dataclasses import dataclass
 from pathlib import Path

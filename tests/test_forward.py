@@ -8,10 +8,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: N812 - the name that torch gives it
 
 import dora_export
 from dora_export.adapters import ReadOptions, read_adapter
@@ -23,7 +22,7 @@ from dora_export.verify import inputs, models, unmerged
 from dora_export.verify.forward import check_forward, judge
 from dora_export.verify.measured import Measured, Unsupported
 from dora_export.verify.reference import Reference, numbers
-from tests import forward_models, oracle, rider_models
+from tests import oracle, rider_models
 from tests.forward_models import KINDS, change, merged_by_peft, prepare
 from tests.peft_models import edit_config, edit_json
 from tests.rider_models import VOCABULARY, WARNINGS

@@ -15,70 +15,23 @@ from dora_export.checkpoints import open_checkpoint
 from dora_export.plan import Settings
 from dora_export.verify.oracle import SAMPLES, check_oracle
 from tests import oracle, peft_models
-from tests.small import PREFIX, RANK, edit_tensors, write_adapter, write_base
+from tests.pairs import (
+    ALPHA,
+    DORA_MISTAKES,
+    DTYPES,
+    EXPERT,
+    LINEARS,
+    LORA_MISTAKES,
+    SCALING,
+    SCALINGS,
+    O,
+    Pair,
+    Q,
+    other_axis,
+    with_scaling,
+)
+from tests.small import RANK, edit_tensors
 from tests.test_merged_dora import plain, save, with_dora
-
-ALPHA = 7.5
-SCALING = ALPHA / RANK
-LINEARS = {
-    **{f"model.layers.{i}.attn.q_proj": (80, 48) for i in range(3)},
-    **{f"model.layers.{i}.attn.o_proj": (48, 48) for i in range(3)},
-    **{f"model.layers.{i}.mlp.experts.{j}.up": (40, 48) for i in range(2) for j in range(4)},
-}
-Q, O, EXPERT = "model.layers.1.attn.q_proj", "model.layers.1.attn.o_proj", (  # noqa: E741
-    "model.layers.1.mlp.experts.2.up")  # fmt: skip
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-class Pair:
-    """A base, a trained adapter on all of its linears, and the right merge of both."""
-
-    def __init__(self, folder, dtype=torch.float32, dora=True, **fields):
-        make = torch.Generator().manual_seed(3)
-        self.folder, self.dtype, self.dora = folder, dtype, dora
-        self.base = {"model.norm.weight": torch.rand(48, generator=make).to(dtype)}
-        self.adapter = {}
-        for name, (out, inner) in LINEARS.items():
-            W = (torch.randn(out, inner, generator=make) * 0.1).to(dtype)
-            A = torch.randn(RANK, inner, generator=make) * 0.1
-            B = torch.randn(out, RANK, generator=make) * 0.1
-            self.base[f"{name}.weight"] = W
-            self.adapter[f"{PREFIX}{name}.lora_A.weight"] = A
-            self.adapter[f"{PREFIX}{name}.lora_B.weight"] = B
-            if dora:
-                m = W.float().norm(dim=1) * (0.8 + 0.4 * torch.rand(out, generator=make))
-                self.adapter[f"{PREFIX}{name}.lora_magnitude_vector"] = m
-        write_base(folder / "base", self.base)
-        write_adapter(folder / "adapter", self.adapter, use_dora=dora, lora_alpha=ALPHA,
-                      target_modules=["q_proj", "o_proj", "up"], **fields)  # fmt: skip
-        dora_export.merge(folder / "base", folder / "adapter", folder / "merged", verify="none")
-
-    def terms(self, name):
-        """W, A, B, m (or None) of a layer, float64."""
-        parts = [self.adapter.get(f"{PREFIX}{name}.{p}") for p in
-                 ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")]  # fmt: skip
-        W, *rest = [
-            None if t is None else oracle.float64(t) for t in (self.base[f"{name}.weight"], *parts)
-        ]
-        return (W, *rest)
-
-    def right(self, name):
-        """The layer's exact result."""
-        W, A, B, m = self.terms(name)
-        return oracle.lora(W, A, B, SCALING) if m is None else oracle.dora(W, A, B, m, SCALING)
-
-    def plant(self, **wrong):
-        """Put values, rounded as the file stores them, in the place of merged tensors."""
-
-        def change(tensors):
-            for name, values in wrong.items():
-                tensors[name] = torch.from_numpy(np.array(values)).to(tensors[name].dtype)
-
-        edit_tensors(self.folder / "merged" / "model.safetensors", change)
-
-    def check(self, level="full", **options):
-        """Run the oracle tier on the merged folder."""
-        return run(self.folder / "base", self.folder / "adapter", self.folder / "merged", level)
 
 
 def run(base, adapter, merged, level="full", options=None, settings=None):
@@ -88,56 +41,13 @@ def run(base, adapter, merged, level="full", options=None, settings=None):
     return {t.name: t for t in tensors}, findings
 
 
-def rownorm(values):
-    return np.sqrt((values * values).sum(axis=1, keepdims=True))
-
-
-def scaled(V, m):
-    return V * m.reshape(-1, 1) / rownorm(V)
-
-
-def with_scaling(s):
-    return lambda W, A, B, m: scaled(W + s * B @ A, m)
-
-
-def twice(W, A, B, m):
-    once = scaled(W + SCALING * B @ A, m)
-    return scaled(once + SCALING * B @ A, m)
-
-
-def other_axis(W, A, B, m):
-    V = W + SCALING * B @ A
-    return V * m / np.sqrt((V * V).sum(axis=0))
-
-
-DORA_MISTAKES = {
-    "not-applied": lambda W, A, B, m: W,
-    "applied-twice": twice,
-    "sign-flipped": with_scaling(-SCALING),
-    "norm-of-base": lambda W, A, B, m: (W + SCALING * B @ A) * m.reshape(-1, 1) / rownorm(W),
-    "magnitude-ignored": lambda W, A, B, m: scaled(W + SCALING * B @ A, np.ones_like(m)),
-    "magnitude-initial": lambda W, A, B, m: scaled(W + SCALING * B @ A, rownorm(W)),
-    "lora-for-dora": lambda W, A, B, m: W + SCALING * B @ A,
-    "factors-ignored": lambda W, A, B, m: scaled(W, m),
-    "strength-other": lambda W, A, B, m: 0.4 * W + 0.6 * scaled(W + SCALING * B @ A, m),
-}
-SCALINGS = {
-    "alpha left out": 1.0,
-    "alpha/sqrt(r) for alpha/r": ALPHA / RANK**0.5,
-    "alpha, not divided by r": ALPHA,
-    "scaling 1.8 instead of 2.5": 1.8,
-}
-LORA_MISTAKES = {
-    "not-applied": lambda W, A, B: W,
-    "applied-twice": lambda W, A, B: W + 2 * SCALING * B @ A,
-    "sign-flipped": lambda W, A, B: W - SCALING * B @ A,
-    "scaling-other": lambda W, A, B: W + B @ A,
-}
+def check(pair, level="full"):
+    return run(pair.folder / "base", pair.folder / "adapter", pair.merged, level)
 
 
 def found(pair, name, level="full"):
     """The one finding on a layer, after checking that all other layers are right."""
-    tensors, findings = pair.check(level)
+    tensors, findings = check(pair, level)
     wrong = {n for n, t in tensors.items() if t.status == "wrong"}
     assert wrong == {f"{name}.weight"}
     (finding,) = findings
@@ -151,7 +61,7 @@ def found(pair, name, level="full"):
 @pytest.mark.parametrize("dora", [True, False])
 def test_right_merge_is_exact(tmp_path, dtype, dora, level):
     pair = Pair(tmp_path, dtype, dora)
-    tensors, findings = pair.check(level)
+    tensors, findings = check(pair, level)
     assert findings == ()
     assert {t.status for t in tensors.values()} == {"exact"}
     for name, (out, inner) in LINEARS.items():
@@ -241,7 +151,7 @@ def test_swapped_experts_are_named(tmp_path, dora, level):
     pair = Pair(tmp_path, torch.bfloat16, dora)
     other = EXPERT.replace("experts.2", "experts.3")
     pair.plant(**{f"{EXPERT}.weight": pair.right(other), f"{other}.weight": pair.right(EXPERT)})
-    _, findings = pair.check(level)
+    _, findings = check(pair, level)
     assert [(f.code, f.where) for f in findings] == [
         ("tensor-of-another", f"{EXPERT}.weight"),
         ("tensor-of-another", f"{other}.weight"),
@@ -320,7 +230,7 @@ def test_noise_fits_no_mistake(tmp_path):
     pair.plant(**{f"{Q}.weight": pair.right(Q) * noise})
     finding = found(pair, Q)
     assert finding.code == "wrong-values"
-    assert "off by 0.047" in finding.what
+    assert "off by 0.046" in finding.what
 
 
 def test_merge_computed_in_bfloat16_but_stored_in_float32_is_coarse(tmp_path):
@@ -328,7 +238,7 @@ def test_merge_computed_in_bfloat16_but_stored_in_float32_is_coarse(tmp_path):
     W, A, B, m = (torch.from_numpy(t).bfloat16() for t in pair.terms(Q))
     V = W + SCALING * (B @ A)
     pair.plant(**{f"{Q}.weight": (V * (m / V.norm(dim=1))[:, None]).float().numpy()})
-    tensors, (finding,) = pair.check()
+    tensors, (finding,) = check(pair)
     result = tensors[f"{Q}.weight"]
     assert (finding.code, finding.severity) == ("coarse-rounding", "warning")
     assert (result.status, result.arithmetic) == ("rounded", "BF16")
@@ -342,7 +252,7 @@ def test_quantised_tensor_is_unchecked(tmp_path):
         tensors[f"{Q}.weight"] = tensors[f"{Q}.weight"].to(torch.float8_e4m3fn)
 
     edit_tensors(tmp_path / "merged" / "model.safetensors", change)
-    tensors, (finding,) = pair.check()
+    tensors, (finding,) = check(pair)
     assert (finding.code, finding.severity) == ("quantised", "unchecked")
     assert tensors[f"{Q}.weight"].status == "unchecked"
 

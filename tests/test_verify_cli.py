@@ -216,6 +216,19 @@ def test_colours_are_for_terminals(name):
     assert re.sub(r"\x1b\[\d+m", "", shown).splitlines() == plain.splitlines()
 
 
+@pytest.mark.parametrize("name", ["rounded", "wrong", "unchecked", "experts"])
+def test_lines_break_between_words_on_a_terminal(monkeypatch, name):
+    monkeypatch.setattr(text.shutil, "get_terminal_size", lambda: os.terminal_size((60, 24)))
+    summary = text.verify_summary(reports.ALL[name]())
+    assert text.fitted(summary) == summary  # no terminal
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    fitted = text.fitted(summary)
+    assert fitted.split() == summary.split()
+    lines = [click.unstyle(line) for line in fitted.split("\n")]
+    assert [line for line in lines if len(line) > 60 and len(line.split()) > 1] == []
+    assert len(lines) > len(summary.split("\n"))
+
+
 # --- JSON and progress
 
 

@@ -161,6 +161,13 @@ def test_no_text_or_attribute_can_become_markup():
         el("br")
 
 
+def test_what_no_reader_can_see_is_escaped_wherever_it_comes_from():
+    for character in ("\x00", "\x1b", "\u202e", "\u200b", "\udcff"):
+        escaped = character.encode("unicode_escape").decode()
+        read = ET.fromstring(render(el("p", f"a{character}\nb", title=character)))
+        assert (read.text, read.get("title")) == (f"a{escaped}\nb", escaped)
+
+
 # --- the verdict
 
 

@@ -226,7 +226,7 @@ def verify(
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=2, allow_nan=False))
     else:
-        click.echo(text.verify_summary(report))
+        click.echo(text.fitted(text.verify_summary(report)))
         if html is not None:
             click.echo(f"-> {html}")
     click.get_current_context().exit(report.exit_code)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -220,6 +222,27 @@ def verify_summary(report: VerifyReport) -> str:
     if telling:
         lines.append(f"what it means and what to do: dora-export explain {telling[0]}")
     return "\n".join(lines)
+
+
+def fitted(summary: str) -> str:
+    """Return text with long lines broken between words on a terminal, as it is elsewhere."""
+    if not sys.stdout.isatty():
+        return summary
+    width = shutil.get_terminal_size().columns
+    return "\n".join(part for line in summary.split("\n") for part in _broken(line, width))
+
+
+def _broken(line: str, width: int) -> Iterator[str]:
+    """Yield a line's parts; what follows the first is indented deeper."""
+    indent = " " * (len(line) - len(line.lstrip(" ")) + 4)
+    part = ""
+    for word in re.findall(r" *[^ ]+", line):
+        if part.strip() and len(click.unstyle(part + word)) > width:
+            yield part
+            part = indent + word.lstrip(" ")
+        else:
+            part += word
+    yield part
 
 
 def _tier(report: VerifyReport, tier: TierResult) -> str:

@@ -211,11 +211,13 @@ def _worst(report: VerifyReport) -> list[Element]:
     if not tensors:
         return []
     worst = tables.worst_first(tensors)[: tables.MAX_WORST]
-    caption = (
+    order = (
         "Wrong ones first, then by distance from the exact result. × the least: the error over "
         "that of rounding the exact values once. m/‖W‖: the median."
     )
-    parts = [el("h2", "Worst tensors"), tables.tensor_table(worst, caption, "Worst tensors")]
+    title = f"The worst {len(worst)} of {count(len(tensors), 'changed tensor')}"
+    table = tables.tensor_table(worst, title, title)
+    parts = [el("h2", "Worst tensors"), el("p", order, class_="soft"), table]
     if len(tensors) > len(worst):
         some = tensors[: tables.MAX_TENSORS]
         all_of_them = f"All {count(len(tensors), 'changed tensor')}"
