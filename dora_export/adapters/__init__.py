@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from dora_export.adapters import megatron, merged_dora, mlx, nvlabs, peft, torchtune
+from dora_export.adapters import catid, megatron, merged_dora, mlx, nvlabs, peft, qdora, torchtune
 from dora_export.adapters.model import Adapter, ReadOptions
 from dora_export.errors import AdapterError, InputError
 
@@ -42,6 +42,8 @@ FORMATS = (
         megatron.matches,
         megatron.read,
     ),
+    AdapterFormat("qdora", "state dict of fsdp_qlora's QDoRA", qdora.matches, qdora.read),
+    AdapterFormat("catid", "state dict of catid's DoRALayer modules", catid.matches, catid.read),
     AdapterFormat(
         "linear-with-dora-merged",
         "state dict of LinearWithDoRAMerged modules, base weights included",
