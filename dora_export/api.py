@@ -35,6 +35,7 @@ from dora_export.update import Axis, Update
 from dora_export.verify.check import Checked, check, in_order, refuse_wrong
 from dora_export.verify.ledger import Source
 from dora_export.verify.model import Level, VerifyReport
+from dora_export.verify.plausible import refuse_implausible
 from dora_export.verify.subject import open_subject
 from dora_export.writers import identity, manifest, side_files
 from dora_export.writers.files import FileSink, write_small
@@ -67,6 +68,8 @@ def load_adapter(
     adapter_format: str | None = None,
     alpha: float | None = None,
     axis: Axis | None = None,
+    torchtune_dora_fix: bool | None = None,
+    magnitude_is_normalised: bool | None = None,
     allow_pickle: bool = False,
 ) -> Adapter:
     """Return an adapter in normal form; reads its config and headers, no tensor.
@@ -76,13 +79,23 @@ def load_adapter(
         adapter_format: Name of a format; None: the only one that matches.
         alpha: Scaling numerator, for formats that do not store it.
         axis: What the magnitudes count, for formats that leave it open.
+        torchtune_dora_fix: Whether torchtune exported this PEFT adapter, with the rows of B or m
+            of q and k in another order than the base's; None: where that shows, else ask.
+        magnitude_is_normalised: Whether the magnitudes of this PEFT or NVlabs adapter were divided
+            by the norms already, as TensorRT-LLM wants them; None: refuse what looks like it.
         allow_pickle: Read ``.bin``/``.pt`` files through torch's restricted loader.
 
     Raises:
         InputError: The adapter is missing or malformed.
         AdapterError: It is of no known format, contradicts itself, or is refused by name.
     """
-    options = ReadOptions(alpha=alpha, axis=axis, allow_pickle=allow_pickle)
+    options = ReadOptions(
+        alpha=alpha,
+        axis=axis,
+        allow_pickle=allow_pickle,
+        torchtune_dora_fix=torchtune_dora_fix,
+        magnitude_is_normalised=magnitude_is_normalised,
+    )
     return read_adapter(locate(adapter, "adapter"), options, adapter_format)
 
 
@@ -98,6 +111,8 @@ def merge(
     strength: float = 1.0,
     alpha: float | None = None,
     axis: Axis | None = None,
+    torchtune_dora_fix: bool | None = None,
+    magnitude_is_normalised: bool | None = None,
     adapter_format: str | None = None,
     zero_norm: ZeroNorm = "refuse",
     map_prefix: Iterable[str] = (),
@@ -139,6 +154,8 @@ def merge(
         strength: ``W + strength * (W' - W)``, dimensionless.
         alpha: As in ``load_adapter``.
         axis: As in ``load_adapter``.
+        torchtune_dora_fix: As in ``load_adapter``.
+        magnitude_is_normalised: As in ``load_adapter``.
         adapter_format: As in ``load_adapter``.
         zero_norm: Rows with ``||W + s B A|| = 0`` and a magnitude other than zero: refuse, make
             them zero, or keep the base's.
@@ -172,7 +189,13 @@ def merge(
     )
     _one_of("verify", verify, ("none", "fast", "full"))
     tile_elements = arithmetic_factory(resources)(settings.precision).tile_elements
-    options = ReadOptions(alpha=alpha, axis=axis, allow_pickle=allow_pickle)
+    options = ReadOptions(
+        alpha=alpha,
+        axis=axis,
+        allow_pickle=allow_pickle,
+        torchtune_dora_fix=torchtune_dora_fix,
+        magnitude_is_normalised=magnitude_is_normalised,
+    )
     target = _target(output)
     plan, before = _plan(base, adapter, options, adapter_format, settings)
     manifest.refuse_merged_base(plan.base.folder, allow=allow_merged_base)
@@ -192,6 +215,7 @@ def merge(
         card = manifest.model_card(plan)
         with memory_told(memory), inputs.held(stamps):
             check_adapter(plan)
+            refuse_implausible(plan)
             digests = adapter_digests(plan)
         job = identity.job(plan, resources, digests)
         with (
@@ -231,6 +255,8 @@ def verify(
     strength: float | None = None,
     alpha: float | None = None,
     axis: Axis | None = None,
+    torchtune_dora_fix: bool | None = None,
+    magnitude_is_normalised: bool | None = None,
     adapter_format: str | None = None,
     zero_norm: ZeroNorm | None = None,
     map_prefix: Iterable[str] = (),
@@ -258,6 +284,8 @@ def verify(
         strength: As in ``merge``.
         alpha: As in ``merge``.
         axis: As in ``merge``.
+        torchtune_dora_fix: As in ``merge``.
+        magnitude_is_normalised: As in ``merge``.
         adapter_format: As in ``merge``.
         zero_norm: As in ``merge``.
         map_prefix: As in ``merge``.
@@ -284,7 +312,13 @@ def verify(
         "fan_in_fan_out": fan_in_fan_out,
     }
     settings, notes = manifest.settings_of(subject.manifest, given)
-    options = ReadOptions(alpha=alpha, axis=axis, allow_pickle=allow_pickle)
+    options = ReadOptions(
+        alpha=alpha,
+        axis=axis,
+        allow_pickle=allow_pickle,
+        torchtune_dora_fix=torchtune_dora_fix,
+        magnitude_is_normalised=magnitude_is_normalised,
+    )
     plan, _ = _plan(base, adapter, options, adapter_format, settings)
     sources = _sources(side_files.collect(plan))
     checked = check(
@@ -325,6 +359,8 @@ def inspect(
     adapter_format: str | None = None,
     alpha: float | None = None,
     axis: Axis | None = None,
+    torchtune_dora_fix: bool | None = None,
+    magnitude_is_normalised: bool | None = None,
     map_prefix: Iterable[str] = (),
     allow_pickle: bool = False,
 ) -> InspectReport:
@@ -336,6 +372,8 @@ def inspect(
         adapter_format: As in ``load_adapter``.
         alpha: As in ``load_adapter``.
         axis: As in ``load_adapter``.
+        torchtune_dora_fix: As in ``load_adapter``.
+        magnitude_is_normalised: As in ``load_adapter``.
         map_prefix: As in ``merge``.
         allow_pickle: As in ``load_adapter``.
 
@@ -345,7 +383,13 @@ def inspect(
             report says why.
     """
     found = load_adapter(
-        adapter, adapter_format=adapter_format, alpha=alpha, axis=axis, allow_pickle=allow_pickle
+        adapter,
+        adapter_format=adapter_format,
+        alpha=alpha,
+        axis=axis,
+        torchtune_dora_fix=torchtune_dora_fix,
+        magnitude_is_normalised=magnitude_is_normalised,
+        allow_pickle=allow_pickle,
     )
     report = InspectReport(
         path=found.path,

@@ -13,6 +13,17 @@ from dataclasses import dataclass
 
 from dora_export.errors import PlanError, shown
 
+# Text and vision parts of a multimodal model, as two conventions name them: checkpoints of one
+# age of transformers or MLX, and of another. Source: github.com/huggingface/transformers,
+# src/transformers/conversion_mapping.py; github.com/ml-explore/mlx-lm, mlx_lm/models/*.py.
+WRAPPED = (
+    ("language_model.model.", "model.language_model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("vision_tower.", "model.vision_tower."),
+    ("multi_modal_projector.", "model.multi_modal_projector."),
+)
+SWAPS = (WRAPPED, tuple((new, old) for old, new in WRAPPED))
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -63,7 +74,8 @@ def find_rule(
 ) -> Rule:
     """Return the rule that turns every target into a tensor name of the checkpoint.
 
-    Tried in this order: names as they are; one segment added; the first segment taken away.
+    Tried in this order: names as they are; one segment added; the first segment taken away; the
+    parts of a multimodal model under their other names.
     With ``mapped`` only that mapping is tried.
 
     Args:
@@ -79,7 +91,7 @@ def find_rule(
     if mapped:
         groups: list[list[Rule]] = [[Rule("--map-prefix", mapped=mapped)]]
     else:
-        groups = [[Rule("as they are")], _adding(targets, known), _stripping(targets)]
+        groups = [[Rule("as they are")], _adding(targets, known), _stripping(targets), _swapping()]
     for group in groups:
         fitting = [rule for rule in group if all(rule(t) in known for t in targets)]
         if len(fitting) > 1:
@@ -102,6 +114,10 @@ def _adding(targets: Sequence[str], known: frozenset[str]) -> list[Rule]:
 def _stripping(targets: Sequence[str]) -> list[Rule]:
     first = sorted({f"{t.partition('.')[0]}." for t in targets if t.count(".") > 1})
     return [Rule(f"'{p}' taken away", strip=p) for p in first]
+
+
+def _swapping() -> list[Rule]:
+    return [Rule(f"'{swap[0][0]}' as '{swap[0][1]}'", mapped=swap) for swap in SWAPS]
 
 
 def _no_rule(

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from dora_export import layouts, naming, tying
+from dora_export import experts, layouts, naming, row_orders, tying
 from dora_export.adapters.model import Adapter
 from dora_export.checkpoints.model import Checkpoint, WeightFile
 from dora_export.errors import PlanError, listing, shown
@@ -160,13 +160,16 @@ def plan_merge(base: Checkpoint, adapter: Adapter, settings: Settings) -> Plan:
         PlanError: Names do not resolve, shapes do not fit, updates contradict each other, targets
             are quantised, or layers that should be adapted are not; all of a kind are listed.
     """
+    _check_model_type(base, adapter)
     tying.refuse_unknown(base, adapter.updates)  # before names are: such heads are never stored
-    rule = _rule(base, adapter, settings)
-    updates = [_renamed(u, rule) for u in adapter.updates]
+    stacked = experts.stacks(base) if any(u.index is not None for u in adapter.updates) else {}
+    rule = _rule(base, adapter, settings, stacked)
+    updates = experts.placed([_renamed(u, rule) for u in adapter.updates], stacked, base)
     saved = frozenset(rule(t) for t in adapter.saved_embeddings)
     tied = tying.resolve(base, adapter, updates, saved)
     shapes = _shapes(base, tied)
-    decided = layouts.with_layouts(tied.updates, shapes, base, adapter, settings.fan_in_fan_out)
+    ordered = row_orders.with_row_orders(tied.updates, shapes, base)
+    decided = layouts.with_layouts(ordered, shapes, base, adapter, settings.fan_in_fan_out)
     by_target = _by_target(decided)
     problems = [p for name, group in by_target.items()
                 for p in _problems(name, group, base, tied, settings)]  # fmt: skip
@@ -196,12 +199,14 @@ def plan_merge(base: Checkpoint, adapter: Adapter, settings: Settings) -> Plan:
     )
 
 
-def _rule(base: Checkpoint, adapter: Adapter, settings: Settings) -> naming.Rule:
+def _rule(
+    base: Checkpoint, adapter: Adapter, settings: Settings, stacked: Iterable[str]
+) -> naming.Rule:
     targets = [u.target for u in adapter.updates if u.kind != "replace"]
     targets = targets or [u.target for u in adapter.updates]
     absent_head = tying.head_of(base, targets)
     required = [t for t in targets if t != absent_head] or targets
-    names = [*base.tensors, *([absent_head] if absent_head else [])]
+    names = [*base.tensors, *stacked, *([absent_head] if absent_head else [])]
     return naming.find_rule(
         list(dict.fromkeys(required)), names, settings.map_prefix, adapter.base_name
     )
@@ -209,6 +214,15 @@ def _rule(base: Checkpoint, adapter: Adapter, settings: Settings) -> naming.Rule
 
 def _renamed(update: Update, rule: naming.Rule) -> Update:
     return replace(update, target=rule(update.target))
+
+
+def _check_model_type(base: Checkpoint, adapter: Adapter) -> None:
+    model_type = str(base.config.get("model_type"))
+    if model_type in adapter.not_for:
+        raise PlanError(
+            f"{adapter.path}: {adapter.not_for[model_type]}, so its tensors are not those of "
+            f"{base.path} ({shown(model_type)}). Merge with the trainer's own tool."
+        )
 
 
 def _shapes(base: Checkpoint, tied: tying.Tying) -> dict[str, tuple[int, ...]]:
@@ -260,6 +274,12 @@ def _problems(
         yield (
             f"{shown(name)}: stored as {ref.dtype.name}; merging into quantised weights is not "
             "supported, dequantise the base first"
+        )
+    bias = f"{name.removesuffix('weight')}bias"
+    if bias in base.tensors and any(u.scales_bias for u in group):
+        yield (
+            f"{shown(name)}: this trainer scales the layer's bias by m / ||V|| as well, and the "
+            f"base has '{shown(bias)}'; merge with the trainer's own tool, or leave the layer out"
         )
     for update in group:
         if why := update.misfit(effective.shape):

@@ -155,6 +155,23 @@ class TensorRef:
         """File and tensor name, for error messages."""
         return f"{self.source.path.name}: tensor '{shown(self.name)}'"
 
+    def rows(self, first: int, last: int) -> TensorRef:
+        """Return the rows ``[first, last)`` along the first dimension as a tensor of its own."""
+        assert 0 <= first <= last <= self.shape[0], f"Bug: rows {first}:{last} of {self.shape}"
+        each = self.nbytes // max(1, self.shape[0])
+        source: FileRange | HeldBytes
+        if isinstance(self.source, FileRange):
+            start = self.source.start + first * each
+            source = FileRange(self.source.path, start, (last - first) * each)
+        else:
+            source = HeldBytes(self.source.data[first * each : last * each])
+        return TensorRef(self.name, self.dtype, (last - first, *self.shape[1:]), source)
+
+    def reshaped(self, *shape: int) -> TensorRef:
+        """Return the same elements under another shape."""
+        assert math.prod(shape) == self.size, f"Bug: {self.shape} reshaped to {shape}"
+        return replace(self, shape=shape)
+
     def raw(self, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Return elements ``[start, stop)``, flattened, as a new array of ``dtype.raw``."""
         stop = self.size if stop is None else stop
@@ -228,6 +245,10 @@ class Operand:
     def T(self) -> Operand:  # noqa: N802 - the name that numpy and torch give it
         """The transpose of a 2-D operand."""
         return replace(self, shape=self.shape[::-1], steps=(*self.steps, np.transpose))
+
+    def with_rows(self, arrange: Arrange, count: int) -> Operand:
+        """Return it with its rows picked, reordered or spread by ``arrange``: ``count`` rows."""
+        return replace(self, shape=(count, *self.shape[1:]), steps=(*self.steps, arrange))
 
 
 def _flatten_rows(a: NDArray[Any]) -> NDArray[Any]:

@@ -234,7 +234,8 @@ def _share(
 def _refuse_ensured(
     tied: bool, ends: _Ends, embedding: Sequence[Update], head: Sequence[Update]
 ) -> None:
-    if tied and any(u.normalises for u in (*embedding, *head)):
+    per_row = all(u.layout == "oi" for u in embedding) and not head  # one matrix for both ends
+    if tied and not per_row and any(u.normalises for u in (*embedding, *head)):
         raise PlanError(
             f"{shown(ends.embedding)}: DoRA on tied ends with ensure_weight_tying has no defined "
             "meaning (one magnitude per embedding dimension here, per token there). "

@@ -18,6 +18,11 @@ Kind = Literal["lora", "dora", "magnitude", "add", "replace", "rows"]
 Layout = Literal["oi", "io"]
 Axis = Literal["out", "in"]
 Over = Literal["row", "column"]
+# Row orders of trainers that fuse or permute what a checkpoint stores otherwise (row_orders.py).
+RowOrder = Literal[
+    "torchtune", "torchtune-peft", "torchtune-peft?",
+    "megatron-q", "megatron-k", "megatron-v", "megatron-gate", "megatron-up",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -175,6 +180,11 @@ class Update:
         delta: What is added instead of ``B A``, shape ``(out, in * kernel)``; None: ``B A``.
         magnitude_is_factor: m is the trained magnitude divided by the norm already
             (TensorRT-LLM's preprocessed adapters), so W' is ``m (W + s B A)``.
+        row_order: How the adapter orders the rows of B and m, where that is not the checkpoint's
+            order and depends on the base (its heads, its model type); the plan resolves it. None:
+            the checkpoint's own.
+        scales_bias: The trainer's forward multiplies the layer's bias by ``m / ||V||`` as well. A
+            base with such a bias is refused.
 
     Source: Liu et al. 2024, arXiv:2402.09353, eq. 5, for kind "dora".
     """
@@ -195,6 +205,8 @@ class Update:
     row_indices: tuple[int, ...] = ()
     delta: Hadamard | Kronecker | Dense | None = None
     magnitude_is_factor: bool = False
+    row_order: RowOrder | None = None
+    scales_bias: bool = False
 
     @property
     def rank(self) -> int | None:

@@ -141,6 +141,20 @@ def test_a_head_saved_whole_keeps_its_name_where_a_segment_is_taken_away(tmp_pat
     [
         ("language_model.model.", "model.language_model."),
         ("model.language_model.", "language_model.model."),
+    ],
+)
+def test_two_conventions_of_multimodal_models_are_one(tmp_path, in_base, in_adapter):
+    case = prepare(tmp_path, llama(), **DORA)
+    rename(case.base, "model.", in_base)
+    rename(case.adapter, f"{PREFIX}model.", f"{PREFIX}{in_adapter}")
+    found, report = merged_logits(case, tmp_path / "out", in_base, "model.")
+    assert report.names == f"'{in_adapter}' as '{in_base}'"
+    check(case, found)
+
+
+@pytest.mark.parametrize(
+    ("in_base", "in_adapter"),
+    [
         ("model.language_model.", "model."),
         ("model.", "model.language_model."),
     ],

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from dora_export.adapters import merged_dora, peft
+from dora_export.adapters import catid, megatron, merged_dora, mlx, nvlabs, peft, qdora, torchtune
 from dora_export.adapters.model import Adapter, ReadOptions
 from dora_export.errors import AdapterError, InputError
 
@@ -31,6 +31,19 @@ class AdapterFormat(NamedTuple):
 
 FORMATS = (
     AdapterFormat("peft", "PEFT folder: adapter_config.json and weights", peft.matches, peft.read),
+    AdapterFormat(
+        "mlx", "MLX folder: adapter_config.json and adapters.safetensors", mlx.matches, mlx.read
+    ),
+    AdapterFormat("torchtune", "torchtune's adapter_model.pt", torchtune.matches, torchtune.read),
+    AdapterFormat("nvlabs", "folder of NVlabs/DoRA's PEFT fork", nvlabs.matches, nvlabs.read),
+    AdapterFormat(
+        "megatron",
+        "state dict of Megatron-Bridge or NeMo adapters",
+        megatron.matches,
+        megatron.read,
+    ),
+    AdapterFormat("qdora", "state dict of fsdp_qlora's QDoRA", qdora.matches, qdora.read),
+    AdapterFormat("catid", "state dict of catid's DoRALayer modules", catid.matches, catid.read),
     AdapterFormat(
         "linear-with-dora-merged",
         "state dict of LinearWithDoRAMerged modules, base weights included",

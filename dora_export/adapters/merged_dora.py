@@ -71,6 +71,8 @@ def read(path: Path, options: ReadOptions) -> Adapter:
             "rank": ranks,
             "alpha": [options.alpha],
             "scaling": [options.alpha],
+            "axis": f"{updates[0].axis}, by "
+            + ("--axis" if options.axis else "the shape of m, and the format"),
             "magnitude": f"one per {'output' if updates[0].axis == 'out' else 'input'}",
         },
     )

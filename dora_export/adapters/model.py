@@ -20,11 +20,15 @@ class ReadOptions:
         alpha: Scaling numerator, for formats that do not store it.
         axis: What the magnitudes count, for formats that leave it open.
         allow_pickle: Whether pickled files may be read (through torch's restricted loader).
+        torchtune_dora_fix: Whether torchtune exported a PEFT adapter; None: not said.
+        magnitude_is_normalised: Whether magnitudes were divided by the norms; None: not said.
     """
 
     alpha: float | None = None
     axis: Axis | None = None
     allow_pickle: bool = False
+    torchtune_dora_fix: bool | None = None
+    magnitude_is_normalised: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,10 @@ class Adapter:
         whole_families: Layers that differ in their number only are adapted all or none, so a gap
             means that tensors are missing.
         square_io: Whether square weights are stored ``(in, out)``, as far as the adapter says.
+        not_for: Model types (config.json) whose checkpoints store what the adapter replaces in
+            another way than its trainer did, and how.
+        doubtful_magnitudes: Tools divide magnitudes of this format by the norms beforehand without
+            saying so, and the user has not said.
         doubts: What the files leave open and the reader had to take on trust.
         facts: What ``inspect`` shows: settings in the format's own words.
     """
@@ -64,5 +72,7 @@ class Adapter:
     saved_embeddings: frozenset[str] = frozenset()
     whole_families: bool = False
     square_io: bool | None = None
+    not_for: Mapping[str, str] = field(default_factory=dict)
+    doubtful_magnitudes: bool = False
     doubts: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)

@@ -9,20 +9,20 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dora_export.adapters import peft_config
+from dora_export.adapters import peft_config, torchtune
+from dora_export.adapters.config_files import CONFIG, config_of
 from dora_export.adapters.model import Adapter, ReadOptions
 from dora_export.adapters.peft_config import PeftConfig
 from dora_export.checkpoints.folder import read_json
 from dora_export.errors import AdapterError, InputError, listing, shown
 from dora_export.storage import read_tensors
 from dora_export.tensors import Operand, TensorRef
-from dora_export.update import Kind, Update
+from dora_export.update import Kind, RowOrder, Update
 
-CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 # Segments that wrappers of the training loop leave in names.
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -91,8 +91,13 @@ def read(path: Path, options: ReadOptions) -> Adapter:
     weights = _weights(config_path.parent, options)
     tensors = read_tensors(weights, allow_pickle=options.allow_pickle)
     sorted_ = _sort(tensors, config)
+    if "use_dora" not in raw and torchtune.is_export(raw):  # torchtune does not write it
+        with_m = any("m" in layer.parts for layer in sorted_.layers.values())
+        config = replace(config, dora=with_m)
     updates = [u for module, layer in sorted_.layers.items()
                for u in _layer_updates(module, layer, config, sorted_.problems)]  # fmt: skip
+    order = torchtune.export_order(config_path.parent, raw, options)
+    updates = [_as_said(u, order, options) for u in updates]
     updates += [_replacement(target, ref) for target, ref in sorted_.whole.items()]
     _check_magnitudes(config, sorted_)
     if sorted_.problems:
@@ -114,18 +119,23 @@ def read(path: Path, options: ReadOptions) -> Adapter:
         ensure_weight_tying=config.ensure_weight_tying,
         saved_embeddings=_saved_embeddings(sorted_, config),
         whole_families=_means_all_layers(raw),
+        doubtful_magnitudes=config.dora and options.magnitude_is_normalised is None,
         square_io=config.fan_in_fan_out,
-        facts=_facts(config, updates),
+        facts=_facts(config, updates, order),
     )
 
 
+def _as_said(update: Update, order: RowOrder | None, options: ReadOptions) -> Update:
+    """Return the update with what config and options say of all products."""
+    if update.kind == "dora" and options.magnitude_is_normalised:
+        update = replace(update, magnitude_is_factor=True)
+    if order is None or update.kind not in ("lora", "dora"):
+        return update
+    return replace(update, row_order=order, scales_bias=update.kind == "dora")
+
+
 def _config_path(path: Path) -> Path | None:
-    folder = path if path.is_dir() else path.parent
-    if not (folder / CONFIG).is_file() or (path.is_file() and path.name not in (CONFIG, *WEIGHTS)):
-        return None
-    if "fine_tune_type" in read_json(folder / CONFIG):
-        return None  # MLX's folders use the same file name
-    return folder / CONFIG
+    return config_of(path, "peft", WEIGHTS)
 
 
 def _means_all_layers(raw: Mapping[str, Any]) -> bool:
@@ -347,9 +357,9 @@ def _check_magnitudes(config: PeftConfig, found: _Sorted) -> None:
         )
 
 
-def _facts(config: PeftConfig, updates: list[Update]) -> dict[str, object]:
+def _facts(config: PeftConfig, updates: list[Update], order: RowOrder | None) -> dict[str, object]:
     modules = [u.target.removesuffix(".weight") for u in updates if u.kind in ("lora", "dora")]
-    return {
+    facts: dict[str, object] = {
         "method": "DoRA" if config.dora else "LoRA",
         "rank": sorted({config.rank(m) for m in modules}),
         "alpha": sorted({config.module_alpha(m) for m in modules}),
@@ -357,4 +367,12 @@ def _facts(config: PeftConfig, updates: list[Update]) -> dict[str, object]:
         "rslora": config.rslora,
         "magnitude": "one per output" if config.dora else "none",
         "modules_to_save": sorted(u.target for u in updates if u.kind == "replace"),
+        "trainer": {
+            None: "PEFT",
+            "torchtune-peft": "torchtune, exported to PEFT: rows of q and k are put in order",
+            "torchtune-peft?": "not said; the config is as bare as torchtune's export",
+        }[order],
     }
+    if config.dora:
+        facts["axis"] = "out, by the format: PEFT takes the norm over dim 1"
+    return facts

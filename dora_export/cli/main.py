@@ -81,6 +81,16 @@ def adapter_options(command: F) -> F:
             type=click.Choice(["out", "in"]),
             help="What magnitudes count, where the format leaves it open.",
         ),
+        click.option(
+            "--torchtune-dora-fix/--no-torchtune-dora-fix",
+            default=None,
+            help="This PEFT adapter is torchtune's export (its rows need order), or is not.",
+        ),
+        click.option(
+            "--magnitude-is-normalised/--magnitude-is-not-normalised",
+            default=None,
+            help="Magnitudes were divided by the norms (TensorRT-LLM), or were not.",
+        ),
         click.option("--adapter-format", metavar="NAME", help="Format, where more than one fits."),
         click.option(
             "--map-prefix",

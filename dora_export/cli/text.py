@@ -172,6 +172,8 @@ def inspect_summary(report: InspectReport) -> str:
     rows = [
         ("format", report.format),
         ("method", f"{facts.get('method', '?')}, magnitude {facts.get('magnitude', 'none')}"),
+        ("trainer", str(facts.get("trainer", ""))),
+        ("axis", str(facts.get("axis", ""))),
         ("rank", numbers["rank"]),
         ("alpha", numbers["alpha"] + (" (rslora)" if facts.get("rslora") else "")),
         ("scaling", numbers["scaling"]),

@@ -1,0 +1,228 @@
+"""torchtune's own adapter files: ``adapter_model.pt`` and the like, LoRA and DoRA.
+
+Per layer ``X``: ``X.lora_a.weight`` (r, in), ``X.lora_b.weight`` (out, r) and with DoRA
+``X.magnitude`` (out): ``W' = m N / ||N||`` with ``N = W + alpha / r * B A``, a norm per row, no
+eps. torchtune scales a layer's bias by ``m / ||N||`` as well, which its own merge forgets: DoRA on
+a layer with a bias is refused. Names are torchtune's, and in q_proj and k_proj of some models so is
+the order of the rows (``row_orders.py``). The rank and alpha stand in an adapter_config.json that
+torchtune writes beside the file, for the models whose export to PEFT it supports.
+
+The export to PEFT that lies beside is read by ``peft``; ``export_order`` says how its rows lie.
+
+Source: github.com/pytorch/torchtune 0.6.1, torchtune/modules/peft/{lora,dora}.py,
+torchtune/models/convert_weights.py, torchtune/training/checkpointing/_checkpointer.py.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dora_export.adapters.config_files import CONFIG, made_by
+from dora_export.adapters.model import Adapter, ReadOptions
+from dora_export.checkpoints.folder import read_json
+from dora_export.errors import AdapterError, listing, shown
+from dora_export.storage import PICKLED, read_tensors
+from dora_export.tensors import Operand, TensorRef
+from dora_export.update import RowOrder, Update
+
+PART = re.compile(r"(?P<module>.+)\.(?P<part>lora_a\.weight|lora_b\.weight|magnitude)")
+SIGN = re.compile(r"(.+\.)?lora_[ab]\.weight")
+LAYER = re.compile(r"layers\.(?P<number>\d+)\.(?P<module>.+)")
+# Source: torchtune/models/convert_weights.py, _FROM_HF.
+MODULES = {
+    "attn.q_proj": "self_attn.q_proj",
+    "attn.k_proj": "self_attn.k_proj",
+    "attn.v_proj": "self_attn.v_proj",
+    "attn.output_proj": "self_attn.o_proj",
+    "mlp.w1": "mlp.gate_proj",
+    "mlp.w2": "mlp.down_proj",
+    "mlp.w3": "mlp.up_proj",
+}
+# All that torchtune's export to PEFT puts into a config (PEFT itself writes many more), with the
+# use_dora that has to be added by hand before PEFT loads it.
+EXPORTED = frozenset(
+    "r lora_alpha target_modules peft_type base_model_name_or_path use_dora".split()
+)
+EXPORT_NEEDS = frozenset("r lora_alpha target_modules".split())
+
+
+def is_export(config: Mapping[str, Any]) -> bool:
+    """Return whether a PEFT config is as bare as torchtune's export writes it."""
+    return config.keys() <= EXPORTED and config.keys() >= EXPORT_NEEDS
+
+
+def export_order(folder: Path, config: Mapping[str, Any], options: ReadOptions) -> RowOrder | None:
+    """Return the row order of a PEFT adapter: torchtune's export's, perhaps that, or PEFT's (None).
+
+    It is torchtune's for sure where the user says so, or where the file lies beside that only
+    torchtune writes; a config as bare as torchtune's alone leaves it open.
+    """
+    if options.torchtune_dora_fix is not None:
+        return "torchtune-peft" if options.torchtune_dora_fix else None
+    if not is_export(config):
+        return None
+    return "torchtune-peft" if (folder / "adapter_model.pt").is_file() else "torchtune-peft?"
+
+
+def matches(path: Path, options: ReadOptions) -> bool:
+    """Return whether ``path`` is a file with torchtune's LoRA tensors, or a folder of one such."""
+    file = _file(path)
+    if file is None:
+        return False
+    return any(SIGN.fullmatch(n) for n in read_tensors(file, allow_pickle=options.allow_pickle))
+
+
+def read(path: Path, options: ReadOptions) -> Adapter:
+    """Read a torchtune adapter.
+
+    Raises:
+        InputError: The file is malformed, or pickled without ``allow_pickle``.
+        AdapterError: Layers are incomplete or unknown, or alpha is not known.
+    """
+    file = _file(path)
+    if file is None:
+        raise AdapterError(f"{path}: holds no adapter_*.pt of torchtune. Name the file itself.")
+    if options.axis == "in":
+        raise AdapterError(f"{path}: torchtune has one magnitude per output. Leave --axis out.")
+    tensors = read_tensors(file, allow_pickle=options.allow_pickle)
+    problems: list[str] = []
+    layers = _layers(tensors, problems)
+    rank = _rank(layers, problems)
+    updates = [] if problems else list(_updates(layers, _alpha(file, rank, options)))
+    dora = [u for u in updates if u.magnitude is not None]
+    if dora and len(dora) < len(updates):
+        plain = next(u for u in updates if u.magnitude is None)
+        problems.append(
+            f"magnitude is missing for {len(updates) - len(dora)} of {len(updates)} layers "
+            f"(first: {shown(plain.target)}); refusing to merge them as plain LoRA"
+        )
+    if problems:
+        raise AdapterError(
+            f"{file}: does not add up:{listing(sorted(problems))}\n"
+            "Check that the file is a whole adapter of a text model."
+        )
+    return Adapter(
+        path=path,
+        format="torchtune",
+        files=(file,),
+        tensors=tensors,
+        updates=tuple(updates),
+        folder=file.parent,
+        facts={
+            "method": "DoRA" if dora else "LoRA",
+            "trainer": "torchtune",
+            "rank": [rank],
+            "alpha": sorted({u.scaling * rank for u in updates}),
+            "scaling": sorted({round(u.scaling, 6) for u in updates}),
+            "magnitude": "one per output" if dora else "none",
+        }
+        | ({"axis": "out, by the format: torchtune takes the norm over dim 1"} if dora else {}),
+    )
+
+
+def _file(path: Path) -> Path | None:
+    """Return the file that ``path`` stands for; of a folder the only adapter_*.pt in it."""
+    if path.is_file():
+        return path if path.suffix in (".safetensors", *PICKLED) else None
+    if not path.is_dir() or (path / CONFIG).is_file():
+        return None  # a folder with a config is PEFT's or MLX's
+    found = sorted(path.glob("adapter_*.pt"))
+    return found[0] if len(found) == 1 else None
+
+
+def _layers(
+    tensors: Mapping[str, TensorRef], problems: list[str]
+) -> dict[str, dict[str, TensorRef]]:
+    """Return the layers by the target's name in Hugging Face's terms."""
+    layers: dict[str, dict[str, TensorRef]] = defaultdict(dict)
+    for key, ref in tensors.items():
+        match = PART.fullmatch(key)
+        target = _target(match["module"]) if match else None
+        if match is None or target is None:
+            problems.append(
+                f"unknown tensor '{shown(key)}'; only adapters of attention, MLP and output "
+                "layers of text models are supported"
+            )
+        else:
+            layers[target][match["part"]] = ref
+    return layers
+
+
+def _target(module: str) -> str | None:
+    if module == "output":
+        return "lm_head.weight"
+    match = LAYER.fullmatch(module)
+    if match is None or match["module"] not in MODULES:
+        return None
+    return f"model.layers.{match['number']}.{MODULES[match['module']]}.weight"
+
+
+def _rank(layers: Mapping[str, Mapping[str, TensorRef]], problems: list[str]) -> int:
+    """Return the rank that all layers share, and note what is missing or misshapen."""
+    ranks: set[int] = set()
+    for target, parts in layers.items():
+        missing = [p for p in ("lora_a.weight", "lora_b.weight") if p not in parts]
+        if missing:
+            problems.append(f"{shown(target)}: {', '.join(missing)} missing")
+            continue
+        a, b, m = parts["lora_a.weight"], parts["lora_b.weight"], parts.get("magnitude")
+        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
+            problems.append(
+                f"{shown(target)}: expected lora_a (rank, in) and lora_b (out, rank), got "
+                f"{a.shape} and {b.shape}"
+            )
+            continue
+        if m is not None and m.shape != (b.shape[0],):
+            problems.append(f"{shown(target)}: magnitude is {m.shape}, expected ({b.shape[0]},)")
+        ranks.add(a.shape[0])
+    if len(ranks) > 1:
+        problems.append(f"ranks {sorted(ranks)}; torchtune gives all layers one rank")
+    return max(ranks, default=1)
+
+
+def _alpha(file: Path, rank: int, options: ReadOptions) -> float:
+    """Return alpha, from the config that torchtune writes beside the file, or as given."""
+    config = file.parent / CONFIG
+    raw = read_json(config) if config.is_file() else {}
+    alpha = raw.get("lora_alpha") if raw and made_by(raw) == "peft" else None
+    if isinstance(alpha, int | float) and not isinstance(alpha, bool):
+        if options.alpha is not None:
+            raise AdapterError(f"{config}: lora_alpha is in this file. Leave --alpha out.")
+        if raw.get("r") != rank:
+            raise AdapterError(
+                f"{config}: r is {shown(raw.get('r'))}, the tensors of {file.name} have rank "
+                f"{rank}. Put the config of this adapter beside it, or take it away and pass "
+                "--alpha."
+            )
+    else:
+        alpha = options.alpha
+    if alpha is None:
+        raise AdapterError(
+            f"{file}: alpha is not in this file, and no {CONFIG} lies beside it. "
+            "Pass --alpha with lora_alpha of the training."
+        )
+    if not math.isfinite(alpha) or alpha == 0:
+        raise AdapterError(f"{file}: alpha {alpha}: expected a finite number other than 0.")
+    return float(alpha)
+
+
+def _updates(layers: Mapping[str, Mapping[str, TensorRef]], alpha: float) -> Iterator[Update]:
+    for target, parts in layers.items():
+        a, b, m = parts["lora_a.weight"], parts["lora_b.weight"], parts.get("magnitude")
+        yield Update(
+            target=target,
+            kind="lora" if m is None else "dora",
+            source_keys=tuple(ref.name for ref in (a, b, m) if ref is not None),
+            down=Operand.plain(a),
+            up=Operand.plain(b),
+            scaling=alpha / a.shape[0],
+            magnitude=None if m is None else Operand.plain(m),
+            layout="oi",
+            row_order="torchtune",
+            scales_bias=m is not None,
+        )

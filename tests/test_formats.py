@@ -1,0 +1,76 @@
+"""Every kind of adapter fits exactly one format, and inspection tells trainer and axis."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dora_export.adapters import FORMATS, ReadOptions, read_adapter
+from tests import small, test_megatron, test_merged_dora, test_nvlabs, test_small_trainers
+from tests.fixtures import MLX, TORCHTUNE
+
+OPTIONS = ReadOptions(allow_pickle=True)
+
+
+def megatron(folder):
+    test_megatron.write(folder)
+    return folder / "adapter.safetensors"
+
+
+def nvlabs(folder):
+    test_nvlabs.write(folder)
+    return folder / "adapter"
+
+
+def catid(folder):
+    save_file(test_small_trainers.model().state_dict(), folder / "state.safetensors")
+    return folder / "state.safetensors"
+
+
+def qdora(folder):
+    test_small_trainers.write_qdora(folder)
+    return folder / "adapter.safetensors"
+
+
+def linear_with_dora_merged(folder):
+    state = test_merged_dora.with_dora(test_merged_dora.plain()).state_dict()
+    torch.save(state, folder / "state.pt")
+    return folder / "state.pt"
+
+
+def peft(folder):
+    return small.write_pair(folder)[1]
+
+
+CASES = {
+    "peft": (peft, "peft", {}),
+    "peft weights": (lambda f: peft(f) / "adapter_model.safetensors", "peft", {}),
+    "peft config": (lambda f: peft(f) / "adapter_config.json", "peft", {}),
+    "torchtune export": (lambda f: TORCHTUNE / "dora/adapter", "peft", {}),
+    "torchtune": (lambda f: TORCHTUNE / "dora/adapter/adapter_model.pt", "torchtune", {}),
+    "mlx dora": (lambda f: MLX / "dora/adapter", "mlx", {}),
+    "mlx lora": (lambda f: MLX / "lora/adapter", "mlx", {}),
+    "mlx experts": (lambda f: MLX / "experts/adapter", "mlx", {}),
+    "mlx weights": (lambda f: MLX / "tied/adapter/adapters.safetensors", "mlx", {}),
+    "nvlabs": (nvlabs, "nvlabs", {}),
+    "megatron": (megatron, "megatron", {"alpha": 7.0}),
+    "catid": (catid, "catid", {}),
+    "qdora": (qdora, "qdora", {}),
+    "linear": (linear_with_dora_merged, "linear-with-dora-merged", {"alpha": 4.0}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_exactly_one_format_matches(case, tmp_path):
+    make, expected, options = CASES[case]
+    path = make(tmp_path)
+    assert [f.name for f in FORMATS if f.matches(path, OPTIONS)] == [expected]
+    adapter = read_adapter(path, ReadOptions(allow_pickle=True, **options))
+    assert adapter.format == expected
+    if adapter.facts["method"] == "DoRA":
+        assert adapter.facts["axis"].startswith(("out, by ", "in, by "))
+
+
+def test_every_format_of_a_trainer_has_a_case():
+    """Formats with fixtures of their own in this module; others bring their own cases."""
+    own = {"peft", "torchtune", "mlx", "nvlabs", "megatron", "catid", "qdora"}
+    assert own <= {expected for _, expected, _ in CASES.values()} & {f.name for f in FORMATS}
