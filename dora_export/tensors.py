@@ -164,7 +164,7 @@ class TensorRef:
             start = self.source.start + first * each
             source = FileRange(self.source.path, start, (last - first) * each)
         else:
-            source = HeldBytes(self.source.data[first * each : last * each])
+            source = HeldBytes(self.source.path, self.source.data[first * each : last * each])
         return TensorRef(self.name, self.dtype, (last - first, *self.shape[1:]), source)
 
     def reshaped(self, *shape: int) -> TensorRef:
