@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from dora_export import naming
+from dora_export import inputs, naming
 from dora_export.adapters import Adapter, ReadOptions, read_adapter
 from dora_export.checkpoints import Checkpoint, locate, open_checkpoint
 from dora_export.engine import (
@@ -24,8 +24,9 @@ from dora_export.engine import (
     check_adapter,
     memory_bound,
 )
-from dora_export.errors import AdapterError, DoraExportError, OutputError, PlanError
+from dora_export.errors import AdapterError, DoraExportError, OutputError, PlanError, shown
 from dora_export.formula import ZeroNorm
+from dora_export.machine import advice, faults_told, memory_told, require_space
 from dora_export.plan import Plan, Precision, Settings, plan_merge
 from dora_export.report import InspectReport, MergeReport
 from dora_export.serving import engines
@@ -39,6 +40,7 @@ from dora_export.verify.subject import open_subject
 from dora_export.writers import identity, manifest, side_files
 from dora_export.writers.files import FileSink, write_small
 from dora_export.writers.identity import adapter_digests
+from dora_export.writers.names import hidden_name
 from dora_export.writers.ranges import Ranges
 from dora_export.writers.staging import (
     MANIFEST,
@@ -54,9 +56,12 @@ PathLike = str | os.PathLike[str]
 Progress = Callable[[int, int], None]
 SIZES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
          "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}  # fmt: skip
+# Address space of a thread: its stack, its part of the heap, and what OpenBLAS maps for it.
+THREAD_BYTES = (8 + 64 + 32) << 20
 SPARE_BYTES = 16 << 20  # left free on the disk beyond the output
 
 
+@faults_told()
 def load_adapter(
     adapter: PathLike,
     *,
@@ -94,6 +99,7 @@ def load_adapter(
     return read_adapter(locate(adapter, "adapter"), options, adapter_format)
 
 
+@faults_told()
 def merge(
     base: PathLike,
     adapter: PathLike | Sequence[PathLike] | None,
@@ -190,28 +196,39 @@ def merge(
         torchtune_dora_fix=torchtune_dora_fix,
         magnitude_is_normalised=magnitude_is_normalised,
     )
-    plan = _plan(base, adapter, options, adapter_format, settings)
+    target = _target(output)
+    plan, before = _plan(base, adapter, options, adapter_format, settings)
     manifest.refuse_merged_base(plan.base.folder, allow=allow_merged_base)
-    target = Path(output).absolute()
+    beside = side_files.collect(plan)
+    files = [*plan.base.sources, *plan.adapter.files, *(file.source for file in beside)]
+    stamps = inputs.watch(files, before)
+    _check_way(target, [*(f.name for f in plan.files), *(f.name for f in beside), MANIFEST])
     leftover = find_leftover(target)
     _check_place(target, plan, force, leftover)
-    beside = side_files.collect(plan)
     total = plan.output_bytes + side_files.side_bytes(beside)
     _check_space(target, total, leftover)
     memory = memory_bound(plan, resources, tile_elements)
     checked, resumed = None, 0
     if not dry_run:
-        check_adapter(plan)
-        refuse_implausible(plan)
-        digests = adapter_digests(plan)
+        # the workers, the thread that syncs, and this one
+        require_space(memory + (resources.workers + 2) * THREAD_BYTES, "this merge")
+        card = manifest.model_card(plan)
+        with memory_told(memory), inputs.held(stamps):
+            check_adapter(plan)
+            refuse_implausible(plan)
+            digests = adapter_digests(plan)
         job = identity.job(plan, resources, digests)
-        with staged(target, job, force=force, restart=restart) as stage:
+        with (
+            memory_told(memory),
+            staged(target, job, force=force, restart=restart) as stage,
+            inputs.held(stamps),
+        ):
             resumed = stage.held_bytes
             if not stage.published:
                 _write(plan, stage, resources, progress)
                 side_files.write(plan, beside, stage.folder)
                 content = manifest.manifest(plan, resources, beside, digests)
-                write_small(stage.folder / "README.md", manifest.model_card(plan))
+                write_small(stage.folder / "README.md", card)
                 write_small(stage.folder / MANIFEST, manifest.as_json(content))
             if verify != "none":
                 checked = check(
@@ -225,6 +242,7 @@ def merge(
     return _report(plan, target, dry_run, beside, total, memory, seconds, checked, resumed)
 
 
+@faults_told()
 def verify(
     base: PathLike,
     adapter: PathLike | Sequence[PathLike] | None,
@@ -301,7 +319,7 @@ def verify(
         torchtune_dora_fix=torchtune_dora_fix,
         magnitude_is_normalised=magnitude_is_normalised,
     )
-    plan = _plan(base, adapter, options, adapter_format, settings)
+    plan, _ = _plan(base, adapter, options, adapter_format, settings)
     sources = _sources(side_files.collect(plan))
     checked = check(
         plan, subject, sources, level, threads=_positive("threads", threads), progress=progress
@@ -333,6 +351,7 @@ def _sources(beside: Iterable[side_files.SideFile]) -> dict[str, Source]:
     return {file.name: Source(file.source, file.owner) for file in beside}
 
 
+@faults_told()
 def inspect(
     adapter: PathLike,
     base: PathLike | None = None,
@@ -420,21 +439,25 @@ def _plan(
     options: ReadOptions,
     adapter_format: str | None,
     settings: Settings,
-) -> Plan:
+) -> tuple[Plan, inputs.Stamps]:
+    """Return the plan, and how the inputs were before anything of them was read."""
     if adapter is None:
         path = locate(base, "base")
+        before = inputs.seen(path)
         found = _with_own_base(path, options, adapter_format)
         assert found.own_base is not None, "Bug: _with_own_base() has checked it"
-        return plan_merge(found.own_base, found, settings)
+        return plan_merge(found.own_base, found, settings), before
     adapters = [adapter] if isinstance(adapter, str | os.PathLike) else list(adapter)
     if len(adapters) != 1:
         raise AdapterError(
             f"{len(adapters)} adapters given: merging several at once is not supported. "
             "Merge them one by one, each into the output before (--allow-merged-base)."
         )
-    checkpoint = open_checkpoint(locate(base, "base"), allow_pickle=options.allow_pickle)
-    found = read_adapter(locate(adapters[0], "adapter"), options, adapter_format)
-    return plan_merge(checkpoint, found, settings)
+    base_path, adapter_path = locate(base, "base"), locate(adapters[0], "adapter")
+    before = {**inputs.seen(base_path), **inputs.seen(adapter_path)}
+    checkpoint = open_checkpoint(base_path, allow_pickle=options.allow_pickle)
+    found = read_adapter(adapter_path, options, adapter_format)
+    return plan_merge(checkpoint, found, settings), before
 
 
 def _with_own_base(path: Path, options: ReadOptions, adapter_format: str | None) -> Adapter:
@@ -474,12 +497,41 @@ def _write(plan: Plan, stage: Stage, resources: Resources, progress: Progress | 
         Engine(plan, sink, resources, on_bytes).run()
 
 
+def _target(output: PathLike) -> Path:
+    """Return the output's absolute path, with a name of its own.
+
+    Raises:
+        OutputError: It has none ("/"), or a name that no file system takes.
+    """
+    path = Path(output)
+    if "\0" in str(path):
+        raise OutputError(f"{shown(path)}: holds a NUL character. Pass another -o.")
+    if ".." in path.parts:
+        # Not by cutting text: beyond a link to a folder, ".." is not the folder before it.
+        parent, name = (path, "") if path.name == ".." else (path.parent, path.name)
+        path = Path(os.path.realpath(parent), name)
+    target = path.absolute()
+    if not target.name:
+        raise OutputError(f"{target}: not a folder that can be made. Pass -o with a new name.")
+    return target
+
+
 def _check_place(target: Path, plan: Plan, force: bool, leftover: Leftover | None) -> None:
-    """Refuse an output that is, holds, or lies in the base or the adapter.
+    """Refuse an output that cannot be published by a rename, or that holds or lies in an input.
 
     Raises:
         OutputError: It does, or it exists already.
     """
+    if os.path.ismount(target):
+        raise OutputError(
+            f"{target}: a mount point cannot be replaced by a rename. Pass a folder inside it, "
+            f"e.g. -o {target / 'merged'}."
+        )
+    if target.is_dir() and os.path.samefile(target, os.curdir):
+        raise OutputError(
+            f"{target}: the folder this runs in; publishing by a rename would leave you in a "
+            "folder that is gone. Run from another one, or pass -o with a new name."
+        )
     real = Path(os.path.realpath(target))
     for what, path in (("base", plan.base.path), ("adapter", plan.adapter.path)):
         other = Path(os.path.realpath(path))
@@ -496,6 +548,29 @@ def _check_place(target: Path, plan: Plan, force: bool, leftover: Leftover | Non
         check_target(target, force=force)
 
 
+def _check_way(target: Path, names: Sequence[str]) -> None:
+    """Refuse a path that is too long, or that leads over something that is no folder.
+
+    Raises:
+        OutputError: One of the files could not be made there.
+    """
+    broken = [p for p in target.parents if p.is_symlink() and not p.exists()]
+    if broken:
+        raise OutputError(f"{broken[0]}: a link to nothing. Repair it, or pass another -o.")
+    longest = max(names, key=lambda name: len(os.fsencode(name)))
+    for folder in (target, target.with_name(hidden_name(target.name, "partial"))):
+        if folder.exists() and not folder.is_dir():
+            continue  # a file in the way is told of as such
+        try:
+            os.lstat(folder / longest)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise OutputError(
+                f"{folder / longest}: {error.strerror}. {advice(error, 'Pass another -o.')}"
+            ) from error
+
+
 def _check_space(target: Path, nbytes: int, leftover: Leftover | None) -> None:
     if leftover is not None:  # its files are used or removed, and have their space already
         nbytes -= nbytes if leftover.published else leftover.disk_bytes
@@ -503,7 +578,9 @@ def _check_space(target: Path, nbytes: int, leftover: Leftover | None) -> None:
     try:
         free = shutil.disk_usage(parent).free
     except OSError as error:
-        raise OutputError(f"{parent}: cannot be asked for free space: {error.strerror}.") from error
+        raise OutputError(
+            f"{parent}: cannot be asked for free space: {error.strerror}. {advice(error)}"
+        ) from error
     if nbytes + SPARE_BYTES > free:
         raise OutputError(
             f"output needs {nbytes / 1e9:.1f} GB, {parent} has {free / 1e9:.1f} GB free (checked "

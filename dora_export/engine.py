@@ -20,6 +20,7 @@ from dora_export import cast
 from dora_export.arithmetic import UFUNC_BUFFER, NumpyArithmetic
 from dora_export.errors import AdapterError, shown
 from dora_export.formula import LoadedChange
+from dora_export.machine import start
 from dora_export.pieces import Batch, ColumnSquares, Copy, Merge, Piece, Region, cut, regions
 from dora_export.plan import Plan
 from dora_export.update import Change
@@ -221,15 +222,17 @@ class Engine:
             threading.Thread(target=self._work, args=(pieces,), name=f"merge-{i}", daemon=True)
             for i in range(self._resources.workers)
         ]
-        for thread in threads:
-            thread.start()
+        started: list[threading.Thread] = []
         try:
+            for thread in threads:
+                start(thread)
+                started.append(thread)
             for thread in threads:
                 while thread.is_alive():
                     thread.join(0.2)  # in slices, so that Ctrl-C is heard
         except BaseException as error:
             self._fail(error)
-            _join(threads)
+            _join(started)
             raise
 
     def _to_do(self, batches: Iterator[Batch]) -> Iterator[Piece]:

@@ -7,6 +7,7 @@ DoraExportError                 catch this one to catch them all
 ├── ArithmeticRefusal           zero norm, NaN or overflow in the merged weight
 ├── OutputError                 the output exists, is misplaced or does not fit on the disk
 ├── DeviceError                 the device asked for is not there
+├── MachineError                the system denies a file, memory or a thread
 └── VerifyError                 what was written is not what was planned (exit code 1)
 
 Messages read ``{where}: {what is wrong}. {what to do}.``; problems of one kind are gathered
@@ -54,6 +55,10 @@ class DeviceError(DoraExportError):
     """The device asked for is not available."""
 
 
+class MachineError(DoraExportError):
+    """The operating system denies access to a file, memory, or a thread."""
+
+
 class VerifyError(DoraExportError):
     """What was written differs from what was planned."""
 
@@ -64,6 +69,13 @@ def shown(name: object, limit: int = 120) -> str:
     """Return a name from an untrusted file fit for a terminal: escaped and shortened."""
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def printable(text: str) -> str:
+    """Return a message fit for a terminal: what is neither printable nor a line break, escaped."""
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def listing(problems: Iterable[str]) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dora_export.errors import InputError, shown
+from dora_export.machine import advice
 
 Bytes = NDArray[np.uint8]
 
@@ -95,7 +96,7 @@ class FileRange:
         except OSError as error:
             raise InputError(
                 f"{self.path}: cannot be read at byte {offset + done}: {error.strerror}. "
-                "Check the disk or copy the file again."
+                f"{advice(error, 'Check the disk or copy the file again.')}"
             ) from error
         if done < len(view):
             raise InputError(
@@ -106,8 +107,9 @@ class FileRange:
 
 @dataclass(frozen=True, eq=False)
 class HeldBytes:
-    """Bytes that lie in memory or in a mapped file (torch's ``.bin``/``.pt`` tensors)."""
+    """Bytes of a file that lie in memory or are mapped (torch's ``.bin``/``.pt`` tensors)."""
 
+    path: Path
     data: Bytes = field(repr=False)
 
     @property
@@ -151,9 +153,7 @@ class TensorRef:
     @property
     def where(self) -> str:
         """File and tensor name, for error messages."""
-        if isinstance(self.source, FileRange):
-            return f"{self.source.path.name}: tensor '{shown(self.name)}'"
-        return f"tensor '{shown(self.name)}'"
+        return f"{self.source.path.name}: tensor '{shown(self.name)}'"
 
     def rows(self, first: int, last: int) -> TensorRef:
         """Return the rows ``[first, last)`` along the first dimension as a tensor of its own."""
@@ -164,7 +164,7 @@ class TensorRef:
             start = self.source.start + first * each
             source = FileRange(self.source.path, start, (last - first) * each)
         else:
-            source = HeldBytes(self.source.data[first * each : last * each])
+            source = HeldBytes(self.source.path, self.source.data[first * each : last * each])
         return TensorRef(self.name, self.dtype, (last - first, *self.shape[1:]), source)
 
     def reshaped(self, *shape: int) -> TensorRef:

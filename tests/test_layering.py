@@ -10,7 +10,8 @@ import dora_export
 PACKAGE = Path(dora_export.__file__).parent
 FLOORS = (
     "_version errors words",
-    "tensors",
+    "machine",
+    "tensors inputs",
     "cast update",
     "storage arithmetic refine",
     "arithmetic_torch formula checkpoints",

@@ -93,9 +93,10 @@ class Model:
                           **options)  # fmt: skip
 
     def plan(self, **settings):
-        return api._plan(
+        plan, _ = api._plan(
             self.folder / "base", self.folder / "adapter", ReadOptions(), None, Settings(**settings)
         )
+        return plan
 
     def check(self, merged, threads=2, **settings):
         plan = self.plan(**settings)

@@ -390,7 +390,7 @@ def name_too_long(at):
 
 
 def output_name_too_long(at):
-    return merge(at, out="x" * 250)
+    return merge(at, out="x" * 256)
 
 
 def merged_base(at):
@@ -470,7 +470,7 @@ CASES = {
     "a hub id that is not cached": (hub_base, "unset HF_HUB_OFFLINE"),
     "a name that is no hub id": (hub_id_that_is_none, "Check the path of the base"),
     "a name longer than paths may be": (name_too_long, "Check the path of the base"),
-    "an output name longer than names may be": (output_name_too_long, "Pass another -o"),
+    "an output name longer than names may be": (output_name_too_long, "Use a shorter path"),
     "a base with an adapter in it": (merged_base, "--allow-merged-base"),
     "an unknown dtype": (options("--dtype", "int4"), "Expected one of fp32"),
     "an unknown adapter format": (options("--adapter-format", "x"), "Known: peft"),

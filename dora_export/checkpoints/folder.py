@@ -7,6 +7,7 @@ pickled shards, one pickled file. Symbolic links (the Hugging Face cache) are fo
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -36,11 +37,13 @@ def open_checkpoint(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
         return _close(Checkpoint(path, (_weight_file(path, allow_pickle),)))
     config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
     folder = Checkpoint(path, (), folder=path, config=config)
-    for suffixes, stem in (((".safetensors",), "safetensors"), ((".bin",), "bin")):
-        indexes = sorted(path.glob(f"*.{stem}.index.json"))
+    # Not glob(), which takes a folder that cannot be listed for an empty one.
+    listed = [path / name for name in sorted(os.listdir(path))]
+    for stem in ("safetensors", "bin"):
+        indexes = [p for p in listed if p.name.endswith(f".{stem}.index.json")]
         if indexes:
             return _close(_sharded(folder, _only(path, indexes, "index"), allow_pickle))
-        files = [p for s in suffixes for p in sorted(path.glob(f"*{s}")) if _is_model(p)]
+        files = [p for p in listed if p.suffix == f".{stem}" and _is_model(p)]
         whole = [p for p in files if p.stem in ("model", "pytorch_model")]
         if files:
             file = _only(path, whole or files, "weight file")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from pathlib import Path
 
 from dora_export.checkpoints.folder import read_json
 from dora_export.errors import InputError, shown
+from dora_export.machine import advice
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 # A cached snapshot without any of these was left by something that wanted the config only.
@@ -29,11 +31,32 @@ def locate(name: str | os.PathLike[str], what: str) -> Path:
     Raises:
         InputError: There is neither such a path nor such a model.
     """
-    if os.path.exists(name):  # Path.exists() raises for names that are too long
+    if _exists(name):
         return Path(name)
     if not HUB_ID.fullmatch(str(name)):
         raise InputError(f"{shown(name)}: no such file or folder. Check the path of the {what}.")
     return _snapshot(str(name), what)
+
+
+def _exists(name: str | os.PathLike[str]) -> bool:
+    """Return whether there is such a path; one that is there but not to be had is no hub id.
+
+    Raises:
+        InputError: The path is a link to nothing, or may not be looked at.
+    """
+    try:
+        os.stat(name)
+    except OSError as error:
+        if os.path.islink(name):
+            raise InputError(
+                f"{shown(name)}: a link that leads nowhere: {error.strerror}. Repair it."
+            ) from error
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL):
+            return False
+        raise InputError(f"{shown(name)}: {error.strerror}. {advice(error)}") from error
+    except ValueError:  # a NUL character
+        return False
+    return True
 
 
 def _snapshot(name: str, what: str) -> Path:

@@ -69,6 +69,11 @@ class Checkpoint:
         return {t.name: t for file in self.files for t in file.tensors}
 
     @property
+    def sources(self) -> tuple[Path, ...]:
+        """The files on disk that hold the tensors, each once, in order."""
+        return tuple(dict.fromkeys(t.source.path for t in self.tensors.values()))
+
+    @property
     def nbytes(self) -> int:
         """Bytes of tensor data."""
         return sum(file.nbytes for file in self.files)

@@ -14,6 +14,7 @@ import click
 from dora_export import api
 from dora_export.cli import text
 from dora_export.errors import OutputError
+from dora_export.machine import faults_told
 from dora_export.writers.staging import MANIFEST
 
 DATA = Path(str(resources.files("dora_export") / "demo_data"))
@@ -33,8 +34,9 @@ def run(output: Path, tokens: int) -> None:
     base, adapter, merged = (output / name for name in ("base", "adapter", "merged"))
     if merged.exists() and not (merged / MANIFEST).is_file():
         raise OutputError(f"{merged}: not made by this demo. Pass another -o.")
-    for folder in (base, adapter):
-        shutil.copytree(DATA / folder.name, folder, dirs_exist_ok=True)
+    with faults_told():
+        for folder in (base, adapter):
+            shutil.copytree(DATA / folder.name, folder, dirs_exist_ok=True)
     _say(f"dora-export inspect {adapter} --base {base}")
     click.echo(text.inspect_summary(api.inspect(adapter, base)))
     _say(f"dora-export merge {base} {adapter} -o {merged} --verify full")

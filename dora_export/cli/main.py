@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from dora_export._version import __version__
-from dora_export.errors import DoraExportError
+from dora_export.cli import streams
+from dora_export.errors import DoraExportError, printable
+from dora_export.machine import require_space
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+PROGRAM_BYTES = 192 << 20  # of address space: numpy and what comes with it
 
 EPILOG = """Exit codes: 0 done and right, 1 a check failed, 2 bad input or refused,
 3 could not check, 130 interrupted: run it again to go on."""
@@ -22,24 +28,39 @@ EPILOG = """Exit codes: 0 done and right, 1 a check failed, 2 bad input or refus
 class _Group(click.Group):
     """A group that turns refusals into one message and an exit code."""
 
+    def make_context(self, *args: Any, **options: Any) -> click.Context:
+        try:
+            return super().make_context(*args, **options)
+        except OSError as error:  # all that happens here is that --help or --version prints
+            sys.exit(streams.unheard(error))
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
+            require_space(PROGRAM_BYTES, "the program itself")
             return super().invoke(ctx)
         except DoraExportError as error:
-            click.echo(f"{click.style('error:', fg='red', bold=True)} {error}", err=True)
+            mark = click.style("error:", fg="red", bold=True)
+            streams.tell(f"{mark} {printable(str(error))}")
             ctx.exit(error.exit_code)
+        except OSError as error:  # work tells its own as DoraExportError: this one is of printing
+            ctx.exit(streams.unheard(error))
 
 
 def main() -> None:
     """Run the command line and exit."""
+    streams.prepare()
+    # Workers call BLAS one thread each. Where OpenBLAS cannot have the threads that it starts by
+    # itself when numpy is imported, it sends this process SIGINT.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         # Not standalone: Ctrl-C ends with 130, as shells expect, instead of click's 1.
         sys.exit(cli.main(standalone_mode=False))
     except click.ClickException as error:
-        error.show()
+        with suppress(OSError):  # as in streams.tell()
+            error.show()
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted; nothing was published.", err=True)
+        streams.tell("interrupted; nothing was published.")
         sys.exit(130)
 
 

@@ -14,6 +14,7 @@ from typing import Literal
 import click
 
 from dora_export.api import Progress
+from dora_export.cli import streams
 from dora_export.cli.explain import COLOURS
 from dora_export.errors import shown
 from dora_export.report import Engine, InspectReport, MergeReport
@@ -29,6 +30,7 @@ from dora_export.verify.statement import (
 )
 from dora_export.words import compact, count, number, share, size
 
+PATH = 5000  # characters of a path that are shown: all that a system takes
 LINE_SECONDS = 10.0  # between two plain progress lines
 LISTED = 8  # findings of one kind told one by one; more are told by their places
 WORST = 5  # tensors
@@ -107,9 +109,8 @@ def _lines(what: str, unit: Unit) -> Progress:
         nonlocal last
         if time.monotonic() - last >= LINE_SECONDS:
             last = time.monotonic()
-            click.echo(
-                f"{what}: {counted(done)} of {counted(total)} ({done / total:.0%})", err=True
-            )
+            # Hours of work do not end because nobody listens any more.
+            streams.tell(f"{what}: {counted(done)} of {counted(total)} ({done / total:.0%})")
 
     return show
 
@@ -141,7 +142,7 @@ def merge_summary(report: MergeReport, output: Path) -> str:
     lines.append(
         "nothing written (--dry-run)"
         if report.dry_run
-        else f"-> {output}/   manifest {output / 'dora_export.json'}"
+        else f"-> {shown(output, PATH)}/   manifest {shown(output / 'dora_export.json', PATH)}"
     )
     return "\n".join(lines)
 
@@ -182,11 +183,12 @@ def inspect_summary(report: InspectReport) -> str:
     ]
     if report.fits:
         assert report.output_bytes is not None, "Bug: a fitting base has a size"
-        rows.append(("base", f"{report.base}: fits, {report.merged} tensors would change"))
+        fits = f"fits, {report.merged} tensors would change"
+        rows.append(("base", f"{shown(report.base, PATH)}: {fits}"))
         rows.append(("merged size", size(report.output_bytes)))
     elif report.base is not None:
-        rows.append(("base", f"{report.base}: does not fit: {report.misfit}"))
-    lines = [click.style(str(report.path), bold=True)]
+        rows.append(("base", f"{shown(report.base, PATH)}: does not fit: {report.misfit}"))
+    lines = [click.style(shown(report.path, PATH), bold=True)]
     lines += [f"  {name:<12} {value}" for name, value in rows if value]
     lines += ["  served unmerged by", *(_engine(e) for e in report.engines)]
     lines += [f"  note: {note}" for note in report.notes]

@@ -85,4 +85,4 @@ def _ref(path: Path, name: str, tensor: Any) -> TensorRef:
             "Only dense tensors of the usual dtypes can be stored in safetensors."
         )
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return TensorRef(name, BY_TORCH[word], tuple(tensor.shape), HeldBytes(data))
+    return TensorRef(name, BY_TORCH[word], tuple(tensor.shape), HeldBytes(path, data))

@@ -7,7 +7,6 @@ precision, so an error does not smear into the layers after it.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -68,16 +67,13 @@ def measure(
     places = [place.how for place in reference.places.values()]
     idle, precision = reference.idle(), reference.precision
     del reference, loaded
-    gc.collect()  # models hold circles of modules and hooks
     progress(3, STAGES)
     noise: dict[str, Compared] = {}
     opinion = Opinion()
     if not run.misfits:
         noise = run.noise(plan, factors, cls, storage)
-        gc.collect()
         progress(4, STAGES)
         opinion = run.second_opinion(plan, cls, precision)
-        gc.collect()
     progress(5, STAGES)
     return Measured(
         model=cls.name,

@@ -23,11 +23,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dora_export.errors import OutputError
+from dora_export.machine import advice, start
 from dora_export.tensors import FileRange
 from dora_export.writers.ranges import Ranges
 
 SYNC_BYTES = 128 << 20  # unsynced bytes of one file after which a sync starts in the background
 COPY_CHUNK = 8 << 20
+# Finished files that may wait for their sync, open: workers that are faster than the disk wait, and
+# a model of hundreds of shards stays below any limit on open files.
+WAITING = 8
 
 
 Synced = Callable[[Mapping[str, Ranges]], None]
@@ -47,6 +51,7 @@ class _File:
     def __init__(self, path: Path, nbytes: int, held: Ranges) -> None:
         self.path, self.nbytes, self.held = path, nbytes, held
         self.lock = threading.Lock()
+        self.made = False
         self.descriptor: int | None = None
         self.finished, self.pending = Ranges(held), Ranges()
         self.queued = self.synced_once = self.failed = False
@@ -61,15 +66,16 @@ class _File:
                 flags = os.O_RDWR | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
                 if self.held:
                     flags |= getattr(os, "O_NOFOLLOW", 0)
-                    self.descriptor = os.open(self.path, flags)
-                    return self.descriptor
-                descriptor = os.open(self.path, flags | os.O_CREAT | os.O_EXCL, 0o666)
+                elif not self.made:
+                    flags |= os.O_CREAT | os.O_EXCL
+                descriptor = os.open(self.path, flags, 0o666)
                 try:
-                    _reserve(descriptor, self.nbytes)
+                    if not self.made and not self.held:
+                        _reserve(descriptor, self.nbytes)
                 except OSError:
                     os.close(descriptor)
                     raise
-                self.descriptor = descriptor
+                self.made, self.descriptor = True, descriptor
             return self.descriptor
 
     def finish(self, start: int, stop: int) -> bool:
@@ -80,6 +86,13 @@ class _File:
             due = not self.queued and (self.complete or self.pending.nbytes >= SYNC_BYTES)
             self.queued = self.queued or due
             return due
+
+    def rest(self) -> None:
+        """Close the file until more bytes come, unless it is complete and waits for its sync."""
+        with self.lock:
+            if self.descriptor is not None and not self.complete:
+                descriptor, self.descriptor = self.descriptor, None
+                os.close(descriptor)
 
 
 class FileSink:
@@ -106,12 +119,12 @@ class FileSink:
         held = held or [Ranges() for _ in paths]
         self._files = [_File(p, n, h) for p, n, h in zip(paths, sizes, held, strict=True)]
         self._on_synced = on_synced
-        self._to_sync: queue.SimpleQueue[_File | None] = queue.SimpleQueue()
+        self._to_sync: queue.Queue[_File | None] = queue.Queue(WAITING)
         self._failure: BaseException | None = None
         self._syncer = threading.Thread(target=self._sync_files, name="sync", daemon=True)
 
     def __enter__(self) -> FileSink:
-        self._syncer.start()
+        start(self._syncer)
         return self
 
     def __exit__(
@@ -126,11 +139,11 @@ class FileSink:
         self._syncer.join()
         for file in self._files:
             if file.descriptor is not None:
-                os.close(file.descriptor)
+                with suppress(OSError):  # nothing of it counts: an error is on its way
+                    os.close(file.descriptor)
                 file.descriptor = None
         if kind is None:
-            if self._failure is not None:
-                raise self._failure
+            self._check_sync()
             unfinished = [f.path.name for f in self._files if not f.complete]
             assert not unfinished, f"Bug: bytes were never written: {unfinished}"
 
@@ -139,9 +152,22 @@ class FileSink:
         return self._files[file].held.covers(offset, offset + nbytes)
 
     def write_header(self, file: int, header: bytes) -> None:
-        """Put a file's first bytes into place."""
-        if not self.holds(file, 0, len(header)):
-            self.write(file, 0, np.frombuffer(header, np.uint8))
+        """Make a file, reserve its space and put its first bytes into place.
+
+        All files can be made before the first piece, so that a full disk shows at once: a file
+        that waits for pieces is not held open.
+
+        Raises:
+            OutputError: The disk is full, or writing fails.
+        """
+        if self.holds(file, 0, len(header)):
+            return
+        self.write(file, 0, np.frombuffer(header, np.uint8))
+        target = self._files[file]
+        try:
+            target.rest()
+        except OSError as error:
+            raise refusal(target.path, error) from error
 
     def write(self, file: int, offset: int, data: NDArray[np.uint8]) -> None:
         """Put bytes into an output file.
@@ -149,6 +175,7 @@ class FileSink:
         Raises:
             OutputError: The disk is full, or writing fails.
         """
+        self._check_sync()
         target = self._files[file]
         view = data.reshape(-1).data
         self._put(target, offset, view)
@@ -161,6 +188,7 @@ class FileSink:
             InputError: The source ends too early.
             OutputError: The disk is full, or writing fails.
         """
+        self._check_sync()
         target = self._files[file]
         try:
             descriptor = target.open()
@@ -189,6 +217,9 @@ class FileSink:
     def _finish(self, target: _File, start: int, stop: int) -> None:
         if target.finish(start, stop):
             self._to_sync.put(target)
+        self._check_sync()
+
+    def _check_sync(self) -> None:
         if self._failure is not None:
             raise self._failure  # of a sync: no use in going on
 
@@ -237,8 +268,13 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_small(path: Path, data: bytes) -> None:
-    """Write a side file and put it on the disk; its mode follows the umask."""
+    """Write a side file and put it on the disk; its mode follows the umask.
+
+    Raises:
+        OutputError: The disk is full, or writing fails.
+    """
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("xb") as file:
             file.write(data)
             file.flush()
@@ -255,11 +291,14 @@ def _reserve(descriptor: int, nbytes: int) -> None:
     if sys.platform == "linux" and nbytes:
         libc = ctypes.CDLL(None, use_errno=True)
         length = ctypes.c_int64(nbytes)
-        if libc.fallocate64(descriptor, 0, ctypes.c_int64(0), length) == 0:
+        while libc.fallocate64(descriptor, 0, ctypes.c_int64(0), length) != 0:
+            code = ctypes.get_errno()
+            if code in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EPERM):
+                break  # not on this file system, or not in this sandbox
+            if code != errno.EINTR:
+                raise OSError(code, os.strerror(code))
+        else:
             return
-        code = ctypes.get_errno()
-        if code not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
-            raise OSError(code, os.strerror(code))
     os.ftruncate(descriptor, nbytes)
 
 
@@ -285,10 +324,15 @@ def _kernel_copy(source: FileRange, descriptor: int, offset: int) -> int:
 
 
 def _pwrite(descriptor: int, data: memoryview, offset: int) -> int:
+    """Write at least one byte and return how many; the file's lock is held."""
     if hasattr(os, "pwrite"):
-        return os.pwrite(descriptor, data, offset)
-    os.lseek(descriptor, offset, os.SEEK_SET)  # Windows; the file's lock is held
-    return os.write(descriptor, data)
+        written = os.pwrite(descriptor, data, offset)
+    else:  # Windows
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        written = os.write(descriptor, data)
+    if written == 0:  # neither an error nor progress: asking again would be for ever
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    return written
 
 
 def refusal(path: Path, error: OSError) -> OutputError:
@@ -299,5 +343,6 @@ def refusal(path: Path, error: OSError) -> OutputError:
             "run the same command again."
         )
     return OutputError(
-        f"{path}: cannot be written: {error.strerror}. Nothing was published; check the folder."
+        f"{path}: cannot be written: {error.strerror}. Nothing was published. "
+        f"{advice(error, 'Check the folder.')}"
     )

@@ -154,8 +154,9 @@ def manifest(
 
 
 def as_json(content: dict[str, Any]) -> bytes:
-    """Return the manifest as it is stored."""
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    """Return the manifest as it is stored; file names that are no text keep JSON's escapes."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace")
 
 
 def model_card(plan: Plan) -> bytes:
@@ -173,7 +174,7 @@ def model_card(plan: Plan) -> bytes:
         f"to run it. `{MANIFEST}` lists what went in and what changed.", "",
         "The terms of the base model and of the adapter apply.", "",
     ]  # fmt: skip
-    return "\n".join(lines).encode()
+    return "\n".join(lines).encode("utf-8", "backslashreplace")
 
 
 def _weight_file(path: Path) -> dict[str, Any]:

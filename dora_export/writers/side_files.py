@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from dora_export.checkpoints.folder import read_json
-from dora_export.errors import InputError
+from dora_export.errors import InputError, shown
+from dora_export.machine import advice
 from dora_export.plan import Plan
 from dora_export.writers.config import edited
 from dora_export.writers.files import write_small
@@ -79,19 +80,23 @@ def collect(plan: Plan) -> tuple[SideFile, ...]:
 
 
 def write(plan: Plan, files: tuple[SideFile, ...], folder: Path) -> None:
-    """Write the side files, config.json edited and the index file made anew."""
+    """Write the side files, config.json edited and the index file made anew.
+
+    Raises:
+        InputError: A side file cannot be read.
+        OutputError: The disk is full, or writing fails.
+    """
     for file in files:
-        target = folder / file.name
-        target.parent.mkdir(parents=True, exist_ok=True)
         try:
             data = file.source.read_bytes()
         except OSError as error:
             raise InputError(
-                f"{file.source}: cannot be read: {error.strerror}. Check the file."
+                f"{shown(file.source, 400)}: cannot be read: {error.strerror}. "
+                f"{advice(error, 'Check the file.')}"
             ) from error
         if file.name == "config.json" and plan.config_edits:
             data = edited(data.decode("utf-8"), plan.config_edits).encode("utf-8")
-        write_small(target, data)
+        write_small(folder / file.name, data)
     if plan.index is not None:
         text = json.dumps(plan.index, indent=2, ensure_ascii=False) + "\n"
         write_small(folder / plan.index_name, text.encode())
@@ -103,7 +108,12 @@ def side_bytes(files: tuple[SideFile, ...]) -> int:
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
-    for root, folders, names in os.walk(folder):
+    def refuse(error: OSError) -> None:  # os.walk would leave the folder out without a word
+        raise InputError(
+            f"{shown(error.filename, 400)}: cannot be listed: {error.strerror}. {advice(error)}"
+        ) from error
+
+    for root, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = sorted(
             d for d in folders if d not in OTHER_FORMATS and not d.startswith((".", "checkpoint-"))
         )
@@ -116,11 +126,26 @@ def _belongs(name: str, path: Path, folder: Path) -> bool:
     leaf = name.rpartition("/")[2]
     if leaf.startswith(".") or leaf in (*ADAPTER_OWN, MANIFEST, "README.md", "trainer_state.json"):
         return False
-    if not path.is_file() or name.endswith(".index.json"):
+    if name.endswith(".index.json"):
         return False
     if path.suffix in WEIGHT_SUFFIXES and leaf not in BIN_TOKENIZERS:
-        return name.rpartition("/")[0] in _modules(folder) and _is_module_weight(path)
-    return path.stat().st_size <= MAX_SIDE_FILE_BYTES
+        inside = name.rpartition("/")[0] in _modules(folder) and _is_module_weight(path)
+        return inside and _is_file(path)
+    return _is_file(path) and path.stat().st_size <= MAX_SIDE_FILE_BYTES
+
+
+def _is_file(path: Path) -> bool:
+    """Return whether there is a file; a link to nothing is one that should have been there.
+
+    Raises:
+        InputError: It is a link to nothing (a cache that was cleared in part).
+    """
+    if path.is_symlink() and not path.exists():
+        raise InputError(
+            f"{shown(path, 400)}: a link to a file that is not there. Download it again, or "
+            "remove the link."
+        )
+    return path.is_file()
 
 
 def _is_module_weight(path: Path) -> bool:
@@ -150,8 +175,12 @@ def _adapter_tokenizer(folder: Path) -> dict[str, Path]:
 
     A tokenizer_config.json without a vocabulary belongs to a tokenizer that is not here.
     """
-    names = [n for n in TOKENIZER if (folder / n).is_file()]
-    names += [f"{TEMPLATES}/{p.name}" for p in folder.glob(f"{TEMPLATES}/*.jinja") if p.is_file()]
+    names = [n for n in TOKENIZER if _is_file(folder / n)]
+    templates = folder / TEMPLATES
+    if templates.is_dir():
+        # Not glob(), which takes a folder that cannot be listed for an empty one.
+        listed = [templates / n for n in os.listdir(templates) if n.endswith(".jinja")]
+        names += [f"{TEMPLATES}/{p.name}" for p in listed if _is_file(p)]
     whole = any(n in WHOLE_TOKENIZER for n in names)
     return {n: folder / n for n in sorted(names) if whole or _is_template(n)}
 

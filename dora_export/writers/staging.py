@@ -25,10 +25,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dora_export.errors import DoraExportError, InputError, OutputError, listing
+from dora_export.errors import DoraExportError, InputError, MachineError, OutputError, listing
 from dora_export.words import size
 from dora_export.writers.files import sync_folder
 from dora_export.writers.journal import Contents, Job, Journal, decode, differences
+from dora_export.writers.names import hidden_name
 from dora_export.writers.ranges import Ranges
 
 MARK = ".dora_export-staging"  # the journal: whoever finds it in a folder knows whose that is
@@ -197,7 +198,7 @@ def staged(
             if not stage.held:
                 journal.begin(job.identity)
             yield stage
-            for folder, _, _ in os.walk(partial):
+            for folder, _, _ in os.walk(partial, onerror=_refuse_unlisted):
                 sync_folder(Path(folder))
             if os.name == "nt":  # where open files keep their folder from being renamed
                 journal.close()
@@ -246,11 +247,11 @@ def check_target(target: Path, *, force: bool) -> None:
 
 
 def _partial(target: Path) -> Path:
-    return target.with_name(f".{target.name}.dora_export-partial")
+    return target.with_name(hidden_name(target.name, "partial"))
 
 
 def _replaced(target: Path) -> Path:
-    return target.with_name(f".{target.name}.dora_export-replaced")
+    return target.with_name(hidden_name(target.name, "replaced"))
 
 
 def _is_own(folder: Path) -> bool:
@@ -412,7 +413,9 @@ def _taken_over(partial: Path, job: Job, journal: Journal, *, restart: bool) -> 
 
 def _keep(stage: Stage, error: BaseException) -> bool:
     """Return whether to keep what is staged, and say so in the error's message if it has one."""
-    refused = isinstance(error, DoraExportError) and not isinstance(error, OutputError)
+    refused = isinstance(error, DoraExportError) and not isinstance(
+        error, OutputError | MachineError
+    )
     if isinstance(error, InputError) and isinstance(error.__cause__, OSError):
         refused = False  # a disk that gives an error now may give the bytes tomorrow
     if refused or not stage.done_bytes:
@@ -430,6 +433,14 @@ def kept(folder: Path, nbytes: int) -> str:
     )
 
 
+def _refuse_unlisted(error: OSError) -> None:
+    """Stop a walk that would leave a folder out, and so out of what is synced."""
+    raise OutputError(
+        f"{error.filename}: cannot be listed: {error.strerror}. Nothing was published; check the "
+        "disk."
+    ) from error
+
+
 def _publish(partial: Path, target: Path, *, force: bool) -> None:
     """Rename the staged folder into place, put that on the disk, and clear away.
 
@@ -444,6 +455,7 @@ def _publish(partial: Path, target: Path, *, force: bool) -> None:
             os.rename(partial, target)
         elif not _swap(partial, target):
             _replace(partial, target)
+    with _confirmed(target):
         sync_folder(target.parent)
     _settle(target)
 
@@ -493,12 +505,13 @@ def _replace(partial: Path, target: Path) -> None:
 
 def _settle(target: Path) -> None:
     """Clear away, once ``target`` has its name: what it has replaced, then the journal."""
-    with _refused(f"{target}: is in place and whole, but what it replaced cannot be removed"):
+    with _refused(f"{target}: is whole and in place, but what it replaced cannot be removed", ""):
         for old in (_partial(target), _replaced(target)):
             if (_is_own(old) and not _is_staged(old)) or _is_empty(old):
                 _remove(old, last=MANIFEST)
         with suppress(FileNotFoundError):
             os.unlink(target / MARK)
+    with _confirmed(target):
         sync_folder(target)
 
 
@@ -515,11 +528,24 @@ def _remove(folder: Path, *, last: str) -> None:
 
 
 @contextmanager
-def _refused(what: str) -> Iterator[None]:
-    """Turn an error of the file system into a refusal."""
+def _confirmed(target: Path) -> Iterator[None]:
+    """Say of a sync that fails after the rename that the output is there all the same."""
+    try:
+        yield
+    except OutputError as error:
+        why = getattr(error.__cause__, "strerror", None) or error
+        raise OutputError(
+            f"{target}: whole and in place, but the disk does not confirm it: {why}. Check the "
+            "disk, then run again with --force."
+        ) from error
+
+
+@contextmanager
+def _refused(what: str, then: str = "Nothing was published. ") -> Iterator[None]:
+    """Turn an error of the file system into a refusal that says what it is about."""
     try:
         yield
     except OSError as error:
         raise OutputError(
-            f"{what}: {error.strerror}. Check the folder, or pass another -o."
+            f"{what}: {error.strerror}. {then}Check the folder, or pass another -o."
         ) from error
