@@ -16,6 +16,11 @@ from dora_export.report import Engine
 
 def engines(adapter: Adapter) -> tuple[Engine, ...]:
     """Return who takes the adapter unmerged."""
+    if adapter.format == "mlx":
+        return (
+            Engine("mlx-lm, mlx-vlm", "yes", "its own format"),
+            Engine("all others", "no", "none reads the mlx format"),
+        )
     if adapter.format != "peft":
         return (Engine("all", "no", f"none reads the {adapter.format} format"),)
     if any(u.normalises for u in adapter.updates):

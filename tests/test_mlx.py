@@ -353,7 +353,14 @@ def test_earlier_checkpoint_of_the_training_is_taken_by_its_file(tmp_path):
 
 def test_inspection_names_trainer_axis_and_evidence():
     shown = inspected(MLX / "dora/adapter", "--base", MLX / "dora/base")
-    for words in ("mlx-lm", "one per output", "out, by the format", "scaling      2.5", "fits"):
+    for words in (
+        "mlx-lm",
+        "one per output",
+        "out, by the format",
+        "scaling      2.5",
+        "fits",
+        "its own format",
+    ):
         assert words in shown
 
 

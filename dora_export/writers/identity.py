@@ -147,7 +147,8 @@ def _canonical(value: Any) -> Any:
     if isinstance(value, os.PathLike):
         return Path(value).name
     if is_dataclass(value):
-        return tuple(_canonical(getattr(value, f.name)) for f in fields(value))
+        parts = (_canonical(getattr(value, f.name)) for f in fields(value))
+        return (type(value).__qualname__, *parts)  # rearrangements may differ in their class alone
     if isinstance(value, tuple):
         return tuple(_canonical(v) for v in value)
     return _name(value) if callable(value) else value
