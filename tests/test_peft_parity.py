@@ -445,6 +445,9 @@ class Memory:
     def write(self, file, offset, data):
         self.files[file][offset : offset + data.size] = data.reshape(-1)
 
+    def holds(self, file, offset, nbytes):
+        return False
+
     def copy(self, file, offset, source):
         data = np.empty(source.nbytes, np.uint8)
         source.read(0, data)
