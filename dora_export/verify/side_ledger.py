@@ -18,7 +18,6 @@ from typing import Any, Literal
 from dora_export.checkpoints.folder import read_json
 from dora_export.errors import InputError, shown
 from dora_export.plan import Plan
-from dora_export.tensors import FileRange
 from dora_export.verify.model import Finding
 from dora_export.verify.subject import ADAPTER_FILES, MANIFEST, Subject
 
@@ -318,9 +317,7 @@ def _digest(path: Path, what: str) -> str:
 
 
 def _base_files(plan: Plan) -> tuple[Path, ...]:
-    paths = [t.source.path for f in plan.base.files for t in f.tensors
-             if isinstance(t.source, FileRange)]  # fmt: skip
-    return tuple(dict.fromkeys(paths)) or (plan.base.path,)
+    return plan.base.sources or (plan.base.path,)
 
 
 def _counts(found: Any) -> str:
