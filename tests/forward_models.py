@@ -1,4 +1,4 @@
-"""Tiny models of every kind that the forward tier runs, with adapters that PEFT made and trained."""
+"""Tiny models of every kind that the forward tier runs, with adapters trained in PEFT."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,10 +59,12 @@ def prepare(folder, model, dtype=torch.float32, *, seed=0, resize=0, names=(), *
     model = model.to(dtype).eval()
     model.save_pretrained(folder / "base")
     if resize:
+        model = type(model).from_pretrained(folder / "base")  # so that PEFT can see its old size
         torch.manual_seed(seed + 1)
         model.resize_token_embeddings(VOCABULARY + resize, mean_resizing=False)
         with torch.no_grad():
             model.get_input_embeddings().weight[VOCABULARY:].normal_(0, 0.5)
+            model.get_output_embeddings().weight[VOCABULARY:].normal_(0, 0.5)
     config = peft.LoraConfig(**{"r": 4, "lora_alpha": 10, "use_dora": True, **lora})
     wrapped = peft.get_peft_model(model, config).eval()
     train(wrapped, seed)

@@ -240,9 +240,9 @@ FINDINGS: tuple[Meaning, ...] = (
             "that no token is sent to, or a part of the model that other inputs would use.",
             "Give prompts that use it (--prompt), or rely on ledger and oracle."),
     Meaning("effect-unseen", "forward", "note", "the adapter's effect is below the noise",
-            "These layers with and without the adapter differ by less than computing in the "
-            "storage type does, so running the model cannot tell whether it was merged. Usual "
-            "for an adapter that has hardly been trained.",
+            "Layers or outputs with and without the adapter differ by less than computing in the "
+            "storage type does, so running the model cannot tell whether it was merged there. "
+            "Usual for an adapter that has hardly been trained.",
             "Nothing: the oracle tier decides about them."),
     # --- onnx: a graph against the unmerged model
     Meaning("graph-inputs", "onnx", "wrong", "the graph has other inputs or outputs",

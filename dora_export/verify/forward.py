@@ -105,13 +105,23 @@ def judge(measured: Measured) -> Iterator[Finding]:
     yield from _of_opinion(measured)
     for name in measured.idle:
         yield Finding("layer-idle", shown(name), "no input reached it")
+    yield from _unseen(measured)
+
+
+def _unseen(measured: Measured) -> Iterator[Finding]:
+    """Yield what would look the same with no adapter at all."""
+    for name, effect in measured.effect.items():
+        allowed = tolerance(measured.noise[name].distance, measured.unit)
+        if allowed.excess(effect.distance) <= 1:
+            what = _apart(effect.distance, allowed)
+            yield Finding("effect-unseen", f"output '{shown(name)}'", f"without adapter: {what}")
     unseen = [layer for layer in measured.layers if not _seen(layer)]
     if unseen:
         yield Finding(
             "effect-unseen",
             shown(unseen[0].name),
             f"{len(unseen)} of {len(measured.layers)} changed layers differ from the base's by "
-            f"less than the tolerance",
+            "less than the tolerance",
         )
 
 

@@ -69,7 +69,7 @@ class Measured:
         unit: Unit roundoff of ``storage``.
         inputs: Names and shapes of what they were run on.
         places: How many tensors were found by name, by the end of it, by content.
-        random: Parameters that neither folder stores; both models had the same random values.
+        random: Parameters that the base does not store; all runs had the same random values.
         misfits: How the names and shapes of outputs differ; nothing else was measured then.
         layers: Every changed weight that was multiplied by.
         idle: Changed weights that no input reached.

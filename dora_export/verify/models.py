@@ -140,7 +140,11 @@ def load(folder: Path, cls: ModelClass, dtype: torch.dtype) -> Loaded:
     Raises:
         LoadFailure: The library refuses, or finds an adapter in the folder and applies it.
     """
-    options: dict[str, Any] = {"local_files_only": True, "output_loading_info": True}
+    options: dict[str, Any] = {
+        "local_files_only": True,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # they are reported by name instead
+    }
     options["dtype" if cls.library == "transformers" else "torch_dtype"] = dtype
     if any(folder.glob("*.safetensors")):
         options["use_safetensors"] = True

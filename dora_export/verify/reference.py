@@ -141,8 +141,8 @@ class Reference:
                 parts = parts.measured()
             new: Tensor = Unmerged.of(parts)
             self.weights[step.name] = new  # type: ignore[assignment]
-        elif step.status == "added" and not step.changes and tuple(parameter.shape) == step.shape:
-            return  # a head parted from the embedding: it keeps the base's values
+        elif not step.changes and any(step.source is t for t in self.plan.base.tensors.values()):
+            return  # a head parted from its embedding: it keeps the base's values
         else:
             exact = torch.float64 if self.precision == torch.float64 else torch.float32
             new = values(step, self.plan.settings, exact).to(self.precision)
@@ -207,15 +207,18 @@ def load_base(plan: Plan, cls: ModelClass, precision: torch.dtype) -> Loaded:
     """Load the base of a plan.
 
     Raises:
-        Unsupported: It does not load, or lacks more than the adapter brings.
+        Unsupported: It does not load, or not into this class.
     """
     folder = plan.base.folder
     if folder is None:
         raise Unsupported(plan.base.path.name, "is a weight file without config.json")
     try:
-        return models.load(folder, cls, precision)
+        loaded = models.load(folder, cls, precision)
     except LoadFailure as error:
         raise Unsupported(cls.name, f"the base does not load: {error}") from error
+    if misshapen := sorted(loaded.problems["mismatched_keys"]):
+        raise Unsupported(shown(misshapen[0]), f"has another shape in the base than in {cls.name}")
+    return loaded
 
 
 def outputs(model: nn.Module, batch: Batch, precision: torch.dtype) -> dict[str, NDArray[Any]]:

@@ -7,7 +7,6 @@ precision, so an error does not smear into the layers after it.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -68,16 +67,13 @@ def measure(
     places = [place.how for place in reference.places.values()]
     idle, precision = reference.idle(), reference.precision
     del reference, loaded
-    gc.collect()  # models hold circles of modules and hooks
     progress(3, STAGES)
     noise: dict[str, Compared] = {}
     opinion = Opinion()
     if not run.misfits:
         noise = run.noise(plan, factors, cls, storage)
-        gc.collect()
         progress(4, STAGES)
         opinion = run.second_opinion(plan, cls, precision)
-        gc.collect()
     progress(5, STAGES)
     return Measured(
         model=cls.name,
@@ -134,13 +130,19 @@ def load_merged(folder: Path, cls: ModelClass, reference: Reference) -> Loaded:
 
 
 def share_random(reference: Reference, merged: Loaded) -> dict[str, Tensor]:
-    """Give the merged model the random values of what neither folder stores; return them."""
-    theirs, ours = merged.parameters(), reference.loaded.parameters()
-    both = reference.loaded.problems["missing_keys"] & merged.problems["missing_keys"]
-    fill = {path: ours[path].clone() for path in both if path in ours and path in theirs}
-    for path, drawn in fill.items():
-        theirs[path].copy_(drawn)
-    return fill
+    """Return what the reference drew for want of stored values, shared with the merged model.
+
+    A merged model that stores such a parameter keeps its own, and so differs.
+    """
+    drawn = {
+        path: models.get(reference.model, path).clone()
+        for path in reference.loaded.problems["missing_keys"]
+        if path not in {place.path for place in reference.places.values()}
+    }
+    theirs = merged.parameters()
+    for path in drawn.keys() & merged.problems["missing_keys"]:
+        theirs[path].copy_(drawn[path])
+    return drawn
 
 
 # --- layers
@@ -197,7 +199,7 @@ class _Run:
     """What has been run so far.
 
     Attributes:
-        fill: Parameters that neither folder stores, as the reference drew them.
+        fill: Parameters that the base does not store, as the reference drew them.
         batches: Inputs, the texts that the reference wrote included.
         expected: The reference's outputs for each of them.
         layers: By tensor name.
