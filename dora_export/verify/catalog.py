@@ -251,6 +251,13 @@ FINDINGS: tuple[Meaning, ...] = (
     Meaning("graph-differs", "onnx", "wrong", "the graph computes something else",
             "Outputs of the graph differ from the unmerged model's beyond the tolerance.",
             "Export the graph again from a verified merge."),
+    Meaning("graph-outside", "onnx", "wrong", "the graph names files outside its folder",
+            "Its external data would be read from elsewhere on the machine. It is not opened.",
+            "Do not use it; export the graph again with its data beside it."),
+    Meaning("graph-blind", "onnx", "unchecked", "what is allowed hides the adapter",
+            "The base without the adapter would pass as well: the tolerance is larger than all "
+            "that the adapter changes.",
+            "State a smaller budget, or verify the graph before it was quantised."),
     Meaning("graph-unsupported", "onnx", "unchecked", "the graph could not be run",
             "onnxruntime does not run it, or the reference model cannot be run.",
             "See the message."),

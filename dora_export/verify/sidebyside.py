@@ -23,7 +23,7 @@ from dora_export.plan import Plan
 from dora_export.tensors import DType
 from dora_export.verify import inputs, models, parity
 from dora_export.verify.inputs import Batch
-from dora_export.verify.measured import Layer, LoadFailure, Measured, Opinion
+from dora_export.verify.measured import Layer, LoadFailure, Measured, Opinion, Progress
 from dora_export.verify.models import Loaded, ModelClass
 from dora_export.verify.parity import Choices, Compared
 from dora_export.verify.reference import (
@@ -46,7 +46,7 @@ def measure(
     merged: Path,
     prompts: Sequence[str],
     tokens: int,
-    progress: Callable[[int, int], None],
+    progress: Progress,
 ) -> Measured:
     """Run everything that the forward tier compares; arguments as in ``check_forward``.
 
@@ -134,11 +134,7 @@ def share_random(reference: Reference, merged: Loaded) -> dict[str, Tensor]:
 
     A merged model that stores such a parameter keeps its own, and so differs.
     """
-    drawn = {
-        path: models.get(reference.model, path).clone()
-        for path in reference.loaded.problems["missing_keys"]
-        if path not in {place.path for place in reference.places.values()}
-    }
+    drawn = reference.drawn()
     theirs = merged.parameters()
     for path in drawn.keys() & merged.problems["missing_keys"]:
         theirs[path].copy_(drawn[path])
