@@ -267,9 +267,9 @@ FINDINGS: tuple[Meaning, ...] = (
             "that no token is sent to, or a part of the model that other inputs would use.",
             "Give prompts that use it (--prompt), or rely on ledger and oracle."),
     Meaning("effect-unseen", "forward", "note", "the adapter's effect is below the noise",
-            "These layers with and without the adapter differ by less than computing in the "
-            "storage type does, so running the model cannot tell whether it was merged. Usual "
-            "for an adapter that has hardly been trained.",
+            "Layers or outputs with and without the adapter differ by less than computing in the "
+            "storage type does, so running the model cannot tell whether it was merged there. "
+            "Usual for an adapter that has hardly been trained.",
             "Nothing: the oracle tier decides about them."),
     # --- onnx: a graph against the unmerged model
     Meaning("graph-inputs", "onnx", "wrong", "the graph has other inputs or outputs",
@@ -278,6 +278,13 @@ FINDINGS: tuple[Meaning, ...] = (
     Meaning("graph-differs", "onnx", "wrong", "the graph computes something else",
             "Outputs of the graph differ from the unmerged model's beyond the tolerance.",
             "Export the graph again from a verified merge."),
+    Meaning("graph-outside", "onnx", "wrong", "the graph names files outside its folder",
+            "Its external data would be read from elsewhere on the machine. It is not opened.",
+            "Do not use it; export the graph again with its data beside it."),
+    Meaning("graph-blind", "onnx", "unchecked", "what is allowed hides the adapter",
+            "The base without the adapter would pass as well: the tolerance is larger than all "
+            "that the adapter changes.",
+            "State a smaller budget, or verify the graph before it was quantised."),
     Meaning("graph-unsupported", "onnx", "unchecked", "the graph could not be run",
             "onnxruntime does not run it, or the reference model cannot be run.",
             "See the message."),

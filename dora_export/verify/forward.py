@@ -12,17 +12,22 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from dora_export.errors import shown
 from dora_export.plan import Plan
-from dora_export.verify.measured import Layer, LoadFailure, Measured, Unsupported
+from dora_export.verify.measured import (
+    Layer,
+    LoadFailure,
+    Measured,
+    Progress,
+    Unsupported,
+    library_of,
+)
 from dora_export.verify.model import Finding, TierResult
 from dora_export.verify.parity import Compared, Distance, Tolerance, tolerance
-
-Progress = Callable[[int, int], None]
 
 
 def check_forward(
@@ -55,11 +60,6 @@ def check_forward(
     findings, figures, summary = _check(plan, merged, prompts, tokens, progress)
     seconds = time.monotonic() - started
     return TierResult("forward", bool(figures), summary, seconds, figures), findings
-
-
-def library_of(config: Mapping[str, Any]) -> str:
-    """Return the name of the library that runs a model of this config."""
-    return "diffusers" if "_class_name" in config else "transformers"
 
 
 def _check(
@@ -105,13 +105,23 @@ def judge(measured: Measured) -> Iterator[Finding]:
     yield from _of_opinion(measured)
     for name in measured.idle:
         yield Finding("layer-idle", shown(name), "no input reached it")
+    yield from _unseen(measured)
+
+
+def _unseen(measured: Measured) -> Iterator[Finding]:
+    """Yield what would look the same with no adapter at all."""
+    for name, effect in measured.effect.items():
+        allowed = tolerance(measured.noise[name].distance, measured.unit)
+        if allowed.excess(effect.distance) <= 1:
+            what = _apart(effect.distance, allowed)
+            yield Finding("effect-unseen", f"output '{shown(name)}'", f"without adapter: {what}")
     unseen = [layer for layer in measured.layers if not _seen(layer)]
     if unseen:
         yield Finding(
             "effect-unseen",
             shown(unseen[0].name),
             f"{len(unseen)} of {len(measured.layers)} changed layers differ from the base's by "
-            f"less than the tolerance",
+            "less than the tolerance",
         )
 
 
@@ -144,11 +154,16 @@ def _of_output(name: str, found: Compared, noise: Distance, unit: float) -> Iter
         return
     allowed = tolerance(noise, unit)
     if allowed.excess(found.distance) > 1:
-        what = _apart(found.distance, allowed)
-        if found.choices is not None:
-            chosen = found.choices.to_dict()
-            what += f", KL {chosen['kl_mean']:.2g}, top-1 agrees {chosen['top1_agreement']:.1%}"
-        yield Finding("outputs-differ", f"output '{shown(name)}'", what)
+        yield Finding("outputs-differ", f"output '{shown(name)}'", apart(found, allowed))
+
+
+def apart(found: Compared, allowed: Tolerance) -> str:
+    """Return how far apart outputs are, and how far they may be, in words."""
+    what = _apart(found.distance, allowed)
+    if found.choices is None:
+        return what
+    chosen = found.choices.to_dict()
+    return f"{what}, KL {chosen['kl_mean']:.2g}, top-1 agrees {chosen['top1_agreement']:.1%}"
 
 
 def _apart(found: Distance, allowed: Tolerance) -> str:

@@ -43,11 +43,6 @@ class Batch:
     mask: Tensor | None = None
     grows: str | None = None
 
-    def to(self, dtype: torch.dtype) -> Batch:
-        """Return the batch with its floating-point arguments in another precision."""
-        values = {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.values.items()}
-        return Batch(self.name, values, self.mask, self.grows)
-
     def grown(self, tokens: Tensor) -> Batch:
         """Return the batch with one more token per sequence, ``(batch,)``."""
         assert self.grows is not None, "Bug: a batch without text"

@@ -1,12 +1,19 @@
-"""What the forward tier measured, and what can keep it from measuring: plain data, no torch."""
+"""What running models measured, and what can keep it from measuring: plain data, no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from dora_export.verify.parity import Choices, Compared, Distance
+
+Progress = Callable[[int, int], None]
+
+
+def library_of(config: Mapping[str, Any]) -> str:
+    """Return the name of the library that runs a model of this config."""
+    return "diffusers" if "_class_name" in config else "transformers"
 
 
 class Unsupported(Exception):  # noqa: N818 - a finding, not an error of the program
@@ -69,7 +76,7 @@ class Measured:
         unit: Unit roundoff of ``storage``.
         inputs: Names and shapes of what they were run on.
         places: How many tensors were found by name, by the end of it, by content.
-        random: Parameters that neither folder stores; both models had the same random values.
+        random: Parameters that the base does not store; all runs had the same random values.
         misfits: How the names and shapes of outputs differ; nothing else was measured then.
         layers: Every changed weight that was multiplied by.
         idle: Changed weights that no input reached.
@@ -95,3 +102,30 @@ class Measured:
     effect: Mapping[str, Compared] = field(default_factory=dict)
     text: Choices | None = None
     opinion: Opinion = field(default_factory=Opinion)
+
+
+@dataclass(frozen=True)
+class GraphMeasured:
+    """What a graph and its reference did on the same inputs.
+
+    Attributes:
+        precision: Of the reference, as torch names it.
+        storage: Precision whose noise was measured.
+        unit: Unit roundoff of ``storage``.
+        misnamed: Inputs and outputs that are not the model's; nothing else was measured then.
+        misfits: How the shapes of outputs differ; as above.
+        calls: What both sides were asked.
+        error: The graph's outputs from the reference's, by name.
+        noise: The reference's in ``storage`` from those in high precision; empty with a budget.
+        effect: The base's from the reference's; empty where the base cannot take the inputs.
+    """
+
+    precision: str = ""
+    storage: str = ""
+    unit: float = 0.0
+    misnamed: Sequence[str] = ()
+    misfits: Sequence[str] = ()
+    calls: Sequence[Mapping[str, Any]] = ()
+    error: Mapping[str, Compared] = field(default_factory=dict)
+    noise: Mapping[str, Compared] = field(default_factory=dict)
+    effect: Mapping[str, Compared] = field(default_factory=dict)

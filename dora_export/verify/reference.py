@@ -34,14 +34,18 @@ Numbers = Mapping[str, tuple[Term, ...]]
 HIGHER = {"BF16": "F32", "F16": "F32", "F32": "F64", "F64": "F64"}
 
 
-def precisions(plan: Plan) -> tuple[DType, DType]:
+def precisions(plan: Plan, computed: DType | None = None) -> tuple[DType, DType]:
     """Return the high precision that is exact enough, and the one whose noise may be there.
 
-    The latter is the coarsest type that the merge rounds a weight to. Nothing is higher than
-    float64, so a model stored in it is compared to the noise of float32.
+    The latter is the coarsest type that the merge rounds a weight to, or that a graph computes in.
+    Nothing is higher than float64, so a model stored in it is compared to the noise of float32.
+
+    Args:
+        plan: The merge.
+        computed: Type that the other side computes in, if not in the high precision.
     """
     rounded = [s.dtype for s in plan.steps if s.dtype.mergeable and not s.copies_bytes]
-    # By bits of fraction, that is by the number of distinct values between 1 and 2.
+    rounded += [computed] if computed is not None else []
     coarsest = max(rounded, key=unit, default=DTYPES["F32"])
     high = DTYPES[HIGHER[coarsest.name]]
     return high, DTYPES["F32"] if coarsest.name == "F64" else coarsest
@@ -172,6 +176,12 @@ class Reference:
             for path, _, new in self._swaps:
                 models.put(self.model, path, new)
 
+    def drawn(self) -> dict[str, Tensor]:
+        """Return copies of the parameters that neither base nor adapter stores, by path."""
+        brought = {place.path for place in self.places.values()}
+        lacking = self.loaded.problems["missing_keys"] - brought
+        return {path: models.get(self.model, path).clone() for path in sorted(lacking)}
+
     def observe(self, observer: Observer | None) -> None:
         """Let ``observer`` see every use of an unmerged weight from now on."""
         for weight in self.weights.values():
@@ -227,18 +237,32 @@ def outputs(model: nn.Module, batch: Batch, precision: torch.dtype) -> dict[str,
     Raises:
         Unsupported: The model cannot be called with the batch.
     """
-    cast = batch.to(precision)
+    return named(call(model, batch.values, precision))
+
+
+def call(
+    model: nn.Module, values: Mapping[str, Tensor], precision: torch.dtype, **options: Any
+) -> Any:
+    """Return what a model gives for inputs by name, cast to its precision.
+
+    Raises:
+        Unsupported: The model cannot be called so.
+    """
+    cast = {k: v.to(precision) if v.is_floating_point() else v for k, v in values.items()}
     with torch.no_grad(), models.quiet():
         try:
-            found = model(**cast.values)
+            return model(**cast, **options)
         except Unsupported:
             raise
         except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
             # What a model's forward raises on inputs, or a precision, that it was not made for.
-            raise Unsupported(
-                type(model).__name__,
-                f"cannot be run on {batch.name} in {precision}: {shown(error, 300)}",
-            ) from error
+            shapes = {name: tuple(v.shape) for name, v in values.items()}
+            why = f"cannot be run on {shapes} in {precision}: {shown(error, 300)}"
+            raise Unsupported(type(model).__name__, why) from error
+
+
+def named(found: Any) -> dict[str, NDArray[Any]]:
+    """Return the floating-point tensors of a model's output by name, but for its cache's."""
     return dict(_named(found))
 
 

@@ -23,7 +23,7 @@ from dora_export.plan import Plan
 from dora_export.tensors import DType
 from dora_export.verify import inputs, models, parity
 from dora_export.verify.inputs import Batch
-from dora_export.verify.measured import Layer, LoadFailure, Measured, Opinion
+from dora_export.verify.measured import Layer, LoadFailure, Measured, Opinion, Progress
 from dora_export.verify.models import Loaded, ModelClass
 from dora_export.verify.parity import Choices, Compared
 from dora_export.verify.reference import (
@@ -46,7 +46,7 @@ def measure(
     merged: Path,
     prompts: Sequence[str],
     tokens: int,
-    progress: Callable[[int, int], None],
+    progress: Progress,
 ) -> Measured:
     """Run everything that the forward tier compares; arguments as in ``check_forward``.
 
@@ -130,13 +130,15 @@ def load_merged(folder: Path, cls: ModelClass, reference: Reference) -> Loaded:
 
 
 def share_random(reference: Reference, merged: Loaded) -> dict[str, Tensor]:
-    """Give the merged model the random values of what neither folder stores; return them."""
-    theirs, ours = merged.parameters(), reference.loaded.parameters()
-    both = reference.loaded.problems["missing_keys"] & merged.problems["missing_keys"]
-    fill = {path: ours[path].clone() for path in both if path in ours and path in theirs}
-    for path, drawn in fill.items():
-        theirs[path].copy_(drawn)
-    return fill
+    """Return what the reference drew for want of stored values, shared with the merged model.
+
+    A merged model that stores such a parameter keeps its own, and so differs.
+    """
+    drawn = reference.drawn()
+    theirs = merged.parameters()
+    for path in drawn.keys() & merged.problems["missing_keys"]:
+        theirs[path].copy_(drawn[path])
+    return drawn
 
 
 # --- layers
@@ -193,7 +195,7 @@ class _Run:
     """What has been run so far.
 
     Attributes:
-        fill: Parameters that neither folder stores, as the reference drew them.
+        fill: Parameters that the base does not store, as the reference drew them.
         batches: Inputs, the texts that the reference wrote included.
         expected: The reference's outputs for each of them.
         layers: By tensor name.

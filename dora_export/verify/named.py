@@ -1,0 +1,198 @@
+"""The unmerged reference under the names of an exported graph, caches included.
+
+A cache goes in as ``past_key_values.N.key`` and ``.value`` and comes out as ``present.N.key`` and
+``.value``, each ``(batch, heads, length, dim)``, as optimum and onnxruntime-genai name them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from dora_export.errors import shown
+from dora_export.plan import Plan
+from dora_export.tensors import DTYPES
+from dora_export.verify import inputs, models, script
+from dora_export.verify.measured import GraphMeasured, Progress, Unsupported
+from dora_export.verify.reference import Reference, call, named, numbers, precisions, unit
+from dora_export.verify.runner import Arrays, GraphUnusable, Runner
+from dora_export.verify.script import DERIVED, PAST, PRESENT
+from dora_export.verify.sidebyside import trained_tokens
+
+STAGES = 4
+
+
+class NamedReference:
+    """The reference as something that takes and gives arrays by name.
+
+    Attributes:
+        layers: Layers of its cache; 0 if it runs without one.
+    """
+
+    def __init__(self, reference: Reference, *, cached: bool) -> None:
+        """Take the model.
+
+        Args:
+            reference: The model.
+            cached: Whether to run it with a cache.
+
+        Raises:
+            Unsupported: A cache is asked for of an encoder-decoder, which keeps two.
+        """
+        config: Any = reference.model.config
+        if cached and getattr(config, "is_encoder_decoder", False):
+            where = type(reference.model).__name__
+            raise Unsupported(where, "the cache of an encoder-decoder is not supported")
+        self._reference = reference
+        self._cached = cached
+        self.layers = int(config.num_hidden_layers) if cached else 0
+
+    def run(self, values: Arrays) -> dict[str, NDArray[Any]]:
+        """Return the outputs by name.
+
+        Raises:
+            Unsupported: The model cannot be called so.
+        """
+        model, precision = self._reference.model, self._reference.precision
+        given = {n: torch.from_numpy(v) for n, v in values.items() if not n.startswith(PAST)}
+        options: dict[str, Any] = {}
+        if self._cached:
+            options = {"use_cache": True, "past_key_values": self._cache(values)}
+        elif "use_cache" in _arguments(model):
+            options = {"use_cache": False}
+        found = call(model, given, precision, **options)
+        result = {n: v for n, v in named(found).items() if not n.startswith("past_key_values")}
+        if self._cached:
+            for position, pair in enumerate(_pairs(found)):
+                for part, tensor in zip(("key", "value"), pair, strict=True):
+                    result[f"{PRESENT}{position}.{part}"] = _array(tensor)
+        return result
+
+    def _cache(self, values: Arrays) -> Any:
+        from transformers import DynamicCache  # noqa: PLC0415 - an extra
+
+        cache = DynamicCache()
+        for layer in range(self.layers):
+            names = [f"{PAST}{layer}.{part}" for part in ("key", "value")]
+            if names[0] in values:
+                pair = [torch.from_numpy(values[n]).to(self._reference.precision) for n in names]
+                cache.update(*pair, layer)
+        return cache
+
+
+def _pairs(output: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield keys and values of a model's cache, layer by layer."""
+    cache = getattr(output, "past_key_values", None)
+    if cache is None:
+        raise Unsupported(type(output).__name__, "the model gives no cache")
+    for layer in getattr(cache, "layers", cache):
+        yield (layer.keys, layer.values) if hasattr(layer, "keys") else (layer[0], layer[1])
+
+
+def _array(tensor: Tensor) -> NDArray[Any]:
+    """Return a copy: a cache goes on growing."""
+    narrow = tensor.dtype in (torch.bfloat16, torch.float16)
+    found: NDArray[Any] = (tensor.float() if narrow else tensor.clone()).numpy()
+    return found
+
+
+def _arguments(model: nn.Module) -> frozenset[str]:
+    return frozenset(inspect.signature(model.forward).parameters)
+
+
+# --- the comparison
+
+
+def measure(
+    plan: Plan,
+    graph: Path,
+    runner: Runner,
+    outputs: Sequence[str] | None,
+    with_noise: bool,
+    prompts: Sequence[str],
+    progress: Progress | None,
+) -> GraphMeasured:
+    """Run everything that the ONNX tier compares; arguments as in ``check_graph``.
+
+    Raises:
+        Unsupported: The model cannot be run unmerged.
+        GraphUnusable: The graph cannot be run.
+    """
+    report = progress or (lambda done, total: None)
+    report(0, STAGES)
+    cls, factors = models.class_of(plan), numbers(plan)
+    high, storage = precisions(plan, DTYPES.get(runner.precision or ""))
+    reference = Reference(plan, high, factors, cls)
+    report(1, STAGES)
+    cached = any(n.startswith((PAST, PRESENT)) for n in (*runner.inputs, *runner.outputs))
+    ours = NamedReference(reference, cached=cached)
+    batches = inputs.batches(reference.model, graph.parent, prompts, trained_tokens(plan))
+    given = [{n: v.numpy() for n, v in batch.values.items()} for batch in batches]
+    if misnamed := list(_misnamed_inputs(runner, ours, reference.model, given[0])):
+        return GraphMeasured(misnamed=misnamed)
+    asked = [s for batch, values in zip(batches, given, strict=True)
+             for s in script.scripts(batch.name, values, runner.inputs)]  # fmt: skip
+    if not asked:
+        raise GraphUnusable("graph-unsupported", "takes none of the shapes that can be made up")
+    expected = [script.play(s, ours.run, runner.inputs) for s in asked]
+    names = _names(expected[0][0], outputs)
+    if misnamed := list(_misnamed_outputs(runner, names)):
+        return GraphMeasured(misnamed=misnamed)
+    report(2, STAGES)
+    found = [script.play(s, runner.run, runner.inputs, like=e[0])
+             for s, e in zip(asked, expected, strict=True)]  # fmt: skip
+    if misfits := sorted(set(script.misfits(found, expected, names))):
+        return GraphMeasured(misfits=misfits)
+    bare = []
+    if "vocab_size" not in plan.config_edits:  # the base does not know the tokens that were added
+        with reference.without_adapter():
+            bare = [script.play(s, ours.run, runner.inputs) for s in asked]
+    drawn = reference.drawn()
+    del reference, ours
+    report(3, STAGES)
+    noisy = []
+    if with_noise:
+        rough = Reference(plan, storage, factors, cls, drawn, noisy=True)
+        theirs = NamedReference(rough, cached=cached)
+        noisy = [script.play(s, theirs.run, runner.inputs) for s in asked]
+    report(4, STAGES)
+    return GraphMeasured(
+        precision=high.torch,
+        storage=storage.torch,
+        unit=unit(storage),
+        calls=[s.to_dict() for s in asked],
+        error=script.compared(asked, found, expected, names),
+        noise=script.compared(asked, noisy, expected, names) if noisy else {},
+        effect=script.compared(asked, bare, expected, names) if bare else {},
+    )
+
+
+def _misnamed_inputs(
+    runner: Runner, reference: NamedReference, model: nn.Module, batch: Arrays
+) -> Iterator[str]:
+    have = set(runner.inputs)
+    past = {f"{PAST}{i}.{part}" for i in range(reference.layers) for part in ("key", "value")}
+    known = {*batch, *past, *(n for n in DERIVED if n in _arguments(model))}
+    needed = {n for n in batch if n not in DERIVED}
+    if any(n.startswith(PAST) for n in have):
+        needed |= past
+    yield from (f"has no input '{n}'" for n in sorted(needed - have))
+    yield from (f"its input '{shown(n)}' is not the model's" for n in sorted(have - known))
+
+
+def _names(expected: Arrays, wanted: Sequence[str] | None) -> list[str]:
+    """Return the outputs that the graph has to have."""
+    own = [n for n in expected if not n.startswith(PRESENT)]
+    return [*(own if wanted is None else wanted), *(n for n in expected if n not in own)]
+
+
+def _misnamed_outputs(runner: Runner, names: Sequence[str]) -> Iterator[str]:
+    have = set(runner.outputs)
+    yield from (f"has no output '{n}'" for n in sorted(set(names) - have))
+    yield from (f"its output '{shown(n)}' is not the model's" for n in sorted(have - set(names)))

@@ -1,0 +1,360 @@
+"""The ONNX tier: graphs of right merges pass, however they are called; wrong ones do not."""
+
+import json
+import warnings
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import DynamicCache
+
+import dora_export
+from dora_export.verify.graph import check_graph
+from dora_export.verify.runner import OnnxRuntime, Slot
+from tests import rider_models
+from tests.forward_models import KINDS, change, prepare
+from tests.rider_models import WARNINGS
+
+# Reasons stand beside the entries.
+pytestmark = [pytest.mark.filterwarnings(w) for w in WARNINGS]
+
+BATCH, LENGTH = torch.export.Dim.DYNAMIC, torch.export.Dim.DYNAMIC
+
+
+class Plain(nn.Module):
+    """A model as a graph has it: arrays in by name, named arrays out."""
+
+    def __init__(self, model, outputs):
+        super().__init__()
+        self.model, self.outputs = model, outputs
+
+    def forward(self, input_ids, attention_mask):
+        found = self.model(input_ids=input_ids, attention_mask=attention_mask)
+        return tuple(found[name] for name in self.outputs)
+
+
+class Cached(nn.Module):
+    """A decoder whose cache comes in and goes out as arrays."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, attention_mask, *past):
+        cache = DynamicCache()
+        for layer in range(len(past) // 2):
+            cache.update(past[2 * layer], past[2 * layer + 1], layer)
+        found = self.model(input_ids=input_ids, attention_mask=attention_mask,
+                           past_key_values=cache, use_cache=True)  # fmt: skip
+        present = [t for layer in found.past_key_values.layers for t in (layer.keys, layer.values)]
+        return (found.logits, *present)
+
+
+class TorchRunner:
+    """A runner of another kind: the merged model in torch, under a graph's names."""
+
+    precision = "F32"
+
+    def __init__(self, folder, cls, dtype=torch.float32):
+        self.model = cls.from_pretrained(folder, dtype=dtype).eval()
+        if dtype == torch.float16:
+            self.precision = "F16"
+        names = ["input_ids", "attention_mask"]
+        self.inputs = {n: Slot((None, None), np.int64) for n in names}
+        self.outputs = ["logits"]
+
+    def run(self, values):
+        given = {n: torch.from_numpy(v) for n, v in values.items()}
+        with torch.no_grad():
+            found = self.model(**given)
+        return {"logits": found.logits.float().numpy()}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Models this small are slower in two threads, and far slower beside other tests."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def check(pair, graph, **options):
+    """Run the tier; return its result and what it found."""
+    result, findings = check_graph(pair.plan(), graph, **options)
+    json.dumps(result.figures)
+    return result, findings
+
+
+def codes(findings):
+    return sorted({f.code for f in findings})
+
+
+def made(folder, kind):
+    make, lora = KINDS[kind]
+    pair = prepare(folder, make(), **lora)
+    dora_export.merge(pair.base, pair.adapter, folder / "out")
+    return pair, folder / "out"
+
+
+def eager(folder, cls):
+    return cls.from_pretrained(folder, attn_implementation="eager").eval()
+
+
+def export(module, arguments, path, names, outputs, shapes):
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's exporter warns of itself
+        torch.onnx.export(
+            module, arguments, path, input_names=names, output_names=outputs, dynamo=True,
+            dynamic_shapes=shapes, verbose=False,
+        )  # fmt: skip
+
+
+IDS = torch.arange(3, 17).reshape(2, 7)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoder")
+    pair, out = made(folder, "bert")
+    model = Plain(eager(out, transformers.BertForSequenceClassification), ["logits"])
+    export(model, (IDS, torch.ones_like(IDS)), folder / "model.onnx",
+           ["input_ids", "attention_mask"], ["logits"], ({0: BATCH, 1: LENGTH},) * 2)  # fmt: skip
+    return pair, out, folder / "model.onnx"
+
+
+LAYERS, HEADS, DIM = 2, 2, 8
+PARTS = [f"{layer}.{part}" for layer in range(LAYERS) for part in ("key", "value")]
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("decoder")
+    pair, out = made(folder, "llama")
+    past = tuple(torch.randn(2, HEADS, 5, DIM) for _ in PARTS)
+    export(
+        Cached(eager(out, transformers.LlamaForCausalLM)),
+        (IDS, torch.ones(2, 12, dtype=torch.long), *past),
+        folder / "model.onnx",
+        ["input_ids", "attention_mask", *(f"past_key_values.{p}" for p in PARTS)],
+        ["logits", *(f"present.{p}" for p in PARTS)],
+        ({0: BATCH, 1: LENGTH}, {0: BATCH, 1: LENGTH}, ({0: BATCH, 2: LENGTH},) * len(PARTS)),
+    )
+    return pair, out, folder / "model.onnx"
+
+
+def with_weights(graph, path, before, after):
+    """A copy of a graph with the tensors of one folder in place of those of another."""
+    model = onnx.load(graph)
+    old, new = rider_models.tensors(before), rider_models.tensors(after)
+    changed = 0
+    for initializer in model.graph.initializer:
+        held = onnx.numpy_helper.to_array(initializer)
+        for name, tensor in old.items():
+            if torch.equal(tensor, new[name]):
+                continue
+            for turn in (lambda t: t, lambda t: t.T):
+                mine = turn(tensor.numpy())
+                if mine.shape == held.shape and np.array_equal(mine, held):
+                    fresh = onnx.numpy_helper.from_array(
+                        np.ascontiguousarray(turn(new[name].numpy())), initializer.name
+                    )
+                    initializer.CopyFrom(fresh)
+                    held = None
+                    changed += 1
+                    break
+            if held is None:
+                break
+    assert changed == sum(not torch.equal(old[n], new[n]) for n in old)
+    onnx.save(model, path)
+    return path
+
+
+def as_plain_lora(pair, out, folder):
+    """The merge with the magnitudes left out."""
+    folder.mkdir()
+    for file in out.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    base, stored = rider_models.tensors(pair.base), rider_models.tensors(pair.adapter)
+
+    def edit(held):
+        for name in held:
+            key = f"base_model.model.{name.removesuffix('.weight')}"
+            if f"{key}.lora_A.weight" in stored:
+                A, B = stored[f"{key}.lora_A.weight"], stored[f"{key}.lora_B.weight"]
+                held[name] = base[name] + 2.5 * B @ A
+
+    change(folder, edit)
+    return folder
+
+
+def test_a_graph_of_an_encoder_passes_and_wrong_ones_do_not(encoder, tmp_path):
+    pair, out, graph = encoder
+    result, findings = check(pair, graph)
+    assert findings == ()
+    assert [c["shapes"]["input_ids"] for c in result.figures["calls"]] == [
+        [8, 16], [2, 16], [1, 8]]  # fmt: skip
+    logits = result.figures["outputs"]["logits"]
+    assert logits["excess"] < 1 < logits["effect"]["rms"] / logits["noise"]["rms"] / 1000
+    base = with_weights(graph, tmp_path / "base.onnx", out, pair.base)
+    assert codes(check(pair, base)[1]) == ["graph-differs"]
+    lora = as_plain_lora(pair, out, tmp_path / "lora")
+    lora = with_weights(graph, tmp_path / "lora.onnx", out, lora)
+    assert codes(check(pair, lora)[1]) == ["graph-differs"]
+
+
+def test_a_graph_of_a_decoder_passes_whole_and_token_by_token(decoder, tmp_path):
+    pair, out, graph = decoder
+    result, findings = check(pair, graph)
+    assert findings == ()
+    calls = {c["name"]: c["calls"] for c in result.figures["calls"]}
+    assert calls["tokens, step by step"] == calls["padded tokens, step by step"] == 5
+    assert set(result.figures["outputs"]) == {"logits", *(f"present.{p}" for p in PARTS)}
+    lora = as_plain_lora(pair, out, tmp_path / "lora")
+    lora = with_weights(graph, tmp_path / "lora.onnx", out, lora)
+    findings = check(pair, lora)[1]
+    assert "output 'logits'" in {f.where for f in findings}
+    assert "output 'present.1.value'" in {f.where for f in findings}
+
+
+def test_a_cache_that_is_not_read_is_found(decoder):
+    """Prefill is right then, and every token after it is not."""
+    pair, _, graph = decoder
+
+    class Forgetful(OnnxRuntime):
+        def run(self, values):
+            past = {n: v * 0 for n, v in values.items() if n.startswith("past_key_values")}
+            return super().run({**values, **past})
+
+    _, findings = check(pair, graph, runner=Forgetful(graph))
+    assert "output 'logits'" in {f.where for f in findings}
+
+
+def test_a_decoder_without_a_cache_passes(decoder, tmp_path):
+    pair, out, _ = decoder
+    model = Plain(eager(out, transformers.LlamaForCausalLM), ["logits"])
+    export(model, (IDS, torch.ones_like(IDS)), tmp_path / "model.onnx",
+           ["input_ids", "attention_mask"], ["logits"], ({0: BATCH, 1: LENGTH},) * 2)  # fmt: skip
+    result, findings = check(pair, tmp_path / "model.onnx")
+    assert findings == ()
+    assert all(c["calls"] == 1 for c in result.figures["calls"])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "what"),
+    [
+        ("logits", "output_0", "has no output 'logits'"),
+        ("present.1.key", "present.1.keys", "has no output 'present.1.key'"),
+        ("attention_mask", "mask", "its input 'mask' is not the model's"),
+        ("input_ids", "ids", "has no input 'input_ids'"),
+        ("past_key_values.0.key", "past.0.key", "has no input 'past_key_values.0.key'"),
+    ],
+)
+def test_renamed_inputs_and_outputs_are_found(decoder, old, new, what, tmp_path):
+    pair, _, graph = decoder
+    model = onnx.load(graph)
+    for value in (*model.graph.input, *model.graph.output):
+        if value.name == old:
+            value.name = new
+    for node in model.graph.node:
+        node.input[:] = [new if n == old else n for n in node.input]
+        node.output[:] = [new if n == old else n for n in node.output]
+    onnx.save(model, tmp_path / "model.onnx")
+    result, findings = check(pair, tmp_path / "model.onnx")
+    assert codes(findings) == ["graph-inputs"]
+    assert what in {f.what for f in findings}
+    assert not result.ran
+
+
+# --- another runner
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return made(tmp_path_factory.mktemp("llama"), "llama")
+
+
+def test_a_runner_in_half_precision_is_allowed_its_noise(llama):
+    pair, out = llama
+    half = TorchRunner(out, transformers.LlamaForCausalLM, torch.float16)
+    result, findings = check(pair, out / "model.onnx", runner=half)
+    assert findings == ()
+    assert result.figures["storage"] == "float16"
+    half.precision = "F32"  # what would be right in half precision is not in float32
+    assert codes(check(pair, out / "model.onnx", runner=half)[1]) == ["graph-differs"]
+
+
+def test_a_budget_is_needed_where_nothing_can_be_measured_and_may_not_hide_the_adapter(llama):
+    pair, out = llama
+    runner = TorchRunner(out, transformers.LlamaForCausalLM)
+    runner.precision = None
+    _, findings = check(pair, out / "model.onnx", runner=runner)
+    assert codes(findings) == ["graph-unsupported"]
+    assert "give a budget" in findings[0].what
+    assert check(pair, out / "model.onnx", runner=runner, budget=1e-4)[1] == ()
+    base = TorchRunner(pair.base, transformers.LlamaForCausalLM)
+    assert codes(check(pair, out / "m.onnx", runner=base, budget=1e-4)[1]) == ["graph-differs"]
+    _, findings = check(pair, out / "model.onnx", runner=base, budget=5.0)
+    assert [(f.code, f.severity) for f in findings] == [("graph-blind", "unchecked")]
+
+
+def test_fixed_shapes_are_asked_only_what_they_take(llama):
+    pair, out = llama
+    runner = TorchRunner(out, transformers.LlamaForCausalLM)
+    runner.inputs = {n: Slot((2, 16), np.int64) for n in runner.inputs}
+    result, findings = check(pair, out / "model.onnx", runner=runner)
+    assert findings == ()
+    assert [c["name"] for c in result.figures["calls"]] == ["tokens"]
+    runner.inputs = {n: Slot((3, 5), np.int64) for n in runner.inputs}
+    _, findings = check(pair, out / "model.onnx", runner=runner)
+    assert codes(findings) == ["graph-unsupported"]
+    assert "shapes" in findings[0].what
+
+
+def test_the_exporter_says_which_outputs_there_are(tmp_path):
+    make, lora = KINDS["bart"]
+    pair = prepare(tmp_path, make(), **lora)
+    dora_export.merge(pair.base, pair.adapter, tmp_path / "out")
+    runner = TorchRunner(tmp_path / "out", transformers.BartForConditionalGeneration)
+    runner.inputs["decoder_input_ids"] = Slot((None, None), np.int64)
+    _, findings = check(pair, tmp_path / "m.onnx", runner=runner)
+    assert [f.what for f in findings] == ["has no output 'encoder_last_hidden_state'"]
+    assert check(pair, tmp_path / "m.onnx", runner=runner, outputs=["logits"])[1] == ()
+
+
+# --- files
+
+
+@pytest.mark.parametrize("place", ["../outside.bin", "link.bin", "absolute"])
+def test_external_data_outside_the_graphs_folder_is_not_opened(encoder, place, tmp_path):
+    pair, _, graph = encoder
+    folder = tmp_path / "graph"
+    folder.mkdir()
+    outside = tmp_path / "outside.bin"
+    outside.write_bytes(b"\0" * 1_000_000)
+    (folder / "link.bin").symlink_to(outside)
+    model = onnx.load(graph)
+    onnx.external_data_helper.convert_model_to_external_data(model, location="data.bin",
+                                                             size_threshold=64)  # fmt: skip
+    onnx.save(model, folder / "good.onnx")
+    assert check(pair, folder / "good.onnx")[1] == ()
+    wrong = onnx.load(folder / "good.onnx", load_external_data=False)
+    entries = [e for t in wrong.graph.initializer for e in t.external_data if e.key == "location"]
+    entries[-1].value = str(outside) if place == "absolute" else place
+    onnx.save(wrong, folder / "bad.onnx")
+    _, findings = check(pair, folder / "bad.onnx")
+    assert [(f.code, f.severity) for f in findings] == [("graph-outside", "wrong")]
+
+
+def test_what_is_no_graph_was_not_checked(encoder, tmp_path):
+    pair, _, graph = encoder
+    (tmp_path / "broken.onnx").write_bytes(b"no graph" * 100)
+    assert codes(check(pair, tmp_path / "broken.onnx")[1]) == ["graph-unsupported"]
+    assert codes(check(pair, tmp_path / "absent.onnx")[1]) == ["graph-unsupported"]
+    model = onnx.load(graph)
+    model.graph.node[0].op_type = "NoSuchOperator"
+    onnx.save(model, tmp_path / "unknown.onnx")
+    assert codes(check(pair, tmp_path / "unknown.onnx")[1]) == ["graph-unsupported"]
