@@ -16,32 +16,41 @@ from dora_export._version import __version__
 
 if TYPE_CHECKING:
     from dora_export.adapters.model import Adapter
-    from dora_export.api import inspect, load_adapter, merge
+    from dora_export.api import inspect, load_adapter, merge, verify
     from dora_export.errors import DoraExportError
     from dora_export.report import InspectReport, MergeReport
     from dora_export.update import Update
+    from dora_export.verification.model import Finding, TensorResult, VerifyReport
 
 __all__ = [
     "Adapter",
     "DoraExportError",
+    "Finding",
     "InspectReport",
     "MergeReport",
+    "TensorResult",
     "Update",
+    "VerifyReport",
     "__version__",
     "inspect",
     "load_adapter",
     "merge",
+    "verify",
 ]
 
 _HOMES = {
     "Adapter": "adapters.model",
     "DoraExportError": "errors",
+    "Finding": "verification.model",
     "InspectReport": "report",
     "MergeReport": "report",
+    "TensorResult": "verification.model",
     "Update": "update",
+    "VerifyReport": "verification.model",
     "inspect": "api",
     "load_adapter": "api",
     "merge": "api",
+    "verify": "api",
 }
 
 

@@ -32,11 +32,11 @@ from dora_export.report import InspectReport, MergeReport
 from dora_export.serving import engines
 from dora_export.tensors import OUTPUT_WORDS, DType
 from dora_export.update import Axis, Update
-from dora_export.verify.check import Checked, check, in_order, refuse_wrong
-from dora_export.verify.ledger import Source
-from dora_export.verify.model import Level, VerifyReport
-from dora_export.verify.plausible import refuse_implausible
-from dora_export.verify.subject import open_subject
+from dora_export.verification.check import Checked, check, in_order, refuse_wrong
+from dora_export.verification.ledger import Source
+from dora_export.verification.model import Level, VerifyReport
+from dora_export.verification.plausible import refuse_implausible
+from dora_export.verification.subject import open_subject
 from dora_export.writers import identity, manifest, side_files
 from dora_export.writers.files import FileSink, write_small
 from dora_export.writers.identity import adapter_digests
@@ -326,7 +326,7 @@ def verify(
     )
     tiers, findings = list(checked.tiers), list(checked.findings)
     if forward:
-        from dora_export.verify.forward import check_forward  # noqa: PLC0415 - loads torch
+        from dora_export.verification.forward import check_forward  # noqa: PLC0415 - loads torch
 
         tier, found = check_forward(plan, subject.path, prompts=prompts)
         tiers.append(tier)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dora_export.verify.catalog import FINDINGS
-from dora_export.verify.model import Finding, TensorResult, TierResult, VerifyReport
+from dora_export.verification.catalog import FINDINGS
+from dora_export.verification.model import Finding, TensorResult, TierResult, VerifyReport
 
 KINDS = {
     "self_attn.q_proj": (576, 576),

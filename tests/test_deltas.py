@@ -10,7 +10,7 @@ import torch
 from dora_export.errors import PlanError
 from dora_export.tensors import Operand
 from dora_export.update import Dense, Hadamard, Kronecker, Product, Update
-from dora_export.verify.oracle import check_oracle
+from dora_export.verification.oracle import check_oracle
 from tests import oracle
 from tests.test_peft_parity import Bench
 

@@ -19,10 +19,10 @@ from dora_export.checkpoints import open_checkpoint
 from dora_export.plan import Settings, Step, plan_merge
 from dora_export.tensors import DTYPES, HeldBytes, Operand, TensorRef
 from dora_export.update import Update
-from dora_export.verify import inputs, models, unmerged
-from dora_export.verify.forward import check_forward, judge
-from dora_export.verify.measured import Measured, Unsupported
-from dora_export.verify.reference import Reference, numbers
+from dora_export.verification import inputs, models, unmerged
+from dora_export.verification.forward import check_forward, judge
+from dora_export.verification.measured import Measured, Unsupported
+from dora_export.verification.reference import Reference, numbers
 from tests import oracle, rider_models
 from tests.forward_models import KINDS, change, merged_by_peft, prepare
 from tests.peft_models import edit_config, edit_json
@@ -582,6 +582,6 @@ def test_generated_tokens_are_ordinary_of_two_lengths_and_hold_the_trained_ones(
 
 
 def test_naming_the_tier_imports_no_torch():
-    code = "import sys, dora_export.verify.forward; print('torch' in sys.modules)"
+    code = "import sys, dora_export.verification.forward; print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"

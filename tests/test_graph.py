@@ -12,8 +12,8 @@ from torch import nn
 from transformers import DynamicCache
 
 import dora_export
-from dora_export.verify.graph import check_graph
-from dora_export.verify.runner import OnnxRuntime, Slot
+from dora_export.verification.graph import check_graph
+from dora_export.verification.runner import OnnxRuntime, Slot
 from tests import rider_models
 from tests.forward_models import KINDS, change, prepare
 from tests.rider_models import WARNINGS

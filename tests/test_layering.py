@@ -19,7 +19,7 @@ FLOORS = (
     "naming tying layouts experts row_orders report",
     "plan serving",
     "pieces",
-    "worker verify",
+    "worker verification",
     "engine lowrank",
     "writers",
     "api",
@@ -47,7 +47,7 @@ def test_imports_point_to_a_lower_floor(path):
 
 
 def test_verify_shares_no_arithmetic_with_the_engine():
-    used = {name for path in (PACKAGE / "verify").rglob("*.py") for name in imported(path)}
+    used = {name for path in (PACKAGE / "verification").rglob("*.py") for name in imported(path)}
     assert (
         used & {"formula", "engine", "worker", "arithmetic", "arithmetic_torch", "refine", "cast"}
         == set()

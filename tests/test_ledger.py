@@ -19,12 +19,12 @@ from dora_export.adapters import ReadOptions
 from dora_export.errors import InputError
 from dora_export.plan import Settings
 from dora_export.tensors import BF16, F16, F32, F64
-from dora_export.verify import tensor_ledger
-from dora_export.verify.catalog import MEANINGS
-from dora_export.verify.config_ledger import compare
-from dora_export.verify.ledger import Source, check_ledger
-from dora_export.verify.rope import rope_changes
-from dora_export.verify.subject import open_subject
+from dora_export.verification import tensor_ledger
+from dora_export.verification.catalog import MEANINGS
+from dora_export.verification.config_ledger import compare
+from dora_export.verification.ledger import Source, check_ledger
+from dora_export.verification.rope import rope_changes
+from dora_export.verification.subject import open_subject
 from dora_export.writers import side_files
 from tests import small
 from tests.hub_configs import CONFIGS

@@ -6,7 +6,7 @@ import torch
 
 from dora_export import lowrank
 from dora_export.pieces import regions
-from dora_export.verify.exact import Exact
+from dora_export.verification.exact import Exact
 from tests import oracle
 from tests.test_peft_parity import case
 

@@ -13,7 +13,7 @@ from dora_export import api
 from dora_export.adapters import ReadOptions
 from dora_export.checkpoints import open_checkpoint
 from dora_export.plan import Settings
-from dora_export.verify.oracle import SAMPLES, check_oracle
+from dora_export.verification.oracle import SAMPLES, check_oracle
 from tests import oracle, peft_models
 from tests.pairs import (
     ALPHA,

@@ -16,7 +16,7 @@ import zlib
 import numpy as np
 import pytest
 
-from dora_export.verify.page import page
+from dora_export.verification.page import page
 from tests import reports
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")

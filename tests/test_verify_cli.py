@@ -12,7 +12,7 @@ import pytest
 
 from dora_export import api
 from dora_export.cli import text
-from dora_export.verify.catalog import FINDINGS
+from dora_export.verification.catalog import FINDINGS
 from tests import reports, small
 
 
@@ -106,6 +106,7 @@ def test_options_reach_the_api(given):
         "level": "fast", "forward": True, "prompts": ("one", "two"), "dtype": "bf16",
         "strength": 0.5, "zero_norm": "zero", "alpha": 4.0, "fan_in_fan_out": False, "threads": 3,
         "axis": "in", "map_prefix": ("x=y",), "adapter_format": "peft", "allow_pickle": True,
+        "torchtune_dora_fix": None, "magnitude_is_normalised": None,
     }  # fmt: skip
 
 
@@ -342,7 +343,7 @@ def test_explain_helps_with_unknown_codes(code, words):
 
 def test_every_finding_that_is_reported_can_be_explained():
     package = Path(text.__file__).parents[1]
-    sources = [p.read_text(encoding="utf-8") for p in (package / "verify").glob("*.py")]
+    sources = [p.read_text(encoding="utf-8") for p in (package / "verification").glob("*.py")]
     made = {code for s in sources for code in re.findall(r'Finding\(\s*"([\w-]+)"', s)}
     assert len(made) > 10
     assert made <= {m.code for m in FINDINGS}

@@ -10,11 +10,11 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from dora_export.errors import OutputError
-from dora_export.verify.catalog import FINDINGS
-from dora_export.verify.grid import MAX_CELLS, arrange, place
-from dora_export.verify.markup import el, render
-from dora_export.verify.model import Finding, TensorResult
-from dora_export.verify.page import page
+from dora_export.verification.catalog import FINDINGS
+from dora_export.verification.grid import MAX_CELLS, arrange, place
+from dora_export.verification.markup import el, render
+from dora_export.verification.model import Finding, TensorResult
+from dora_export.verification.page import page
 from dora_export.writers import page_file
 from tests import reports
 

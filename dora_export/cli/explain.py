@@ -8,7 +8,7 @@ from itertools import groupby
 import click
 
 from dora_export.errors import DoraExportError, shown
-from dora_export.verify.catalog import FINDINGS, MEANINGS, Severity, Tier
+from dora_export.verification.catalog import FINDINGS, MEANINGS, Severity, Tier
 
 WIDTH = 80
 COLOURS: dict[Severity, str] = {

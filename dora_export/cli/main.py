@@ -234,7 +234,7 @@ def verify(
     """
     from dora_export import api  # noqa: PLC0415
     from dora_export.cli import text  # noqa: PLC0415
-    from dora_export.verify.page import page  # noqa: PLC0415
+    from dora_export.verification.page import page  # noqa: PLC0415
     from dora_export.writers import page_file  # noqa: PLC0415
 
     if html is not None:

@@ -18,8 +18,8 @@ from dora_export.cli import streams
 from dora_export.cli.explain import COLOURS
 from dora_export.errors import shown
 from dora_export.report import Engine, InspectReport, MergeReport
-from dora_export.verify.model import TensorResult, TierResult, Verdict, VerifyReport
-from dora_export.verify.statement import (
+from dora_export.verification.model import TensorResult, TierResult, Verdict, VerifyReport
+from dora_export.verification.statement import (
     Group,
     State,
     accuracy,

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from dora_export.errors import OutputError, shown
-from dora_export.verify.page import GENERATOR
+from dora_export.verification.page import GENERATOR
 
 HEAD_BYTES = 512  # within which our pages name themselves
 

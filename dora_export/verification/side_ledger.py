@@ -18,8 +18,8 @@ from typing import Any, Literal
 from dora_export.checkpoints.folder import read_json
 from dora_export.errors import InputError, shown
 from dora_export.plan import Plan
-from dora_export.verify.model import Finding
-from dora_export.verify.subject import ADAPTER_FILES, MANIFEST, Subject
+from dora_export.verification.model import Finding
+from dora_export.verification.subject import ADAPTER_FILES, MANIFEST, Subject
 
 READ_BYTES = 1 << 20
 MAX_TOKENIZER_BYTES = 512 << 20

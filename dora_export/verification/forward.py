@@ -18,7 +18,7 @@ from typing import Any
 
 from dora_export.errors import shown
 from dora_export.plan import Plan
-from dora_export.verify.measured import (
+from dora_export.verification.measured import (
     Layer,
     LoadFailure,
     Measured,
@@ -26,8 +26,8 @@ from dora_export.verify.measured import (
     Unsupported,
     library_of,
 )
-from dora_export.verify.model import Finding, TierResult
-from dora_export.verify.parity import Compared, Distance, Tolerance, tolerance
+from dora_export.verification.model import Finding, TierResult
+from dora_export.verification.parity import Compared, Distance, Tolerance, tolerance
 
 
 def check_forward(
@@ -73,7 +73,7 @@ def _check(
     if importlib.util.find_spec(library) is None:
         missing = Finding("forward-extra", library, "is not installed")
         return (missing,), {}, f"not run: {library} is not installed"
-    from dora_export.verify import sidebyside  # noqa: PLC0415 - torch takes a second to import
+    from dora_export.verification import sidebyside  # noqa: PLC0415 - torch takes a second to import
 
     try:
         measured = sidebyside.measure(plan, merged, prompts, tokens, progress or _silent)

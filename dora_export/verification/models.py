@@ -25,8 +25,8 @@ from dora_export.checkpoints.folder import read_json
 from dora_export.errors import shown
 from dora_export.plan import Plan
 from dora_export.tensors import TensorRef
-from dora_export.verify.measured import LoadFailure, Unsupported, library_of
-from dora_export.verify.unmerged import stored
+from dora_export.verification.measured import LoadFailure, Unsupported, library_of
+from dora_export.verification.unmerged import stored
 
 # Problems with keys that transformers and diffusers report of loading.
 PROBLEMS = {"missing_keys": "missing", "unexpected_keys": "not part of the model",

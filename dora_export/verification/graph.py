@@ -16,11 +16,11 @@ from typing import Any
 
 from dora_export.errors import shown
 from dora_export.plan import Plan
-from dora_export.verify.forward import apart
-from dora_export.verify.measured import GraphMeasured, Progress, Unsupported, library_of
-from dora_export.verify.model import Finding, TierResult
-from dora_export.verify.parity import Compared, Distance, Tolerance, tolerance
-from dora_export.verify.runner import GraphUnusable, OnnxRuntime, Runner
+from dora_export.verification.forward import apart
+from dora_export.verification.measured import GraphMeasured, Progress, Unsupported, library_of
+from dora_export.verification.model import Finding, TierResult
+from dora_export.verification.parity import Compared, Distance, Tolerance, tolerance
+from dora_export.verification.runner import GraphUnusable, OnnxRuntime, Runner
 
 
 def check_graph(
@@ -82,7 +82,7 @@ def _measure(
     runner = runner or OnnxRuntime(graph)
     if runner.precision is None and budget is None:
         raise GraphUnusable("graph-unsupported", "is quantised: no noise floor, so give a budget")
-    from dora_export.verify import named  # noqa: PLC0415 - torch takes a second to import
+    from dora_export.verification import named  # noqa: PLC0415 - torch takes a second to import
 
     return named.measure(plan, graph, runner, outputs, budget is None, prompts, progress)
 

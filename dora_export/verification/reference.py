@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from dora_export.errors import shown
 from dora_export.plan import Plan, Step
 from dora_export.tensors import DTYPES, DType, TensorRef
-from dora_export.verify import models
-from dora_export.verify.inputs import Batch
-from dora_export.verify.measured import LoadFailure, Unsupported
-from dora_export.verify.models import Loaded, ModelClass, Place
-from dora_export.verify.unmerged import (
+from dora_export.verification import models
+from dora_export.verification.inputs import Batch
+from dora_export.verification.measured import LoadFailure, Unsupported
+from dora_export.verification.models import Loaded, ModelClass, Place
+from dora_export.verification.unmerged import (
     Observer,
     Parts,
     Term,

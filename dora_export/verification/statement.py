@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dora_export.errors import shown
-from dora_export.verify.catalog import FINDINGS, Meaning, Severity, Tier
-from dora_export.verify.model import Finding, TensorResult, TierResult, VerifyReport
+from dora_export.verification.catalog import FINDINGS, Meaning, Severity, Tier
+from dora_export.verification.model import Finding, TensorResult, TierResult, VerifyReport
 from dora_export.words import count, number, share
 
 State = Literal["right", "wrong", "unchecked", "warning", "skipped"]

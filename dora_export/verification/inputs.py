@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dora_export.verify.measured import Unsupported
-from dora_export.verify.models import quiet
+from dora_export.verification.measured import Unsupported
+from dora_export.verification.models import quiet
 
 LENGTHS = (16, 11)  # tokens of generated sequences
 SEQUENCES = 8  # of one batch: enough numbers for a noise floor, where a model gives but a few

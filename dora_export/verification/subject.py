@@ -19,7 +19,7 @@ from dora_export.storage import PICKLED
 from dora_export.storage.pickled import read_pickled
 from dora_export.storage.safetensors import Header, read_header
 from dora_export.tensors import TensorRef
-from dora_export.verify.model import Finding
+from dora_export.verification.model import Finding
 
 MANIFEST = "dora_export.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")

@@ -25,8 +25,8 @@ from dora_export.errors import shown
 from dora_export.pieces import Region, regions
 from dora_export.plan import Plan, Settings, Step
 from dora_export.tensors import DType, TensorRef
-from dora_export.verify import diagnose
-from dora_export.verify.exact import (
+from dora_export.verification import diagnose
+from dora_export.verification.exact import (
     FRACTION,
     SMALLEST,
     Exact,
@@ -36,8 +36,8 @@ from dora_export.verify.exact import (
     read_rows,
     rounded,
 )
-from dora_export.verify.model import Finding, Level, Status, TensorResult, TierResult
-from dora_export.verify.parallel import each
+from dora_export.verification.model import Finding, Level, Status, TensorResult, TierResult
+from dora_export.verification.parallel import each
 
 SAMPLES = 16  # rows or columns per changed region at level "fast"
 # Unit roundoff of the arithmetic that a merge may have used; none is told finer than float32.

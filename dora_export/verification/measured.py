@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dora_export.verify.parity import Choices, Compared, Distance
+from dora_export.verification.parity import Choices, Compared, Distance
 
 Progress = Callable[[int, int], None]
 

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from dora_export.errors import shown
 from dora_export.plan import Plan
 from dora_export.tensors import DTYPES
-from dora_export.verify import inputs, models, script
-from dora_export.verify.measured import GraphMeasured, Progress, Unsupported
-from dora_export.verify.reference import Reference, call, named, numbers, precisions, unit
-from dora_export.verify.runner import Arrays, GraphUnusable, Runner
-from dora_export.verify.script import DERIVED, PAST, PRESENT
-from dora_export.verify.sidebyside import trained_tokens
+from dora_export.verification import inputs, models, script
+from dora_export.verification.measured import GraphMeasured, Progress, Unsupported
+from dora_export.verification.reference import Reference, call, named, numbers, precisions, unit
+from dora_export.verification.runner import Arrays, GraphUnusable, Runner
+from dora_export.verification.script import DERIVED, PAST, PRESENT
+from dora_export.verification.sidebyside import trained_tokens
 
 STAGES = 4
 

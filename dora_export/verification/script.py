@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dora_export.verify import parity
-from dora_export.verify.parity import Compared
-from dora_export.verify.runner import Arrays, Slot
+from dora_export.verification import parity
+from dora_export.verification.parity import Compared
+from dora_export.verification.runner import Arrays, Slot
 
 PAST, PRESENT = "past_key_values.", "present."
 DECODED = 4  # tokens given one by one behind a prefill

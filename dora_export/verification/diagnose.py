@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from dora_export.errors import shown
 from dora_export.tensors import DType, TensorRef
-from dora_export.verify.exact import Exact, Floats, read_columns, read_rows, rounded
+from dora_export.verification.exact import Exact, Floats, read_columns, read_rows, rounded
 
 LINES = 24  # rows or columns that mistakes are tried on
 # A mistake must leave less than this share of the squared distance to the right result: rounding

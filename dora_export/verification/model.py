@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from dora_export.verify.catalog import MEANINGS, Severity, Tier
+from dora_export.verification.catalog import MEANINGS, Severity, Tier
 
 Level = Literal["fast", "full"]
 Verdict = Literal["right", "wrong", "unchecked"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dora_export.verify.model import TensorResult
+from dora_export.verification.model import TensorResult
 from dora_export.words import index
 
 MAX_CELLS = 2400  # a page with three charts of them stays below two megabytes

@@ -15,7 +15,7 @@ import numpy as np
 from dora_export.errors import PlanError
 from dora_export.pieces import Region, regions
 from dora_export.plan import Plan, Settings, Step
-from dora_export.verify.exact import Exact
+from dora_export.verification.exact import Exact
 
 TENSORS, ROWS = 24, 16  # looked at, evenly spread
 NEAR = 4.0  # a trained magnitude is within this factor of its norm, a divided one of 1

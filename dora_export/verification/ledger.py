@@ -12,12 +12,12 @@ from typing import Any
 
 from dora_export.errors import shown
 from dora_export.plan import Plan
-from dora_export.verify.catalog import FINDINGS
-from dora_export.verify.config_ledger import check_config
-from dora_export.verify.model import Finding, TierResult
-from dora_export.verify.side_ledger import Source, check_manifest, check_side_files
-from dora_export.verify.subject import Subject, under_base_names
-from dora_export.verify.tensor_ledger import check_tensors
+from dora_export.verification.catalog import FINDINGS
+from dora_export.verification.config_ledger import check_config
+from dora_export.verification.model import Finding, TierResult
+from dora_export.verification.side_ledger import Source, check_manifest, check_side_files
+from dora_export.verification.subject import Subject, under_base_names
+from dora_export.verification.tensor_ledger import check_tensors
 
 __all__ = ["Source", "check_ledger"]
 

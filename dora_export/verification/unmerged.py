@@ -23,7 +23,7 @@ from torch.nn import functional as F  # noqa: N812 - the name that everyone give
 from dora_export.plan import Settings, Step
 from dora_export.tensors import Operand, TensorRef
 from dora_export.update import Change, Over, Product
-from dora_export.verify.measured import Unsupported
+from dora_export.verification.measured import Unsupported
 
 BLOCK_ELEMENTS = 1 << 21  # float64 elements of one block of rows while norms are computed
 

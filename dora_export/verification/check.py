@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from dora_export.errors import VerifyError, listing, shown
 from dora_export.plan import Plan
-from dora_export.verify.catalog import FINDINGS
-from dora_export.verify.ledger import Source, check_ledger
-from dora_export.verify.model import Finding, Level, TensorResult, TierResult
-from dora_export.verify.oracle import check_oracle
-from dora_export.verify.subject import Subject, under_base_names
+from dora_export.verification.catalog import FINDINGS
+from dora_export.verification.ledger import Source, check_ledger
+from dora_export.verification.model import Finding, Level, TensorResult, TierResult
+from dora_export.verification.oracle import check_oracle
+from dora_export.verification.subject import Subject, under_base_names
 
 SEVERITIES = ("wrong", "unchecked", "warning", "note")
 ORDER = {m.code: i for i, m in enumerate(FINDINGS)}

@@ -13,11 +13,11 @@ from xml.etree.ElementTree import Element
 
 from dora_export._version import __version__
 from dora_export.errors import shown
-from dora_export.verify import charts, tables
-from dora_export.verify.grid import Grid, arrange
-from dora_export.verify.markup import Child, add, el, render
-from dora_export.verify.model import TierResult, Verdict, VerifyReport
-from dora_export.verify.statement import groups, headline, precision, proof, tier_state
+from dora_export.verification import charts, tables
+from dora_export.verification.grid import Grid, arrange
+from dora_export.verification.markup import Child, add, el, render
+from dora_export.verification.model import TierResult, Verdict, VerifyReport
+from dora_export.verification.statement import groups, headline, precision, proof, tier_state
 from dora_export.words import count, number, share, size
 
 GENERATOR = '<meta name="generator" content="dora-export'  # by it we know our own pages
@@ -54,7 +54,7 @@ STATES = {
 
 def page(report: VerifyReport) -> str:
     """Return a report as HTML, well-formed, below five megabytes for any number of tensors."""
-    folder = resources.files("dora_export.verify")
+    folder = resources.files("dora_export.verification")
     style = "\n" + (folder / "page.css").read_text(encoding="utf-8")
     script = "\n" + (folder / "page.js").read_text(encoding="utf-8")
     sections = (_compared, _charts, _worst, _findings, _tiers, _notes)

@@ -21,12 +21,12 @@ from dora_export.checkpoints.folder import read_json
 from dora_export.errors import InputError, shown
 from dora_export.plan import Plan
 from dora_export.tensors import DType
-from dora_export.verify import inputs, models, parity
-from dora_export.verify.inputs import Batch
-from dora_export.verify.measured import Layer, LoadFailure, Measured, Opinion, Progress
-from dora_export.verify.models import Loaded, ModelClass
-from dora_export.verify.parity import Choices, Compared
-from dora_export.verify.reference import (
+from dora_export.verification import inputs, models, parity
+from dora_export.verification.inputs import Batch
+from dora_export.verification.measured import Layer, LoadFailure, Measured, Opinion, Progress
+from dora_export.verification.models import Loaded, ModelClass
+from dora_export.verification.parity import Choices, Compared
+from dora_export.verification.reference import (
     Numbers,
     Reference,
     changed_steps,
@@ -36,7 +36,7 @@ from dora_export.verify.reference import (
     precisions,
     unit,
 )
-from dora_export.verify.unmerged import Call, Parts, Term
+from dora_export.verification.unmerged import Call, Parts, Term
 
 STAGES = 5
 

@@ -14,9 +14,9 @@ from statistics import median
 from xml.etree.ElementTree import Element
 
 from dora_export.errors import shown
-from dora_export.verify.grid import Cell, Grid
-from dora_export.verify.markup import add, el
-from dora_export.verify.model import Status, TensorResult
+from dora_export.verification.grid import Cell, Grid
+from dora_export.verification.markup import add, el
+from dora_export.verification.model import Status, TensorResult
 from dora_export.words import count, number, share, superscript
 
 PLOT_WIDTH = 810.0

@@ -16,10 +16,10 @@ from dora_export.errors import shown
 from dora_export.plan import Plan
 from dora_export.tensors import BY_TORCH, DType, TensorRef
 from dora_export.tying import EMBEDDINGS, HEADS, WITH_VOCABULARY
-from dora_export.verify.model import Finding
-from dora_export.verify.rope import ROPE_KEYS, rope_changes
-from dora_export.verify.subject import Subject
-from dora_export.verify.tensor_ledger import equal
+from dora_export.verification.model import Finding
+from dora_export.verification.rope import ROPE_KEYS, rope_changes
+from dora_export.verification.subject import Subject
+from dora_export.verification.tensor_ledger import equal
 
 Config = Mapping[str, Any]
 # Keys with checks of their own: on every level, and where the language model's config stands.

@@ -8,10 +8,10 @@ from typing import Any
 from xml.etree.ElementTree import Element
 
 from dora_export.errors import shown
-from dora_export.verify.charts import legend_mark
-from dora_export.verify.markup import add, el
-from dora_export.verify.model import Finding, TensorResult
-from dora_export.verify.statement import Group
+from dora_export.verification.charts import legend_mark
+from dora_export.verification.markup import add, el
+from dora_export.verification.model import Finding, TensorResult
+from dora_export.verification.statement import Group
 from dora_export.words import compact, count, number, share
 
 MAX_WORST = 20
