@@ -34,7 +34,13 @@ from dora_export.tensors import OUTPUT_WORDS, DType
 from dora_export.update import Axis, Update
 from dora_export.verification.check import Checked, check, in_order, refuse_wrong
 from dora_export.verification.ledger import Source
-from dora_export.verification.model import Level, VerifyReport
+from dora_export.verification.model import (
+    Finding,
+    Level,
+    TensorResult,
+    TierResult,
+    VerifyReport,
+)
 from dora_export.verification.plausible import refuse_implausible
 from dora_export.verification.subject import open_subject
 from dora_export.writers import identity, manifest, side_files
@@ -275,7 +281,8 @@ def verify(
     Args:
         base: As in ``merge``.
         adapter: As in ``merge``.
-        merged: Folder or weight file of the merged model.
+        merged: Folder or weight file of the merged model, or an ``.onnx`` graph of it, which is run
+            beside the unmerged model instead (needs transformers).
         level: "full" compares every element, "fast" sampled rows of every changed tensor.
         forward: Run the model too, merged and unmerged (needs transformers).
         prompts: Texts for that; none: generated inputs.
@@ -303,7 +310,9 @@ def verify(
     """
     started = time.monotonic()
     _one_of("level", level, ("fast", "full"))
-    subject = open_subject(locate(merged, "merged model"), allow_pickle=allow_pickle)
+    place = locate(merged, "merged model")
+    graph = place.suffix == ".onnx"
+    subject = None if graph else open_subject(place, allow_pickle=allow_pickle)
     given = {
         "dtype": _output_dtype(dtype),
         "strength": None if strength is None else _finite("strength", strength),
@@ -311,7 +320,7 @@ def verify(
         "map_prefix": naming.parse_map_prefix(map_prefix) or None,
         "fan_in_fan_out": fan_in_fan_out,
     }
-    settings, notes = manifest.settings_of(subject.manifest, given)
+    settings, notes = manifest.settings_of(subject.manifest if subject else None, given)
     options = ReadOptions(
         alpha=alpha,
         axis=axis,
@@ -320,12 +329,19 @@ def verify(
         magnitude_is_normalised=magnitude_is_normalised,
     )
     plan, _ = _plan(base, adapter, options, adapter_format, settings)
-    sources = _sources(side_files.collect(plan))
-    checked = check(
-        plan, subject, sources, level, threads=_positive("threads", threads), progress=progress
-    )
-    tiers, findings = list(checked.tiers), list(checked.findings)
-    if forward:
+    tiers: list[TierResult] = []
+    findings: list[Finding] = []
+    tensors: tuple[TensorResult, ...] = ()
+    if subject is not None:
+        sources, workers = _sources(side_files.collect(plan)), _positive("threads", threads)
+        checked = check(plan, subject, sources, level, threads=workers, progress=progress)
+        tiers, findings, tensors = [*checked.tiers], [*checked.findings], checked.tensors
+    else:
+        from dora_export.verification.graph import check_graph  # noqa: PLC0415 - loads torch
+
+        tier, found = check_graph(plan, place, prompts=prompts)
+        tiers, findings = [tier], [*found]
+    if forward and subject is not None:
         from dora_export.verification.forward import check_forward  # noqa: PLC0415 - loads torch
 
         tier, found = check_forward(plan, subject.path, prompts=prompts)
@@ -334,13 +350,13 @@ def verify(
     return VerifyReport(
         base=plan.base.path,
         adapter=plan.adapter.path,
-        merged=subject.path,
+        merged=place,
         level=level,
-        maker=subject.maker,
+        maker=subject.maker if subject is not None else "an ONNX exporter",
         method=str(plan.adapter.facts.get("method", "LoRA")),
         tiers=tuple(tiers),
         findings=in_order(tuple(findings)),
-        tensors=checked.tensors,
+        tensors=tensors,
         notes=(*notes, *plan.notes, *plan.warnings),
         seconds=time.monotonic() - started,
         peak_rss_bytes=peak_rss(),

@@ -206,6 +206,12 @@ def test_a_graph_of_an_encoder_passes_and_wrong_ones_do_not(encoder, tmp_path):
     assert codes(check(pair, lora)[1]) == ["graph-differs"]
 
 
+def test_verify_takes_a_graph_in_the_place_of_a_folder(encoder):
+    pair, _, graph = encoder
+    report = dora_export.verify(pair.base, pair.adapter, graph)
+    assert (report.verdict, [t.tier for t in report.tiers]) == ("right", ["onnx"])
+
+
 def test_a_graph_of_a_decoder_passes_whole_and_token_by_token(decoder, tmp_path):
     pair, out, graph = decoder
     result, findings = check(pair, graph)
