@@ -52,7 +52,7 @@ def wide_pair(at):
         key = small.PREFIX + name.removesuffix(".weight")
         adapter[f"{key}.lora_A.weight"] = torch.randn(small.RANK, 96)
         adapter[f"{key}.lora_B.weight"] = torch.randn(256, small.RANK)
-        adapter[f"{key}.lora_magnitude_vector"] = torch.rand(256) + 0.5
+        adapter[f"{key}.lora_magnitude_vector"] = 30 * (torch.rand(256) + 0.5)  # about the norms
     small.write_base(at / "base", tensors)
     small.write_adapter(at / "adapter", adapter, target_modules=["proj"])
 
@@ -161,7 +161,7 @@ def dies_while_read(at):
         key = small.PREFIX + name.removesuffix(".weight")
         adapter[f"{key}.lora_A.weight"] = torch.randn(small.RANK, 512)
         adapter[f"{key}.lora_B.weight"] = torch.randn(1024, small.RANK)
-        adapter[f"{key}.lora_magnitude_vector"] = torch.rand(1024) + 0.5
+        adapter[f"{key}.lora_magnitude_vector"] = 70 * (torch.rand(1024) + 0.5)
     small.write_adapter(at / "dying", adapter, target_modules=["proj"])
 
     def die(_done, _total):

@@ -204,7 +204,7 @@ def test_messages_carry_nothing_that_a_terminal_obeys(at):
 
 def test_hang_up_of_the_terminal_leaves_no_output(tmp_path):
     """A merge that a closing terminal ends is one that was killed: absent, and run again."""
-    write_case(tmp_path, layers=2, out=1100, inputs=700)
+    write_case(tmp_path, layers=8, out=1100, inputs=700)
     process = subprocess.Popen(
         [*PROGRAM, *COMMANDS["merge"], "--threads", "1", "--verify", "full"],
         cwd=tmp_path, env=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
