@@ -72,6 +72,8 @@ class Adapter:
         doubtful_magnitudes: Tools divide magnitudes of this format by the norms beforehand without
             saying so, and the user has not said.
         doubts: What the files leave open and the reader had to take on trust.
+        layer_replication: Ranges ``[start, stop)`` of the base's layers that the trained model
+            stacks, one after another; updates name layers by their place there. Empty: as they are.
         facts: What ``inspect`` shows: settings in the format's own words.
     """
 
@@ -91,4 +93,5 @@ class Adapter:
     not_for: Mapping[str, str] = field(default_factory=dict)
     doubtful_magnitudes: bool = False
     doubts: tuple[str, ...] = ()
+    layer_replication: tuple[tuple[int, int], ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
