@@ -202,6 +202,9 @@ def plan_merge(base: Checkpoint, adapter: Adapter, settings: Settings) -> Plan:
 def _rule(
     base: Checkpoint, adapter: Adapter, settings: Settings, stacked: Iterable[str]
 ) -> naming.Rule:
+    if adapter.naming == "flat":
+        every = [u.target for u in adapter.updates]
+        return naming.find_flat_rule(every, base.tensors, settings.map_prefix, adapter.base_name)
     targets = [u.target for u in adapter.updates if u.kind != "replace"]
     targets = targets or [u.target for u in adapter.updates]
     absent_head = tying.head_of(base, targets)
