@@ -199,6 +199,28 @@ def plan_merge(base: Checkpoint, adapter: Adapter, settings: Settings) -> Plan:
     )
 
 
+def plan_unchanged(base: Checkpoint, settings: Settings) -> Plan:
+    """Return a plan without an adapter: every tensor as it is, or in another dtype.
+
+    Raises:
+        PlanError: The base holds no floating-point tensors.
+    """
+    tied = tying.Tying(updates=(), sources={})
+    files = _files(base, {}, tied, settings)
+    index_name = base.index_name or INDEX
+    return Plan(
+        base=base,
+        adapter=Adapter(base.path, "none", (), {}, ()),
+        settings=settings,
+        files=files,
+        index=_index(base, files) if len(files) > 1 or base.index_name is not None else None,
+        index_name=index_name,
+        config_edits=_config_edits(base, files, tied, settings),
+        rule="no adapter",
+        ignored={},
+    )
+
+
 def _rule(
     base: Checkpoint, adapter: Adapter, settings: Settings, stacked: Iterable[str]
 ) -> naming.Rule:

@@ -22,7 +22,9 @@ FLOORS = (
     "worker verification",
     "engine lowrank",
     "writers",
+    "onnx",
     "api",
+    "api_onnx",
     "cli",
     "__init__ __main__",
 )
