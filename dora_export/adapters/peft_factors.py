@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from dora_export.adapters.peft_config import PeftConfig
 from dora_export.errors import shown
-from dora_export.tensors import Operand, TensorRef
+from dora_export.tensors import Arrange, Operand, TensorRef
 
 
 @dataclass(frozen=True)
@@ -126,13 +126,13 @@ def _in_blocks(factor: Operand, blocks: int) -> Operand:
     if blocks == 1:
         return factor
     rows, columns = factor.shape
-    steps = (*factor.steps, BlockDiagonal(blocks))
+    steps: tuple[Arrange, ...] = (*factor.steps, BlockDiagonal(blocks))
     return replace(factor, shape=(rows, columns * blocks), steps=steps)
 
 
 def _grouped(found: Factors, size: int) -> Factors:
     """Return QA-LoRA's factors: A sees the mean of every ``size`` inputs, times their groups."""
     rank, groups = found.down.shape
-    steps = (*found.down.steps, RepeatedColumns(size))
+    steps: tuple[Arrange, ...] = (*found.down.steps, RepeatedColumns(size))
     down = replace(found.down, shape=(rank, groups * size), steps=steps)
     return replace(found, down=down, scaling=found.scaling * groups / size)
