@@ -9,7 +9,7 @@ import dora_export
 
 PACKAGE = Path(dora_export.__file__).parent
 FLOORS = (
-    "_version errors words",
+    "_version errors limits words",
     "machine",
     "tensors inputs flat_names",
     "cast update",

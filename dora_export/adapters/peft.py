@@ -21,6 +21,7 @@ from dora_export.adapters.peft_factors import factors
 from dora_export.checkpoints.folder import read_json
 from dora_export.errors import AdapterError, InputError, listing, shown
 from dora_export.storage import read_tensors
+from dora_export.storage.paths import contained
 from dora_export.tensors import Operand, TensorRef
 from dora_export.update import Kind, RowOrder, Update
 
@@ -170,7 +171,7 @@ def _weights(folder: Path, options: ReadOptions) -> Path:
         raise InputError(
             f"{folder}: has {CONFIG} but no {' or '.join(WEIGHTS)}. Copy the whole adapter folder."
         )
-    return found[0]
+    return contained(found[0], folder)
 
 
 def _sort(tensors: Mapping[str, TensorRef], config: PeftConfig) -> _Sorted:
