@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 from collections import Counter
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from dora_export.engine import Resources
 from dora_export.errors import InputError, PlanError, shown
 from dora_export.naming import parse_map_prefix
 from dora_export.plan import Plan, Settings
+from dora_export.storage.json_file import is_number
 from dora_export.tensors import DTYPES
 from dora_export.writers.identity import base_files, known_digest
 from dora_export.writers.side_files import SideFile, licence
@@ -82,8 +82,7 @@ def _stored_settings(said: Mapping[str, Any]) -> dict[str, Any] | None:
     prefixes = said.get("map_prefix", [])
     sound = (
         (dtype is None or (isinstance(dtype, str) and dtype in DTYPES))
-        and type(strength) in (int, float)
-        and math.isfinite(strength)
+        and is_number(strength)
         and rule in ("refuse", "zero", "keep-base")
         and (layout is None or isinstance(layout, bool))
         and isinstance(prefixes, list)
