@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dora_export import cast
-from dora_export.tensors import F16, F32, F64, Bytes, DType
+from dora_export.tensors import F16, F64, Bytes, DType
 
 
 class Encoding(Protocol):

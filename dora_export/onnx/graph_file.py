@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ from dora_export.errors import InputError, listing, shown
 from dora_export.machine import advice
 from dora_export.onnx import wire
 from dora_export.onnx.model import PROTOBUF_BYTES
-from dora_export.tensors import DTYPES, DType, FileRange, HeldBytes, TensorRef
+from dora_export.tensors import DTYPES, Bytes, DType, FileRange, HeldBytes, TensorRef
 
 if TYPE_CHECKING:
     import onnx
@@ -98,7 +99,7 @@ class StoredTensor:
         assert self.source is not None, f"Bug: {self.name} has no bytes"
         return TensorRef(self.name, self.dtype, self.shape, self.source)
 
-    def read(self) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    def read(self) -> Bytes:
         """Return all of its bytes; for small tensors."""
         assert self.source is not None, f"Bug: {self.name} has no bytes"
         out = np.empty(self.nbytes, np.uint8)
@@ -181,9 +182,7 @@ def nodes(model: onnx.ModelProto) -> Iterator[tuple[onnx.NodeProto, str]]:
         yield from _nodes_of(function.node, f"/{function.name}")
 
 
-def _nodes_of(
-    found: Iterator[onnx.NodeProto], scope: str
-) -> Iterator[tuple[onnx.NodeProto, str]]:
+def _nodes_of(found: Iterator[onnx.NodeProto], scope: str) -> Iterator[tuple[onnx.NodeProto, str]]:
     for node in found:
         yield node, scope
         for attribute in node.attribute:
@@ -201,7 +200,7 @@ def open_graph(path: Path) -> Graph:
             missing, lies outside of its folder, or is not what it should be.
     """
     import onnx  # noqa: PLC0415 - most commands do without
-    from google.protobuf.message import DecodeError  # noqa: PLC0415 - comes with onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # noqa: PLC0415
 
     size = _size(path)
     if size > PROTOBUF_BYTES:
@@ -402,7 +401,7 @@ def _external(proto: onnx.TensorProto, tensor: StoredTensor, places: _Places) ->
     return FileRange(places.files[location], offset, length)
 
 
-def _decoded(proto: onnx.TensorProto, tensor: StoredTensor) -> np.ndarray:  # type: ignore[type-arg]
+def _decoded(proto: onnx.TensorProto, tensor: StoredTensor) -> Bytes:
     """Return the bytes of values that are stored one by one."""
     import onnx  # noqa: PLC0415 - loaded already
 
@@ -432,9 +431,7 @@ def _check_tensors(path: Path, tensors: list[StoredTensor]) -> None:
         {(str(t.source.path), t.source.start, t.source.start + t.source.nbytes): t.where
          for t in tensors if isinstance(t.source, FileRange) and t.source.nbytes}.items()
     )  # fmt: skip
-    for ((file, _, stop), name), ((other, start, _), next_name) in zip(
-        ranges, ranges[1:], strict=False
-    ):
+    for ((file, _, stop), name), ((other, start, _), next_name) in pairwise(ranges):
         if file == other and start < stop:
             problems.append(f"{name} and {next_name}: share some of their bytes")
     if problems:

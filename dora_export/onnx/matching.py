@@ -16,6 +16,7 @@ between base tensors of the same values.
 from __future__ import annotations
 
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -123,11 +124,11 @@ class Match:
         kept = weight == KEPT
         step = np.where(kept[1:], 0, 1)
         breaks = (weight[1:] != weight[:-1]) | (~kept[1:] & (row[1:] != row[:-1] + step))
-        starts = np.concatenate([[0], np.flatnonzero(breaks) + 1]) if weight.size else []
+        starts: list[int] = [0, *(np.flatnonzero(breaks) + 1).tolist()] if weight.size else []
         stops = [*starts[1:], weight.size]
         return tuple(
             Run(None if kept[a] else self.weights[weight[a]].name,
-                0 if kept[a] else int(row[a]), int(a), int(b - a))
+                0 if kept[a] else int(row[a]), a, b - a)
             for a, b in zip(starts, stops, strict=True)
         )  # fmt: skip
 
@@ -150,7 +151,7 @@ def weights_of(plan: Plan) -> tuple[Weight, ...]:
 
 
 def _tied_values(step: Step, base: Mapping[str, TensorRef]) -> TensorRef | None:
-    """Return the embedding that a head has the values of, where the base does not store the head."""
+    """Return the embedding whose values a head has that the base does not store."""
     if _leaf(step.name) not in tying.HEADS:
         return None
     like = [r for n, r in base.items() if _leaf(n) in tying.EMBEDDINGS and r.shape == step.shape]
@@ -189,12 +190,14 @@ class Arrangement:
 
 def arrangements(base: tuple[int, ...], stored: tuple[int, ...]) -> Iterator[Arrangement]:
     """Yield the ways in which a stored tensor of a shape can hold a base tensor, plain first."""
-    if np.prod(base, dtype=object) != np.prod(stored, dtype=object):
+    if math.prod(base) != math.prod(stored):
         return
+    yield Arrangement(base, tuple(range(len(base))))
     plain = tuple(d for d in stored if d != 1)
     squeezed = tuple(d for d in base if d != 1)
-    if squeezed == plain or len(plain) == 1:
-        yield Arrangement(base, tuple(range(len(base))))
+    flat = (math.prod(squeezed[1:]), *squeezed[:1])
+    if len(squeezed) > 2 and plain == flat:
+        yield Arrangement(flat[::-1], (1, 0))
     if len(squeezed) < 2 or len(squeezed) > MAX_AXES:
         return
     for axes in itertools.permutations(range(len(squeezed))):

@@ -81,6 +81,7 @@ class _Looking:
         self.matches: list[Match] = []
         self.problems: list[str] = []
         self.quantised: list[str] = []
+        self.alike: set[str] = set()
         self.left = [t for t in graph.tensors
                      if t.is_float and t.source is not None and t.size >= LEAST]  # fmt: skip
 
@@ -90,6 +91,7 @@ class _Looking:
         found = each(lambda pair: self._proven(*pair), looked, self.threads)
         kept = []
         for tensor, candidates in found:
+            self.alike |= {m.weights[0].name for m in candidates}
             if not candidates:
                 kept.append(tensor)
             elif len(chosen := narrowed(self.graph, candidates)) == 1:
@@ -103,7 +105,7 @@ class _Looking:
     ) -> tuple[StoredTensor, list[Match]]:
         """Keep those candidates of a tensor whose every byte is right, if it matters."""
         if not any(m.changed for m in candidates):
-            return tensor, candidates[:1]
+            return tensor, candidates
         kept: dict[tuple[str, bool], Match] = {}
         for candidate in candidates:
             key = (candidate.weights[0].name, candidate.lines.by_column)
@@ -193,7 +195,7 @@ class _Looking:
     def matched(self) -> Matched:
         uses = self.graph.uses
         matches = tuple(replace(m, uses=uses.get(m.tensor.name, ())) for m in self.matches)
-        found = {w.name for m in matches for w in m.weights}
+        found = self.alike | {w.name for m in matches for w in m.weights}
         return Matched(
             graph=self.graph,
             weights=self.weights,
@@ -230,7 +232,9 @@ def _missing(weights: Sequence[Weight], matches: Sequence[Match]) -> Iterator[tu
     for match in matches:
         for position, weight in enumerate(match.weights):
             if weight.changed:
-                _add_rows(held[weight.name], match.row_of[match.weight_of == position], match.length)
+                _add_rows(
+                    held[weight.name], match.row_of[match.weight_of == position], match.length
+                )
     for weight in weights:
         if not weight.changed:
             continue

@@ -142,7 +142,7 @@ class ByLines:
         for lines in _views(tensor, dtype.itemsize):
             if lines.length >= SHORTEST and lines.length in self._by_length:
                 looked = self._look(lines, dtype)
-                if looked is not None and looked.known:
+                if looked is not None and looked.known + looked.unclear.size:
                     found.append(looked)
                     if not looked.strange.size:
                         break

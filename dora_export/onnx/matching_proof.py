@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from dora_export.onnx.encodings import NeverZero, Plain, converted
 from dora_export.onnx.lines import gather, rows_of
 from dora_export.onnx.matching import KEPT, Match, Weight
-from dora_export.tensors import F16, TensorRef
+from dora_export.tensors import F16, Bytes, TensorRef
 
 BLOCK_BYTES = 4 << 20  # of lines that are compared at once
 COLUMN_BYTES = 4096  # of a row that columns are read from at once: fewer make too many reads
@@ -41,7 +41,7 @@ def proven(match: Match) -> Match | None:
                 mine[kept] = stored[kept]
             if not same(mine, stored):
                 return _otherwise(match)
-        digest.update(expected[0])
+        digest.update(expected[0].data)
     return replace(match, evidence="bytes", digest=digest.hexdigest())
 
 
@@ -62,7 +62,7 @@ def lines_at_once(match: Match) -> int:
     return max(1, min(count, MOST_BYTES // each))
 
 
-def encoded(match: Match, first: int, last: int) -> tuple[NDArray[np.uint8], ...]:
+def encoded(match: Match, first: int, last: int) -> tuple[Bytes, ...]:
     """Return what lines ``[first, last)`` of each holder are by the base; kept ones undefined."""
     rows = np.zeros((last - first, match.length), match.encoding.source.raw)
     which, row = match.weight_of[first:last], match.row_of[first:last]
@@ -104,8 +104,9 @@ def _ascend(rows: NDArray[np.int64]) -> bool:
     return bool((rows[1:] == rows[:-1] + 1).all())
 
 
-def same(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> bool:
+def same(a: Bytes, b: Bytes) -> bool:
     """Return whether two blocks of bytes are the same."""
     if a.shape == b.shape and a.shape[-1] % 8 == 0:
-        a, b = (np.ascontiguousarray(x).view(np.uint64) for x in (a, b))
+        one, other = (np.ascontiguousarray(x).view(np.uint64) for x in (a, b))
+        return np.array_equal(one, other)
     return np.array_equal(a, b)

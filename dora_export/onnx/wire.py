@@ -298,4 +298,3 @@ def spliced(
     if at < nbytes:
         pieces.append((at, nbytes))
     return pieces
-
