@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from dora_export import cast
+from dora_export import cast, fused
 from dora_export.arithmetic import UFUNC_BUFFER, NumpyArithmetic
 from dora_export.errors import AdapterError, shown
 from dora_export.formula import LoadedChange
@@ -91,7 +91,8 @@ def arithmetic_name(resources: Resources) -> str:
 
         return f"torch {torch.__version__}, {torch.cuda.get_device_name(resources.device)}"
     found = np.show_config(mode="dicts")["SIMD Extensions"].get("found", [])
-    return ", ".join([f"numpy {np.__version__}", *found, *_blas_names()])
+    kernel = [fused.NAME] if fused.available() else []
+    return ", ".join([f"numpy {np.__version__}", *kernel, *found, *_blas_names()])
 
 
 def _blas_names() -> list[str]:

@@ -35,6 +35,7 @@ class LoadedChange:
             "replace", which may be as large as the base and are read tile by tile.
         product: The factors of a product as exactly as they are stored, on the host, where float32
             may not do for the sum; else None.
+        panels: The right factor as the compiled kernel takes it, where that does the merge.
         column_factor: ``m / (norm + eps)`` per column, once it is known.
         column_factor_host: The same in float64 on the host.
         undefined_columns: Columns with a zero norm and a magnitude other than zero.
@@ -46,6 +47,7 @@ class LoadedChange:
     value: Array | None = None
     stored: Callable[[int, int], NDArray[Any]] | None = None
     product: refine.Product | None = None
+    panels: NDArray[np.float32] | None = None
     column_factor: Array | None = None
     column_factor_host: NDArray[np.float64] | None = None
     undefined_columns: NDArray[np.intp] | None = None

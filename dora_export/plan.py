@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from dora_export import experts, layouts, naming, row_orders, tying
+from dora_export import experts, layouts, naming, replication, row_orders, tying
 from dora_export.adapters.model import Adapter
 from dora_export.checkpoints.model import Checkpoint, WeightFile
 from dora_export.errors import PlanError, listing, shown
@@ -160,6 +160,8 @@ def plan_merge(base: Checkpoint, adapter: Adapter, settings: Settings) -> Plan:
         PlanError: Names do not resolve, shapes do not fit, updates contradict each other, targets
             are quantised, or layers that should be adapted are not; all of a kind are listed.
     """
+    stacked_anew = replication.expanded(base, adapter.layer_replication)
+    base = stacked_anew.base
     _check_model_type(base, adapter)
     tying.refuse_unknown(base, adapter.updates)  # before names are: such heads are never stored
     stacked = experts.stacks(base) if any(u.index is not None for u in adapter.updates) else {}
@@ -191,10 +193,10 @@ def plan_merge(base: Checkpoint, adapter: Adapter, settings: Settings) -> Plan:
         files=files,
         index=_index(base, files) if len(files) > 1 or keeps_index else None,
         index_name=index_name,
-        config_edits=_config_edits(base, files, tied, settings),
+        config_edits={**stacked_anew.edits, **_config_edits(base, files, tied, settings)},
         rule=rule.what,
         ignored=adapter.ignored,
-        notes=tied.notes,
+        notes=(*stacked_anew.notes, *tied.notes),
         warnings=tuple(_warnings(base, adapter, files)),
     )
 
