@@ -33,9 +33,9 @@ PATTERN_SECONDS = 5.0  # for all patterns of one config on all modules
 
 # --- pickled weights ---
 
-PICKLE_BYTES = 16_000_000  # of opcodes; 50,000 tensors take 12 MB
-PICKLE_OBJECTS = 2_000_000  # that the opcodes make; a tensor takes 15
-ZIP_DIRECTORY_BYTES = 16_000_000  # of entries; 200,000 tensors take 14 MB
+PICKLE_BYTES = 16_000_000  # of code; a tensor takes about 250
+PICKLE_OPCODES = 1_000_000  # a tensor takes about 40
+ZIP_DIRECTORY_BYTES = 16_000_000  # a tensor takes about 70
 
 # --- side files ---
 
