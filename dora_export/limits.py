@@ -46,4 +46,4 @@ CODE_BYTES = 16 << 20  # of a file whose text is looked at
 
 # --- staged work ---
 
-JOURNAL_BYTES = 256 << 20  # a merge of 400 GB writes less than 1 MB
+JOURNAL_BYTES = 64 << 20  # a merge of 400 GB writes less than 1 MB

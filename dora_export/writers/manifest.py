@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -25,6 +26,8 @@ from dora_export.writers.side_files import SideFile, licence
 from dora_export.writers.staging import MANIFEST
 
 SCHEMA = 1
+PLAIN_YAML = re.compile(r"[A-Za-z][\w.+/-]*", re.ASCII)  # licences and hub ids
+YAML_WORDS = ("null", "true", "false", "yes", "no", "on", "off", "y", "n")
 
 
 def refuse_merged_base(folder: Path | None, *, allow: bool) -> None:
@@ -160,13 +163,13 @@ def as_json(content: dict[str, Any]) -> bytes:
 
 def model_card(plan: Plan) -> bytes:
     """Return a short model card that keeps the base's licence and says how the model was made."""
-    base, adapter = plan.base.model_name, plan.adapter.path.name
-    front = [f"{key}: {value}" for key, value in licence(plan).items()]
-    front += [f"base_model: {plan.adapter.base_name}"] if plan.adapter.base_name else []
+    base, adapter = _inline(plan.base.model_name), _inline(plan.adapter.path.name)
+    front = [f"{key}: {_yaml(value)}" for key, value in licence(plan).items()]
+    front += [f"base_model: {_yaml(plan.adapter.base_name)}"] if plan.adapter.base_name else []
     merged = sum(step.status == "merged" for step in plan.steps)
-    method = plan.adapter.facts.get("method", "LoRA")
+    method = _inline(str(plan.adapter.facts.get("method", "LoRA")))
     lines = [
-        "---", *front, "tags:", "- merged", f"- {str(method).lower()}", "---", "",
+        "---", *front, "tags:", "- merged", f"- {_yaml(method.lower())}", "---", "",
         f"# {base} with {adapter}", "",
         f"The weights of `{base}` with the {method} adapter `{adapter}` merged into {merged} of "
         f"{sum(1 for _ in plan.steps)} tensors by dora-export {__version__}. No adapter is needed "
@@ -174,6 +177,18 @@ def model_card(plan: Plan) -> bytes:
         "The terms of the base model and of the adapter apply.", "",
     ]  # fmt: skip
     return "\n".join(lines).encode("utf-8", "backslashreplace")
+
+
+def _yaml(text: str) -> str:
+    """Return text from a stranger's file as a YAML value that is this text and nothing else."""
+    if PLAIN_YAML.fullmatch(text) and text.lower() not in YAML_WORDS:
+        return text
+    return json.dumps(text, ensure_ascii=True)
+
+
+def _inline(name: str) -> str:
+    """Return a name fit for a line of Markdown: no line breaks, no marks that it would obey."""
+    return "".join("?" if c in "`<>[]\\" else c for c in shown(name, 200))
 
 
 def _weight_file(path: Path) -> dict[str, Any]:
