@@ -48,7 +48,7 @@ def job(plan: Plan, resources: Resources, digests: Mapping[Path, str]) -> Job:
         **{_option(name): value for name, value in _settings(plan)},
     }
     for path in base_files(plan):
-        identity[f"base {path.name}"] = _base_file(path)
+        identity[f"base {plan.base.relative(path)}"] = _base_file(path)
     for path, digest in digests.items():
         identity[f"adapter {path.name}"] = f"sha256 {digest}"
     for name, value in plan.adapter.facts.items():

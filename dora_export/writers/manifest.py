@@ -120,12 +120,12 @@ def manifest(
         "tool": {"name": "dora-export", "version": __version__},
         "base": {
             "path": plan.base.model_name,
-            "files": [_weight_file(f) for f in base_files(plan)],
+            "files": [_weight_file(f, plan.base.relative(f)) for f in base_files(plan)],
         },
         "adapter": {
             "path": plan.adapter.path.name,
             "format": plan.adapter.format,
-            "files": [{**_weight_file(f), "sha256": d} for f, d in digests.items()],
+            "files": [{**_weight_file(f, f.name), "sha256": d} for f, d in digests.items()],
             "settings": dict(plan.adapter.facts),
             "names": plan.rule,
             "ignored": dict(plan.ignored),
@@ -177,8 +177,8 @@ def model_card(plan: Plan) -> bytes:
     return "\n".join(lines).encode("utf-8", "backslashreplace")
 
 
-def _weight_file(path: Path) -> dict[str, Any]:
-    entry: dict[str, Any] = {"name": path.name, "bytes": path.stat().st_size}
+def _weight_file(path: Path, name: str) -> dict[str, Any]:
+    entry: dict[str, Any] = {"name": name, "bytes": path.stat().st_size}
     if (digest := known_digest(path)) is not None:
         entry["sha256"] = digest
     return entry

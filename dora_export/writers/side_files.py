@@ -64,7 +64,7 @@ def collect(plan: Plan) -> tuple[SideFile, ...]:
     model. From the adapter: tokenizer and chat template, which win over the base's.
     """
     found: dict[str, SideFile] = {}
-    written = {file.name for file in plan.files} | {plan.index_name}
+    written = {file.name for file in plan.files} | plan.indexes.keys()
     if plan.base.folder is not None:
         for name, path in _walk(plan.base.folder):
             if name not in written and _belongs(name, path, plan.base.folder):
@@ -94,12 +94,12 @@ def write(plan: Plan, files: tuple[SideFile, ...], folder: Path) -> None:
                 f"{shown(file.source, 400)}: cannot be read: {error.strerror}. "
                 f"{advice(error, 'Check the file.')}"
             ) from error
-        if file.name == "config.json" and plan.config_edits:
+        if file.name in plan.base.config_files and plan.config_edits:
             data = edited(data.decode("utf-8"), plan.config_edits).encode("utf-8")
         write_small(folder / file.name, data)
-    if plan.index is not None:
-        text = json.dumps(plan.index, indent=2, ensure_ascii=False) + "\n"
-        write_small(folder / plan.index_name, text.encode())
+    for name, index in plan.indexes.items():
+        text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
+        write_small(folder / name, text.encode())
 
 
 def side_bytes(files: tuple[SideFile, ...]) -> int:
