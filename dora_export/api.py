@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import sys
 import threading
 import time
@@ -12,10 +11,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dora_export import inputs, naming
-from dora_export.adapters import Adapter, ReadOptions, read_adapter
+from dora_export.adapters import Adapter, Reading, ReadOptions, read_adapter
 from dora_export.checkpoints import Checkpoint, locate, open_checkpoint
 from dora_export.engine import (
     Engine,
@@ -24,14 +23,14 @@ from dora_export.engine import (
     check_adapter,
     memory_bound,
 )
-from dora_export.errors import AdapterError, DoraExportError, OutputError, PlanError, shown
+from dora_export.errors import AdapterError, DoraExportError, PlanError
 from dora_export.formula import ZeroNorm
-from dora_export.machine import advice, faults_told, memory_told, require_space
+from dora_export.machine import faults_told, memory_told, require_space
 from dora_export.plan import Plan, Precision, Settings, plan_merge
 from dora_export.report import InspectReport, MergeReport
 from dora_export.serving import engines
 from dora_export.tensors import OUTPUT_WORDS, DType
-from dora_export.update import Axis, Update
+from dora_export.update import Update
 from dora_export.verification.check import Checked, check, in_order, refuse_wrong
 from dora_export.verification.ledger import Source
 from dora_export.verification.model import (
@@ -43,20 +42,20 @@ from dora_export.verification.model import (
 )
 from dora_export.verification.plausible import refuse_implausible
 from dora_export.verification.subject import open_subject
-from dora_export.writers import identity, manifest, side_files
+from dora_export.writers import identity, manifest, place, side_files
 from dora_export.writers.files import FileSink, write_small
 from dora_export.writers.identity import adapter_digests
-from dora_export.writers.names import hidden_name
 from dora_export.writers.ranges import Ranges
 from dora_export.writers.staging import (
     MANIFEST,
-    Leftover,
     Stage,
-    check_target,
     find_leftover,
     preview,
     staged,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 PathLike = str | os.PathLike[str]
 Progress = Callable[[int, int], None]
@@ -64,45 +63,21 @@ SIZES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
          "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}  # fmt: skip
 # Address space of a thread: its stack, its part of the heap, and what OpenBLAS maps for it.
 THREAD_BYTES = (8 + 64 + 32) << 20
-SPARE_BYTES = 16 << 20  # left free on the disk beyond the output
 
 
 @faults_told()
-def load_adapter(
-    adapter: PathLike,
-    *,
-    adapter_format: str | None = None,
-    alpha: float | None = None,
-    axis: Axis | None = None,
-    torchtune_dora_fix: bool | None = None,
-    magnitude_is_normalised: bool | None = None,
-    allow_pickle: bool = False,
-) -> Adapter:
+def load_adapter(adapter: PathLike, **reading: Unpack[Reading]) -> Adapter:
     """Return an adapter in normal form; reads its config and headers, no tensor.
 
     Args:
         adapter: Folder, file, or hub id.
-        adapter_format: Name of a format; None: the only one that matches.
-        alpha: Scaling numerator, for formats that do not store it.
-        axis: What the magnitudes count, for formats that leave it open.
-        torchtune_dora_fix: Whether torchtune exported this PEFT adapter, with the rows of B or m
-            of q and k in another order than the base's; None: where that shows, else ask.
-        magnitude_is_normalised: Whether the magnitudes of this PEFT or NVlabs adapter were divided
-            by the norms already, as TensorRT-LLM wants them; None: refuse what looks like it.
-        allow_pickle: Read ``.bin``/``.pt`` files through torch's restricted loader.
+        **reading: What the adapter's files do not say, see ``Reading``.
 
     Raises:
         InputError: The adapter is missing or malformed.
         AdapterError: It is of no known format, contradicts itself, or is refused by name.
     """
-    options = ReadOptions(
-        alpha=alpha,
-        axis=axis,
-        allow_pickle=allow_pickle,
-        torchtune_dora_fix=torchtune_dora_fix,
-        magnitude_is_normalised=magnitude_is_normalised,
-    )
-    return read_adapter(locate(adapter, "adapter"), options, adapter_format)
+    return read_adapter(locate(adapter, "adapter"), ReadOptions(**reading))
 
 
 @faults_told()
@@ -115,11 +90,6 @@ def merge(
     dtype: str | None = None,
     precision: Precision = "float32",
     strength: float = 1.0,
-    alpha: float | None = None,
-    axis: Axis | None = None,
-    torchtune_dora_fix: bool | None = None,
-    magnitude_is_normalised: bool | None = None,
-    adapter_format: str | None = None,
     zero_norm: ZeroNorm = "refuse",
     map_prefix: Iterable[str] = (),
     fan_in_fan_out: bool | None = None,
@@ -128,11 +98,11 @@ def merge(
     block_bytes: int | None = None,
     verify: Level | Literal["none"] = "fast",
     force: bool = False,
-    allow_pickle: bool = False,
     allow_merged_base: bool = False,
     restart: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
+    **reading: Unpack[Reading],
 ) -> MergeReport:
     """Merge an adapter into a base model and publish the result as a folder of safetensors.
 
@@ -158,11 +128,6 @@ def merge(
         dtype: "fp32", "fp16" or "bf16" for all floating-point tensors; None keeps each one's own.
         precision: Working precision; "float64" gives the correctly rounded result.
         strength: ``W + strength * (W' - W)``, dimensionless.
-        alpha: As in ``load_adapter``.
-        axis: As in ``load_adapter``.
-        torchtune_dora_fix: As in ``load_adapter``.
-        magnitude_is_normalised: As in ``load_adapter``.
-        adapter_format: As in ``load_adapter``.
         zero_norm: Rows with ``||W + s B A|| = 0`` and a magnitude other than zero: refuse, make
             them zero, or keep the base's.
         map_prefix: ``OLD=NEW`` replacements at the start of tensor names.
@@ -172,12 +137,12 @@ def merge(
         block_bytes: About how many bytes a worker reads and writes at once.
         verify: Check of the written files before they are published: "none", "fast", "full".
         force: Replace an earlier output of this tool.
-        allow_pickle: As in ``load_adapter``; for the base as well.
         allow_merged_base: Accept a base that this tool has merged an adapter into.
         restart: Drop what an interrupted merge into ``output`` left. Without it, one that was
             started from other inputs or with other options is an error, which names them.
         dry_run: Plan and check only; write nothing.
         progress: Called with bytes done and bytes in all, from worker threads.
+        **reading: As in ``load_adapter``.
 
     Raises:
         DoraExportError: See ``dora_export.errors``; nothing is published then.
@@ -195,24 +160,23 @@ def merge(
     )
     _one_of("verify", verify, ("none", "fast", "full"))
     tile_elements = arithmetic_factory(resources)(settings.precision).tile_elements
-    options = ReadOptions(
-        alpha=alpha,
-        axis=axis,
-        allow_pickle=allow_pickle,
-        torchtune_dora_fix=torchtune_dora_fix,
-        magnitude_is_normalised=magnitude_is_normalised,
-    )
-    target = _target(output)
-    plan, before = _plan(base, adapter, options, adapter_format, settings)
+    options = ReadOptions(**reading)
+    target = place.target_of(output)
+    plan, before = _plan(base, adapter, options, settings)
     manifest.refuse_merged_base(plan.base.folder, allow=allow_merged_base)
     beside = side_files.collect(plan)
     files = [*plan.base.sources, *plan.adapter.files, *(file.source for file in beside)]
     stamps = inputs.watch(files, before)
-    _check_way(target, [*(f.name for f in plan.files), *(f.name for f in beside), MANIFEST])
+    place.check_way(target, [*(f.name for f in plan.files), *(f.name for f in beside), MANIFEST])
     leftover = find_leftover(target)
-    _check_place(target, plan, force, leftover)
+    place.check_place(
+        target,
+        {"base": plan.base.path, "adapter": plan.adapter.path},
+        force=force,
+        leftover=leftover,
+    )
     total = plan.output_bytes + side_files.side_bytes(beside)
-    _check_space(target, total, leftover)
+    place.check_space(target, total, leftover)
     memory = memory_bound(plan, resources, tile_elements)
     checked, resumed = None, 0
     if not dry_run:
@@ -259,17 +223,12 @@ def verify(
     prompts: Sequence[str] = (),
     dtype: str | None = None,
     strength: float | None = None,
-    alpha: float | None = None,
-    axis: Axis | None = None,
-    torchtune_dora_fix: bool | None = None,
-    magnitude_is_normalised: bool | None = None,
-    adapter_format: str | None = None,
     zero_norm: ZeroNorm | None = None,
     map_prefix: Iterable[str] = (),
     fan_in_fan_out: bool | None = None,
     threads: int | None = None,
-    allow_pickle: bool = False,
     progress: Progress | None = None,
+    **reading: Unpack[Reading],
 ) -> VerifyReport:
     """Prove that a merged model is base + adapter, whichever tool wrote it.
 
@@ -289,17 +248,12 @@ def verify(
         dtype: Type that all floating-point tensors should have; None: as the manifest says, else
             the base's. So for the next ones.
         strength: As in ``merge``.
-        alpha: As in ``merge``.
-        axis: As in ``merge``.
-        torchtune_dora_fix: As in ``merge``.
-        magnitude_is_normalised: As in ``merge``.
-        adapter_format: As in ``merge``.
         zero_norm: As in ``merge``.
         map_prefix: As in ``merge``.
         fan_in_fan_out: As in ``merge``.
         threads: Workers; None: one per CPU.
-        allow_pickle: As in ``merge``; for the merged model as well.
         progress: Called with elements done and in all, from worker threads.
+        **reading: As in ``load_adapter``; ``allow_pickle`` for the merged model as well.
 
     Returns:
         The report; its ``exit_code`` is 0 for right, 1 for wrong, 3 for could not check.
@@ -310,9 +264,10 @@ def verify(
     """
     started = time.monotonic()
     _one_of("level", level, ("fast", "full"))
-    place = locate(merged, "merged model")
-    graph = place.suffix == ".onnx"
-    subject = None if graph else open_subject(place, allow_pickle=allow_pickle)
+    options = ReadOptions(**reading)
+    merged_path = locate(merged, "merged model")
+    graph = merged_path.suffix == ".onnx"
+    subject = None if graph else open_subject(merged_path, allow_pickle=options.allow_pickle)
     given = {
         "dtype": _output_dtype(dtype),
         "strength": None if strength is None else _finite("strength", strength),
@@ -321,14 +276,7 @@ def verify(
         "fan_in_fan_out": fan_in_fan_out,
     }
     settings, notes = manifest.settings_of(subject.manifest if subject else None, given)
-    options = ReadOptions(
-        alpha=alpha,
-        axis=axis,
-        allow_pickle=allow_pickle,
-        torchtune_dora_fix=torchtune_dora_fix,
-        magnitude_is_normalised=magnitude_is_normalised,
-    )
-    plan, _ = _plan(base, adapter, options, adapter_format, settings)
+    plan, _ = _plan(base, adapter, options, settings)
     tiers: list[TierResult] = []
     findings: list[Finding] = []
     tensors: tuple[TensorResult, ...] = ()
@@ -339,7 +287,7 @@ def verify(
     else:
         from dora_export.verification.graph import check_graph  # noqa: PLC0415 - loads torch
 
-        tier, found = check_graph(plan, place, prompts=prompts)
+        tier, found = check_graph(plan, merged_path, prompts=prompts)
         tiers, findings = [tier], [*found]
     if forward and subject is not None:
         from dora_export.verification.forward import check_forward  # noqa: PLC0415 - loads torch
@@ -350,7 +298,7 @@ def verify(
     return VerifyReport(
         base=plan.base.path,
         adapter=plan.adapter.path,
-        merged=place,
+        merged=merged_path,
         level=level,
         maker=subject.maker if subject is not None else "an ONNX exporter",
         method=str(plan.adapter.facts.get("method", "LoRA")),
@@ -372,41 +320,24 @@ def inspect(
     adapter: PathLike,
     base: PathLike | None = None,
     *,
-    adapter_format: str | None = None,
-    alpha: float | None = None,
-    axis: Axis | None = None,
-    torchtune_dora_fix: bool | None = None,
-    magnitude_is_normalised: bool | None = None,
     map_prefix: Iterable[str] = (),
-    allow_pickle: bool = False,
+    **reading: Unpack[Reading],
 ) -> InspectReport:
     """Return what an adapter is and, with a base, whether and how it fits; reads no tensor.
 
     Args:
         adapter: Folder, file or hub id.
         base: Base model to hold it against, or None.
-        adapter_format: As in ``load_adapter``.
-        alpha: As in ``load_adapter``.
-        axis: As in ``load_adapter``.
-        torchtune_dora_fix: As in ``load_adapter``.
-        magnitude_is_normalised: As in ``load_adapter``.
         map_prefix: As in ``merge``.
-        allow_pickle: As in ``load_adapter``.
+        **reading: As in ``load_adapter``.
 
     Raises:
         InputError: Something is missing or malformed.
         AdapterError: The adapter is refused by name. A base that does not fit is no error: the
             report says why.
     """
-    found = load_adapter(
-        adapter,
-        adapter_format=adapter_format,
-        alpha=alpha,
-        axis=axis,
-        torchtune_dora_fix=torchtune_dora_fix,
-        magnitude_is_normalised=magnitude_is_normalised,
-        allow_pickle=allow_pickle,
-    )
+    options = ReadOptions(**reading)
+    found = read_adapter(locate(adapter, "adapter"), options)
     report = InspectReport(
         path=found.path,
         format=found.format,
@@ -421,7 +352,7 @@ def inspect(
     )
     checkpoint = found.own_base
     if base is not None:
-        checkpoint = open_checkpoint(locate(base, "base"), allow_pickle=allow_pickle)
+        checkpoint = open_checkpoint(locate(base, "base"), allow_pickle=options.allow_pickle)
     if checkpoint is None:
         return report
     return _held_against(report, found, checkpoint, map_prefix)
@@ -453,14 +384,13 @@ def _plan(
     base: PathLike,
     adapter: PathLike | Sequence[PathLike] | None,
     options: ReadOptions,
-    adapter_format: str | None,
     settings: Settings,
 ) -> tuple[Plan, inputs.Stamps]:
     """Return the plan, and how the inputs were before anything of them was read."""
     if adapter is None:
         path = locate(base, "base")
         before = inputs.seen(path)
-        found = _with_own_base(path, options, adapter_format)
+        found = _with_own_base(path, options)
         assert found.own_base is not None, "Bug: _with_own_base() has checked it"
         return plan_merge(found.own_base, found, settings), before
     adapters = [adapter] if isinstance(adapter, str | os.PathLike) else list(adapter)
@@ -472,14 +402,14 @@ def _plan(
     base_path, adapter_path = locate(base, "base"), locate(adapters[0], "adapter")
     before = {**inputs.seen(base_path), **inputs.seen(adapter_path)}
     checkpoint = open_checkpoint(base_path, allow_pickle=options.allow_pickle)
-    found = read_adapter(adapter_path, options, adapter_format)
+    found = read_adapter(adapter_path, options)
     return plan_merge(checkpoint, found, settings), before
 
 
-def _with_own_base(path: Path, options: ReadOptions, adapter_format: str | None) -> Adapter:
+def _with_own_base(path: Path, options: ReadOptions) -> Adapter:
     """Read a file that holds base and adapter in one."""
     try:
-        found = read_adapter(path, options, adapter_format)
+        found = read_adapter(path, options)
     except AdapterError as error:
         if path.is_dir() or "known format" in str(error):
             raise AdapterError(
@@ -512,97 +442,6 @@ def _write(plan: Plan, stage: Stage, resources: Resources, progress: Progress | 
             sink.write_header(position, file.header)
             on_bytes(len(file.header))
         Engine(plan, sink, resources, on_bytes).run()
-
-
-def _target(output: PathLike) -> Path:
-    """Return the output's absolute path, with a name of its own.
-
-    Raises:
-        OutputError: It has none ("/"), or a name that no file system takes.
-    """
-    path = Path(output)
-    if "\0" in str(path):
-        raise OutputError(f"{shown(path)}: holds a NUL character. Pass another -o.")
-    if ".." in path.parts:
-        # Not by cutting text: beyond a link to a folder, ".." is not the folder before it.
-        parent, name = (path, "") if path.name == ".." else (path.parent, path.name)
-        path = Path(os.path.realpath(parent), name)
-    target = path.absolute()
-    if not target.name:
-        raise OutputError(f"{target}: not a folder that can be made. Pass -o with a new name.")
-    return target
-
-
-def _check_place(target: Path, plan: Plan, force: bool, leftover: Leftover | None) -> None:
-    """Refuse an output that cannot be published by a rename, or that holds or lies in an input.
-
-    Raises:
-        OutputError: It does, or it exists already.
-    """
-    if os.path.ismount(target):
-        raise OutputError(
-            f"{target}: a mount point cannot be replaced by a rename. Pass a folder inside it, "
-            f"e.g. -o {target / 'merged'}."
-        )
-    if target.is_dir() and os.path.samefile(target, os.curdir):
-        raise OutputError(
-            f"{target}: the folder this runs in; publishing by a rename would leave you in a "
-            "folder that is gone. Run from another one, or pass -o with a new name."
-        )
-    real = Path(os.path.realpath(target))
-    for what, path in (("base", plan.base.path), ("adapter", plan.adapter.path)):
-        other = Path(os.path.realpath(path))
-        folder = other if other.is_dir() else None
-        if (
-            real == other
-            or (folder is not None and folder in real.parents)
-            or real in other.parents
-        ):
-            raise OutputError(
-                f"{target}: is, holds, or lies in the {what} ({path}). Pass an -o outside of it."
-            )
-    if leftover is None or not leftover.published:
-        check_target(target, force=force)
-
-
-def _check_way(target: Path, names: Sequence[str]) -> None:
-    """Refuse a path that is too long, or that leads over something that is no folder.
-
-    Raises:
-        OutputError: One of the files could not be made there.
-    """
-    broken = [p for p in target.parents if p.is_symlink() and not p.exists()]
-    if broken:
-        raise OutputError(f"{broken[0]}: a link to nothing. Repair it, or pass another -o.")
-    longest = max(names, key=lambda name: len(os.fsencode(name)))
-    for folder in (target, target.with_name(hidden_name(target.name, "partial"))):
-        if folder.exists() and not folder.is_dir():
-            continue  # a file in the way is told of as such
-        try:
-            os.lstat(folder / longest)
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise OutputError(
-                f"{folder / longest}: {error.strerror}. {advice(error, 'Pass another -o.')}"
-            ) from error
-
-
-def _check_space(target: Path, nbytes: int, leftover: Leftover | None) -> None:
-    if leftover is not None:  # its files are used or removed, and have their space already
-        nbytes -= nbytes if leftover.published else leftover.disk_bytes
-    parent = next(p for p in target.parents if p.exists())
-    try:
-        free = shutil.disk_usage(parent).free
-    except OSError as error:
-        raise OutputError(
-            f"{parent}: cannot be asked for free space: {error.strerror}. {advice(error)}"
-        ) from error
-    if nbytes + SPARE_BYTES > free:
-        raise OutputError(
-            f"output needs {nbytes / 1e9:.1f} GB, {parent} has {free / 1e9:.1f} GB free (checked "
-            "before any work). Free some space, or pass an -o on another disk."
-        )
 
 
 def _report(

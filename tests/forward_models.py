@@ -38,7 +38,7 @@ class Pair:
         """The package's plan for the two."""
         return plan_merge(
             open_checkpoint(self.base),
-            read_adapter(self.adapter, ReadOptions(), None),
+            read_adapter(self.adapter, ReadOptions()),
             Settings(**settings),
         )
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 import dora_export
-from dora_export import DoraExportError, api
-from dora_export.writers import files
+from dora_export import DoraExportError
+from dora_export.writers import files, place
 from tests import faults, small
 
 PAGE = 4096
@@ -225,7 +225,7 @@ ON_LOOPS = {
 
 
 def main(folder, names):
-    api.SPARE_BYTES = -(1 << 40)  # the check beforehand is not what is tested here
+    place.SPARE_BYTES = -(1 << 40)  # the check beforehand is not what is tested here
     results = {}
     for i, name in enumerate(names):
         at = folder / str(i)

@@ -502,7 +502,7 @@ def test_pefts_other_opinion_is_told_with_numbers(llama, tmp_path):
     own.mkdir()
     for file in pair.adapter.iterdir():
         (own / file.name).write_bytes(file.read_bytes())
-    plan = plan_merge(open_checkpoint(pair.base), read_adapter(own, ReadOptions(), None),
+    plan = plan_merge(open_checkpoint(pair.base), read_adapter(own, ReadOptions()),
                       Settings())  # fmt: skip
     edit_config(own, lora_alpha=20)  # read by PEFT, after the plan was made
     findings = check(plan, right)[1]
@@ -529,7 +529,7 @@ def test_code_of_the_models_own_is_never_run(llama, tmp_path):
     base = altered(pair.base, tmp_path / "base", lambda held: None)
     edit_json(base / "config.json", architectures=["Mine"], auto_map={"AutoModel": "mine.Mine"})
     (base / "mine.py").write_text("raise SystemExit('run')")
-    plan = plan_merge(open_checkpoint(base), read_adapter(pair.adapter, ReadOptions(), None),
+    plan = plan_merge(open_checkpoint(base), read_adapter(pair.adapter, ReadOptions()),
                       Settings())  # fmt: skip
     _, findings = check(plan, right)
     assert codes(findings) == ["forward-unsupported"]
@@ -546,7 +546,7 @@ def test_a_changed_tensor_that_the_model_has_not_is_named(llama, tmp_path):
     stored |= {k.replace(Q_PROJ, f"{Q_PROJ}_2"): v + 0 for k, v in stored.items() if Q_PROJ in k}
     save_file(stored, adapter / "adapter_model.safetensors")
     (adapter / "adapter_config.json").write_text((pair.adapter / "adapter_config.json").read_text())
-    plan = plan_merge(open_checkpoint(base), read_adapter(adapter, ReadOptions(), None),
+    plan = plan_merge(open_checkpoint(base), read_adapter(adapter, ReadOptions()),
                       Settings())  # fmt: skip
     _, findings = check(plan, right)
     assert codes(findings) == ["forward-unsupported"]
@@ -558,7 +558,7 @@ def test_prompts_go_through_the_merged_folders_tokenizer(tmp_path):
     out = tmp_path / "out"
     dora_export.merge(f"{demo}/base", f"{demo}/adapter", out)
     plan = plan_merge(open_checkpoint(out.__class__(f"{demo}/base")),
-                      read_adapter(out.__class__(f"{demo}/adapter"), ReadOptions(), None),
+                      read_adapter(out.__class__(f"{demo}/adapter"), ReadOptions()),
                       Settings())  # fmt: skip
     result, findings = check(plan, out, prompts=["the boat", "a much longer text"])
     assert findings == []

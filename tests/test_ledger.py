@@ -94,7 +94,7 @@ class Model:
 
     def plan(self, **settings):
         plan, _ = api._plan(
-            self.folder / "base", self.folder / "adapter", ReadOptions(), None, Settings(**settings)
+            self.folder / "base", self.folder / "adapter", ReadOptions(), Settings(**settings)
         )
         return plan
 

@@ -35,7 +35,7 @@ from tests.test_merged_dora import plain, save, with_dora
 
 
 def run(base, adapter, merged, level="full", options=None, settings=None):
-    plan, _ = api._plan(base, adapter, options or ReadOptions(), None, settings or Settings())
+    plan, _ = api._plan(base, adapter, options or ReadOptions(), settings or Settings())
     _, tensors, findings = check_oracle(plan, open_checkpoint(merged).tensors, level)
     assert {t.name for t in tensors} == {s.name for s in plan.steps if s.changes}
     return {t.name: t for t in tensors}, findings

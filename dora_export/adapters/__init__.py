@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dora_export.adapters import catid, megatron, merged_dora, mlx, nvlabs, peft, qdora, torchtune
-from dora_export.adapters.model import Adapter, ReadOptions
+from dora_export.adapters.model import Adapter, Reading, ReadOptions
 from dora_export.errors import AdapterError, InputError
 
-__all__ = ["FORMATS", "Adapter", "AdapterFormat", "ReadOptions", "read_adapter"]
+__all__ = ["FORMATS", "Adapter", "AdapterFormat", "ReadOptions", "Reading", "read_adapter"]
 
 
 class AdapterFormat(NamedTuple):
@@ -53,14 +53,14 @@ FORMATS = (
 )
 
 
-def read_adapter(path: Path, options: ReadOptions, name: str | None = None) -> Adapter:
-    """Read the adapter at ``path`` in format ``name``, or in the only one that matches.
+def read_adapter(path: Path, options: ReadOptions) -> Adapter:
+    """Read the adapter at ``path`` in the format that ``options`` names, or the only that matches.
 
     Raises:
         InputError: Nothing there, or no format matches.
         AdapterError: The adapter is of no known format, or its reader refuses it.
     """
-    known = ", ".join(f.name for f in FORMATS)
+    name, known = options.adapter_format, ", ".join(f.name for f in FORMATS)
     if name is not None and name not in [f.name for f in FORMATS]:
         raise AdapterError(f"--adapter-format {name}: unknown. Known: {known}.")
     if not path.exists():

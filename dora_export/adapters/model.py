@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from dora_export.checkpoints.model import Checkpoint
 from dora_export.tensors import TensorRef
@@ -14,21 +14,37 @@ from dora_export.update import Axis, Update
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """What a user can say about an adapter whose file does not say it.
+    """What a user can say about an adapter whose files do not say it; as in ``Reading``."""
 
-    Attributes:
-        alpha: Scaling numerator, for formats that do not store it.
-        axis: What the magnitudes count, for formats that leave it open.
-        allow_pickle: Whether pickled files may be read (through torch's restricted loader).
-        torchtune_dora_fix: Whether torchtune exported a PEFT adapter; None: not said.
-        magnitude_is_normalised: Whether magnitudes were divided by the norms; None: not said.
-    """
-
+    adapter_format: str | None = None
     alpha: float | None = None
     axis: Axis | None = None
     allow_pickle: bool = False
     torchtune_dora_fix: bool | None = None
     magnitude_is_normalised: bool | None = None
+
+
+class Reading(TypedDict, total=False):
+    """``ReadOptions`` as keyword arguments: every function that reads an adapter takes them.
+
+    Attributes:
+        adapter_format: Name of a format; None: the only one that matches.
+        alpha: Scaling numerator, for formats that do not store it.
+        axis: What the magnitudes count, for formats that leave it open.
+        allow_pickle: Read ``.bin``/``.pt`` files through torch's restricted loader, those of the
+            base as well.
+        torchtune_dora_fix: Whether torchtune exported this PEFT adapter, with the rows of B or m
+            of q and k in another order than the base's; None: where that shows, else ask.
+        magnitude_is_normalised: Whether the magnitudes of this PEFT or NVlabs adapter were divided
+            by the norms already, as TensorRT-LLM wants them; None: refuse what looks like it.
+    """
+
+    adapter_format: str | None
+    alpha: float | None
+    axis: Axis | None
+    allow_pickle: bool
+    torchtune_dora_fix: bool | None
+    magnitude_is_normalised: bool | None
 
 
 @dataclass(frozen=True)

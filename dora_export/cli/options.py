@@ -1,0 +1,50 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def adapter_options(command: F) -> F:
+    """Add the options that say what an adapter's files do not."""
+    options = [
+        click.option(
+            "--alpha", type=float, help="Scaling numerator, where the format stores none."
+        ),
+        click.option(
+            "--axis",
+            type=click.Choice(["out", "in"]),
+            help="What magnitudes count, where the format leaves it open.",
+        ),
+        click.option(
+            "--torchtune-dora-fix/--no-torchtune-dora-fix",
+            default=None,
+            help="This PEFT adapter is torchtune's export (its rows need order), or is not.",
+        ),
+        click.option(
+            "--magnitude-is-normalised/--magnitude-is-not-normalised",
+            default=None,
+            help="Magnitudes were divided by the norms (TensorRT-LLM), or were not.",
+        ),
+        click.option("--adapter-format", metavar="NAME", help="Format, where more than one fits."),
+        click.option(
+            "--map-prefix",
+            multiple=True,
+            metavar="OLD=NEW",
+            help="Rename the start of adapter names. Repeatable.",
+        ),
+        click.option(
+            "--allow-pickle",
+            is_flag=True,
+            help="Read .bin and .pt files, through torch's restricted loader.",
+        ),
+        click.option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
