@@ -467,15 +467,13 @@ def _indexes(
 
 
 def _index_name(shard: str) -> str:
-    """Return the name of the index of a model that had none, e.g. "model.safetensors.index.json"."""
+    """Return what the index of a model is called that had none."""
     folder, slash, leaf = shard.rpartition("/")
     stem, *variant = re.sub(r"-\d{5}-of-\d{5}", "", leaf).removesuffix(".safetensors").split(".")
     return f"{folder}{slash}{'.'.join([f'{stem}.safetensors.index', *variant])}.json"
 
 
-def _index(
-    metadata: Mapping[str, Any], prefix: str, files: Sequence[OutputFile]
-) -> dict[str, Any]:
+def _index(metadata: Mapping[str, Any], prefix: str, files: Sequence[OutputFile]) -> dict[str, Any]:
     """Return the index file's content; ``total_size`` counts the tensors' bytes."""
     metadata = dict(metadata)
     metadata["total_size"] = sum(s.nbytes for f in files for s in f.steps)

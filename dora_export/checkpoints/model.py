@@ -115,7 +115,7 @@ class Checkpoint:
         )
 
     def relative(self, path: Path) -> str:
-        """Return how a file of the base is called in reports: several components have like names."""
+        """Return how a file of the base is called in reports: of a pipeline, with its folder."""
         if self.components and self.folder is not None and self.folder in path.parents:
             return path.relative_to(self.folder).as_posix()
         return path.name

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from dora_export.checkpoints import pipeline
 from dora_export.checkpoints.folder import read_json
 from dora_export.errors import InputError, shown
 from dora_export.machine import advice
@@ -38,6 +40,7 @@ WHOLE_TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
                    "sentencepiece.bpe.model", "tekken.json")  # fmt: skip
 TEMPLATES = "additional_chat_templates"
 MAX_SIDE_FILE_BYTES = 256 << 20
+INDEX = re.compile(r"\.index(\.\w+)?\.json$")  # of shards; diffusers' variants have a word more
 BIN_TOKENIZERS = ("sentencepiece.bpe.model",)
 
 
@@ -61,15 +64,17 @@ def collect(plan: Plan) -> tuple[SideFile, ...]:
 
     From the base: everything but weights, other formats of the same model and hidden files;
     weights in sub-folders only where modules.json (sentence-transformers) makes them part of the
-    model. From the adapter: tokenizer and chat template, which win over the base's.
+    model. Of a pipeline: its own files, and those in the folders that it names. From the adapter of
+    a single model: tokenizer and chat template, which win over the base's.
     """
     found: dict[str, SideFile] = {}
     written = {file.name for file in plan.files} | plan.indexes.keys()
     if plan.base.folder is not None:
-        for name, path in _walk(plan.base.folder):
+        for name, path in _walk(plan.base.folder, _parts(plan)):
             if name not in written and _belongs(name, path, plan.base.folder):
                 found[name] = SideFile(name, path, "base")
-    adapter = _adapter_tokenizer(plan.adapter.folder) if plan.adapter.folder else {}
+    own = plan.adapter.folder if not plan.base.components else None
+    adapter = _adapter_tokenizer(own) if own else {}
     if any(name in WHOLE_TOKENIZER for name in adapter):
         # One tokenizer, not a mix: the base's leave where the adapter has its own.
         found = {n: f for n, f in found.items() if n not in TOKENIZER or _is_template(n)}
@@ -107,7 +112,13 @@ def side_bytes(files: tuple[SideFile, ...]) -> int:
     return sum(file.source.stat().st_size for file in files)
 
 
-def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
+def _parts(plan: Plan) -> Collection[str] | None:
+    """Return the folders that belong to a pipeline; None for a model, to which all of them do."""
+    folder = plan.base.folder
+    return pipeline.parts(folder) if plan.base.components and folder is not None else None
+
+
+def _walk(folder: Path, parts: Collection[str] | None) -> Iterator[tuple[str, Path]]:
     def refuse(error: OSError) -> None:  # os.walk would leave the folder out without a word
         raise InputError(
             f"{shown(error.filename, 400)}: cannot be listed: {error.strerror}. {advice(error)}"
@@ -117,6 +128,8 @@ def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
         folders[:] = sorted(
             d for d in folders if d not in OTHER_FORMATS and not d.startswith((".", "checkpoint-"))
         )
+        if parts is not None and Path(root) == folder:
+            folders[:] = [d for d in folders if d in parts]
         for name in sorted(names):
             path = Path(root) / name
             yield path.relative_to(folder).as_posix(), path
@@ -126,7 +139,7 @@ def _belongs(name: str, path: Path, folder: Path) -> bool:
     leaf = name.rpartition("/")[2]
     if leaf.startswith(".") or leaf in (*ADAPTER_OWN, MANIFEST, "README.md", "trainer_state.json"):
         return False
-    if name.endswith(".index.json"):
+    if INDEX.search(leaf):
         return False
     if path.suffix in WEIGHT_SUFFIXES and leaf not in BIN_TOKENIZERS:
         inside = name.rpartition("/")[0] in _modules(folder) and _is_module_weight(path)
