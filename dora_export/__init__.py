@@ -17,7 +17,9 @@ from dora_export._version import __version__
 if TYPE_CHECKING:
     from dora_export.adapters.model import Adapter
     from dora_export.api import inspect, load_adapter, merge, verify
+    from dora_export.api_onnx import export_onnx
     from dora_export.errors import DoraExportError
+    from dora_export.onnx.model import GraphOptions, GraphReport
     from dora_export.report import InspectReport, MergeReport
     from dora_export.update import Update
     from dora_export.verification.model import Finding, TensorResult, VerifyReport
@@ -26,12 +28,15 @@ __all__ = [
     "Adapter",
     "DoraExportError",
     "Finding",
+    "GraphOptions",
+    "GraphReport",
     "InspectReport",
     "MergeReport",
     "TensorResult",
     "Update",
     "VerifyReport",
     "__version__",
+    "export_onnx",
     "inspect",
     "load_adapter",
     "merge",
@@ -42,11 +47,14 @@ _HOMES = {
     "Adapter": "adapters.model",
     "DoraExportError": "errors",
     "Finding": "verification.model",
+    "GraphOptions": "onnx.model",
+    "GraphReport": "onnx.model",
     "InspectReport": "report",
     "MergeReport": "report",
     "TensorResult": "verification.model",
     "Update": "update",
     "VerifyReport": "verification.model",
+    "export_onnx": "api_onnx",
     "inspect": "api",
     "load_adapter": "api",
     "merge": "api",

@@ -8,9 +8,10 @@ class it was saved from did. The two differ by one leading segment at most (tran
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
+from dora_export import flat_names
 from dora_export.errors import PlanError, shown
 
 # Text and vision parts of a multimodal model, as two conventions name them: checkpoints of one
@@ -34,15 +35,20 @@ class Rule:
         strip: Prefix taken away from the names that have it.
         add: Prefix put before every name.
         mapped: Prefixes replaced first, (old, new), the first that fits.
+        modules: Whole module names, looked up before all else (flattened names).
     """
 
     what: str
     strip: str = ""
     add: str = ""
     mapped: tuple[tuple[str, str], ...] = ()
+    modules: Mapping[str, str] = field(default_factory=dict)
 
     def __call__(self, name: str) -> str:
         """Return the checkpoint's name for an adapter's name."""
+        module, dot, leaf = name.rpartition(".")
+        if module in self.modules:
+            return self.modules[module] + dot + leaf
         for old, new in self.mapped:
             if name.startswith(old):
                 return new + name[len(old) :]
@@ -103,6 +109,30 @@ def find_rule(
         if fitting:
             return fitting[0]
     raise PlanError(_no_rule(targets, known, [r for g in groups for r in g], base_name))
+
+
+def find_flat_rule(
+    targets: Sequence[str],
+    names: Collection[str],
+    mapped: tuple[tuple[str, str], ...] = (),
+    base_name: str | None = None,
+    aliases: Mapping[str, str] | None = None,
+) -> Rule:
+    """Return the rule for an adapter whose module names are flattened (``flat_names``).
+
+    Args:
+        targets: Tensor names in the adapter's terms, e.g. ``lora_unet_conv_in.weight``.
+        names: Tensor names of the checkpoint.
+        mapped: Prefix replacements by the user.
+        base_name: What the adapter says it was trained on, for the message.
+        aliases: Other module paths -> the checkpoint's, as in ``flat_names``.
+
+    Raises:
+        PlanError: Names are not in the base, or fit it in more than one way.
+    """
+    modules = [target.rpartition(".")[0] for target in targets]
+    found = flat_names.resolve(modules, names, aliases, mapped, base_name)
+    return Rule(found.what, modules=found.paths)
 
 
 def _adding(targets: Sequence[str], known: frozenset[str]) -> list[Rule]:

@@ -194,9 +194,34 @@ def plan_merge(base: Checkpoint, adapter: Adapter, settings: Settings) -> Plan:
     )
 
 
+def plan_unchanged(base: Checkpoint, settings: Settings) -> Plan:
+    """Return a plan without an adapter: every tensor as it is, or in another dtype.
+
+    Raises:
+        PlanError: The base holds no floating-point tensors.
+    """
+    tied = tying.Tying(updates=(), sources={})
+    files = _files(base, {}, tied, settings)
+    index_name = base.index_name or INDEX
+    return Plan(
+        base=base,
+        adapter=Adapter(base.path, "none", (), {}, ()),
+        settings=settings,
+        files=files,
+        index=_index(base, files) if len(files) > 1 or base.index_name is not None else None,
+        index_name=index_name,
+        config_edits=_config_edits(base, files, tied, settings),
+        rule="no adapter",
+        ignored={},
+    )
+
+
 def _rule(
     base: Checkpoint, adapter: Adapter, settings: Settings, stacked: Iterable[str]
 ) -> naming.Rule:
+    if adapter.naming == "flat":
+        every = [u.target for u in adapter.updates]
+        return naming.find_flat_rule(every, base.tensors, settings.map_prefix, adapter.base_name)
     targets = [u.target for u in adapter.updates if u.kind != "replace"]
     targets = targets or [u.target for u in adapter.updates]
     absent_head = tying.head_of(base, targets)

@@ -11,7 +11,7 @@ PACKAGE = Path(dora_export.__file__).parent
 FLOORS = (
     "_version errors words",
     "machine",
-    "tensors inputs",
+    "tensors inputs flat_names",
     "cast update",
     "storage arithmetic refine",
     "arithmetic_torch formula checkpoints",
@@ -22,7 +22,9 @@ FLOORS = (
     "worker verification",
     "engine lowrank",
     "writers",
+    "onnx",
     "api",
+    "api_onnx",
     "cli",
     "__init__ __main__",
 )

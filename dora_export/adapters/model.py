@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from dora_export.checkpoints.model import Checkpoint
 from dora_export.tensors import TensorRef
@@ -71,6 +71,7 @@ class Adapter:
             another way than its trainer did, and how.
         doubtful_magnitudes: Tools divide magnitudes of this format by the norms beforehand without
             saying so, and the user has not said.
+        naming: How updates name their targets: by module paths, or flattened (``flat_names``).
         doubts: What the files leave open and the reader had to take on trust.
         facts: What ``inspect`` shows: settings in the format's own words.
     """
@@ -90,5 +91,6 @@ class Adapter:
     square_io: bool | None = None
     not_for: Mapping[str, str] = field(default_factory=dict)
     doubtful_magnitudes: bool = False
+    naming: Literal["paths", "flat"] = "paths"
     doubts: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)

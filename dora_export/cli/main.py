@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from dora_export._version import __version__
-from dora_export.cli import streams
+from dora_export.cli import onnx, streams
 from dora_export.cli.options import adapter_options
 from dora_export.errors import DoraExportError, printable
 from dora_export.machine import require_space
@@ -253,3 +253,6 @@ def demo(output: Path, tokens: int) -> None:
     from dora_export.cli import demo as demo_command  # noqa: PLC0415
 
     demo_command.run(output, tokens)
+
+
+cli.add_command(onnx.command)

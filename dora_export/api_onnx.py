@@ -1,0 +1,310 @@
+"""``export_onnx``: merges, lets one of three ways make a graph, checks its parity, publishes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dora_export import api, naming
+from dora_export._version import __version__
+from dora_export.adapters import Reading, ReadOptions
+from dora_export.checkpoints import locate, open_checkpoint
+from dora_export.engine import Resources
+from dora_export.errors import AdapterError, DoraExportError, listing, shown
+from dora_export.formula import ZeroNorm
+from dora_export.machine import faults_told
+from dora_export.onnx import files
+from dora_export.onnx.model import (
+    MERGED,
+    GraphOptions,
+    GraphReport,
+    Made,
+    ParityError,
+    Request,
+    Way,
+    options_said,
+)
+from dora_export.plan import Plan, Settings, plan_unchanged
+from dora_export.tensors import OUTPUT_WORDS
+from dora_export.verification.check import in_order
+from dora_export.verification.model import Finding, TierResult, VerifyReport
+from dora_export.writers import manifest, place, side_files
+from dora_export.writers.files import write_small
+from dora_export.writers.identity import adapter_digests
+from dora_export.writers.journal import FORMAT, FORMAT_LABEL, Job
+from dora_export.writers.staging import MANIFEST, Stage, find_leftover, staged
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+PathLike = api.PathLike
+
+
+@faults_told()
+def export_onnx(
+    base: PathLike,
+    adapter: PathLike | Sequence[PathLike] | None,
+    output: PathLike,
+    *,
+    into: PathLike | None = None,
+    adapters: bool = False,
+    options: GraphOptions = GraphOptions(),  # noqa: B008 - frozen
+    verify: bool = True,
+    budget: float | None = None,
+    prompts: Sequence[str] = (),
+    allow_mismatch: bool = False,
+    allow_merged_base: bool = False,
+    strength: float = 1.0,
+    zero_norm: ZeroNorm = "refuse",
+    map_prefix: Iterable[str] = (),
+    fan_in_fan_out: bool | None = None,
+    threads: int | None = None,
+    force: bool = False,
+    on_stage: Callable[[str], None] = lambda _: None,
+    progress: api.Progress | None = None,
+    **reading: Unpack[Reading],
+) -> GraphReport:
+    """Publish base + adapter as a folder with an ONNX graph that onnxruntime runs.
+
+    Every graph is run beside the *unmerged* base + adapter before it is published, and is not
+    published if it computes something else. ``output`` is absent or whole at any instant.
+
+    Args:
+        base: As in ``merge``.
+        adapter: As in ``merge``; several with ``adapters``. None: ``base`` is merged already, and
+            the graph is held against it as it is stored.
+        output: Folder to publish; must not exist, be empty, or with ``force`` be an earlier output.
+        into: An ``.onnx`` graph of the base to give the merged weights, instead of tracing.
+        adapters: Make one graph of the base whose adapters are swapped at run time.
+        options: What kind of graph.
+        verify: Hold the graph against the unmerged model.
+        budget: Largest difference allowed, relative to the largest expected value, in place of the
+            measured noise of the graph's dtype.
+        prompts: Texts to run both on; none: generated inputs.
+        allow_mismatch: Publish a graph that fails the comparison all the same.
+        allow_merged_base: As in ``merge``.
+        strength: As in ``merge``.
+        zero_norm: As in ``merge``.
+        map_prefix: As in ``merge``.
+        fan_in_fan_out: As in ``merge``.
+        threads: Workers of the merge; None: one per CPU.
+        force: Replace an earlier output of this tool.
+        on_stage: Called with the name of each stage when it begins.
+        progress: Called with bytes merged and bytes in all.
+        **reading: As in ``load_adapter``.
+
+    Returns:
+        What was made; its ``exit_code`` is 0 for right, 1 for wrong, 3 for could not check.
+
+    Raises:
+        ParityError: The graph computes something else; the error carries the report.
+        DoraExportError: See ``dora_export.errors``; nothing is published then.
+    """
+    started = time.monotonic()
+    _check_options(options)
+    way: Way = "into" if into is not None else "adapters" if adapters else "trace"
+    target = place.target_of(output)
+    settings = Settings(
+        dtype=OUTPUT_WORDS[options.dtype] if way == "trace" else None,
+        strength=strength,
+        zero_norm=zero_norm,
+        map_prefix=naming.parse_map_prefix(map_prefix),
+        fan_in_fan_out=fan_in_fan_out,
+    )
+    plans = _plans(base, adapter, ReadOptions(**reading), settings, each=adapters)
+    if adapter is not None:
+        manifest.refuse_merged_base(plans[0].base.folder, allow=allow_merged_base)
+    beside = _side_files(plans[0])
+    leftover = find_leftover(target)
+    place.check_way(target, [*(f.name for f in beside), MANIFEST, f"{MERGED}/model.safetensors"])
+    inputs = {"base": plans[0].base.path}
+    inputs |= {f"adapter {p.adapter.path.name}": p.adapter.path for p in plans if adapter}
+    place.check_place(target, inputs, force=force, leftover=leftover)
+    place.check_space(target, 2 * plans[0].output_bytes, leftover)  # merged weights, and the graph
+    # Two exports need not give the same bytes, so none goes on with another's.
+    job = Job({FORMAT_LABEL: FORMAT, "dora-export": __version__, "run": uuid.uuid4().hex}, {})
+    with staged(target, job, force=force) as stage:
+        request = Request(
+            plans, stage.folder, options, Path(into) if into is not None else None, threads,
+            progress, on_stage,
+        )  # fmt: skip
+        made = _make(way, request, base, adapter, settings, reading, allow_merged_base)
+        on_stage("writing side files")
+        plan = replace(plans[0], index=None, config_edits=dict(plans[0].config_edits))
+        side_files.write(plan, beside, stage.folder)
+        report = None
+        if verify:
+            on_stage("comparing with the unmerged model")
+            report = _verified(made, stage, target, plans[0], prompts, budget, started)
+        _write_manifest(stage, plan, made, way, options, beside, report, adapter is not None)
+        sizes = files.sizes(stage.folder)
+        found = GraphReport(
+            output=target,
+            way=way,
+            graphs=made.graphs,
+            files=sizes,
+            facts=made.facts,
+            verified=report,
+            seconds=time.monotonic() - started,
+            peak_rss_bytes=api.peak_rss(),
+            notes=(*plans[0].notes, *made.notes),
+            warnings=(*plans[0].warnings, *made.warnings),
+        )
+        if found.verdict == "wrong" and not allow_mismatch:
+            raise _mismatch(found)
+    return found
+
+
+def _check_options(options: GraphOptions) -> None:
+    hints = {"dtype": ("fp32", "fp16", "bf16"), "fuse": ("none", "cpu", "cuda"),
+             "quantize": (None, "int8", "int4"), "head_bits": (4, 8),
+             "layout": ("hf", "transformers-js"), "engine": ("auto", "torch", "transformers"),
+             "pooling": (None, "config", "mean", "cls", "last")}  # fmt: skip
+    for name, allowed in hints.items():
+        if (value := getattr(options, name)) not in allowed:
+            words = ", ".join(str(a) for a in allowed if a is not None)
+            raise DoraExportError(f"--{name.replace('_', '-')} {value}: expected {words}.")
+
+
+def _plans(
+    base: PathLike,
+    adapter: PathLike | Sequence[PathLike] | None,
+    options: ReadOptions,
+    settings: Settings,
+    *,
+    each: bool,
+) -> tuple[Plan, ...]:
+    """Return the merge to export, or with ``each`` one for every adapter."""
+    if adapter is None:
+        checkpoint = open_checkpoint(locate(base, "base"), allow_pickle=options.allow_pickle)
+        return (plan_unchanged(checkpoint, settings),)
+    if each and not isinstance(adapter, str | os.PathLike):
+        if not adapter:
+            raise AdapterError("--adapters: no adapter given. Name at least one.")
+        return tuple(api._plan(base, one, options, settings)[0] for one in adapter)
+    return (api._plan(base, adapter, options, settings)[0],)
+
+
+def _side_files(plan: Plan) -> tuple[side_files.SideFile, ...]:
+    """Return what goes along with a graph: tokenizer, config and their like."""
+    return side_files.collect(plan)
+
+
+def _make(
+    way: Way,
+    request: Request,
+    base: PathLike,
+    adapter: PathLike | Sequence[PathLike] | None,
+    settings: Settings,
+    reading: Reading,
+    allow_merged_base: bool,
+) -> Made:
+    if way == "into":
+        from dora_export.onnx import into  # noqa: PLC0415 - what another way needs is not imported
+
+        return into.make(request)
+    if way == "adapters":
+        from dora_export.onnx import swappable  # noqa: PLC0415
+
+        return swappable.make(request)
+    from dora_export.onnx import trace  # noqa: PLC0415
+
+    trace.check(request)  # before minutes of work
+    merged = request.folder / MERGED
+    if adapter is None:
+        folder = request.plan.base.folder
+    else:
+        request.on_stage("merging")
+        api.merge(
+            base, adapter, merged, dtype=request.options.dtype, strength=settings.strength,
+            zero_norm=settings.zero_norm, fan_in_fan_out=settings.fan_in_fan_out,
+            map_prefix=[f"{old}={new}" for old, new in settings.map_prefix],
+            allow_merged_base=allow_merged_base, threads=request.threads,
+            progress=request.progress, **reading,
+        )  # fmt: skip
+        folder = merged
+    try:
+        return trace.make(request, folder)
+    finally:
+        shutil.rmtree(merged, ignore_errors=True)
+
+
+def _verified(
+    made: Made,
+    stage: Stage,
+    target: Path,
+    plan: Plan,
+    prompts: Sequence[str],
+    budget: float | None,
+    started: float,
+) -> VerifyReport:
+    from dora_export.verification.graph import check_graph  # noqa: PLC0415 - loads torch
+
+    tiers: list[TierResult] = []
+    findings: list[Finding] = []
+    for one in made.parity:
+        graph = stage.folder / one.graph
+        tier, found = check_graph(
+            one.plan, graph, runner=one.runner(graph) if one.runner else None,
+            outputs=one.outputs, budget=one.budget if budget is None else budget, prompts=prompts,
+        )  # fmt: skip
+        tiers.append(tier)
+        findings += found
+    return VerifyReport(
+        base=plan.base.path,
+        adapter=plan.adapter.path,
+        merged=target,
+        level="full",
+        maker=f"dora-export {__version__}",
+        method=str(plan.adapter.facts.get("method", "LoRA")),
+        tiers=tuple(tiers),
+        findings=in_order(tuple(findings)),
+        tensors=(),
+        notes=(*plan.notes, *plan.warnings),
+        seconds=time.monotonic() - started,
+        peak_rss_bytes=api.peak_rss(),
+    )
+
+
+def _mismatch(found: GraphReport) -> ParityError:
+    assert found.verified is not None, "Bug: a mismatch that nothing found"
+    problems = [f"{shown(f.where)}: {f.what} ({f.code})" for f in found.verified.findings
+                if f.severity == "wrong"]  # fmt: skip
+    error = ParityError(
+        f"the graph does not compute what base and adapter do:{listing(problems)}\n"
+        "Not published. --budget allows more, --allow-mismatch publishes all the same."
+    )
+    error.report = found
+    return error
+
+
+def _write_manifest(
+    stage: Stage,
+    plan: Plan,
+    made: Made,
+    way: Way,
+    options: GraphOptions,
+    beside: tuple[side_files.SideFile, ...],
+    report: VerifyReport | None,
+    merged_here: bool,
+) -> None:
+    content = manifest.manifest(plan, Resources("cpu", None, None), beside, adapter_digests(plan))
+    if not merged_here:
+        content["adapter"] = None
+    content["onnx"] = {
+        "way": way,
+        "options": options_said(options),
+        **made.facts,
+        "files": files.digests(stage.folder, made.graphs),
+        "parity": None if report is None else {
+            "verdict": report.verdict,
+            "tiers": [{"summary": t.summary, "figures": t.figures} for t in report.tiers],
+        },
+    }  # fmt: skip
+    write_small(stage.folder / MANIFEST, manifest.as_json(content))
