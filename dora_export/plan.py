@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from dora_export import experts, layouts, naming, row_orders, tying
+from dora_export import experts, layouts, naming, replication, row_orders, tying
 from dora_export.adapters.model import Adapter
 from dora_export.checkpoints.model import Checkpoint, WeightFile, prefix_of
 from dora_export.errors import PlanError, listing, shown
@@ -158,6 +158,8 @@ def plan_merge(base: Checkpoint, adapter: Adapter, settings: Settings) -> Plan:
         PlanError: Names do not resolve, shapes do not fit, updates contradict each other, targets
             are quantised, or layers that should be adapted are not; all of a kind are listed.
     """
+    stacked_anew = replication.expanded(base, adapter.layer_replication)
+    base = stacked_anew.base
     _check_model_type(base, adapter)
     tying.refuse_unknown(base, adapter.updates)  # before names are: such heads are never stored
     stacked = experts.stacks(base) if any(u.index is not None for u in adapter.updates) else {}
@@ -186,10 +188,10 @@ def plan_merge(base: Checkpoint, adapter: Adapter, settings: Settings) -> Plan:
         settings=settings,
         files=files,
         indexes=_indexes(base, files, settings),
-        config_edits=_config_edits(base, files, tied, settings),
+        config_edits={**stacked_anew.edits, **_config_edits(base, files, tied, settings)},
         rule=rule.what,
         ignored=adapter.ignored,
-        notes=(*base.notes, *tied.notes),
+        notes=(*base.notes, *stacked_anew.notes, *tied.notes),
         warnings=tuple(_warnings(base, adapter, files)),
     )
 
@@ -202,14 +204,12 @@ def plan_unchanged(base: Checkpoint, settings: Settings) -> Plan:
     """
     tied = tying.Tying(updates=(), sources={})
     files = _files(base, {}, tied, settings)
-    index_name = base.index_name or INDEX
     return Plan(
         base=base,
         adapter=Adapter(base.path, "none", (), {}, ()),
         settings=settings,
         files=files,
-        index=_index(base, files) if len(files) > 1 or base.index_name is not None else None,
-        index_name=index_name,
+        indexes=_indexes(base, files, settings),
         config_edits=_config_edits(base, files, tied, settings),
         rule="no adapter",
         ignored={},

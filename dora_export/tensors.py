@@ -71,7 +71,7 @@ OUTPUT_WORDS = {"fp32": F32, "float32": F32, "fp16": F16, "float16": F16, "bf16"
                 "bfloat16": BF16}  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileRange:
     """Bytes ``[start, start + nbytes)`` of a file."""
 
@@ -122,7 +122,7 @@ class HeldBytes:
         np.copyto(out.reshape(-1), self.data[start : start + out.size])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorRef:
     """A stored tensor: name, dtype and shape cost nothing; bytes are read on request.
 

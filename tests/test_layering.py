@@ -9,14 +9,14 @@ import dora_export
 
 PACKAGE = Path(dora_export.__file__).parent
 FLOORS = (
-    "_version errors words",
+    "_version errors limits words",
     "machine",
     "tensors inputs flat_names",
     "cast update",
     "storage arithmetic refine",
     "arithmetic_torch formula checkpoints",
     "adapters",
-    "naming tying layouts experts row_orders report",
+    "naming tying layouts experts row_orders replication report",
     "plan serving",
     "pieces",
     "worker verification",

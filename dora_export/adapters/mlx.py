@@ -36,6 +36,7 @@ from dora_export.adapters.model import Adapter, ReadOptions
 from dora_export.checkpoints.folder import read_json
 from dora_export.errors import AdapterError, InputError, listing, shown
 from dora_export.storage import read_tensors
+from dora_export.storage.paths import contained
 from dora_export.tensors import Operand, TensorRef
 from dora_export.update import Update
 
@@ -99,7 +100,7 @@ def read(path: Path, options: ReadOptions) -> Adapter:
             f"{weights.parent}: has {CONFIG} but no {WEIGHTS}. Copy the whole adapter folder; "
             "an adapters.npz of an early mlx-lm has to be saved again as safetensors."
         )
-    tensors = read_tensors(weights, allow_pickle=options.allow_pickle)
+    tensors = read_tensors(contained(weights, weights.parent), allow_pickle=options.allow_pickle)
     problems: list[str] = []
     updates = tuple(_updates(tensors, config, problems))
     if problems:

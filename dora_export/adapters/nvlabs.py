@@ -25,6 +25,7 @@ from dora_export.adapters.model import Adapter, ReadOptions
 from dora_export.checkpoints.folder import read_json
 from dora_export.errors import AdapterError, InputError, listing, shown
 from dora_export.storage import read_tensors
+from dora_export.storage.paths import contained
 from dora_export.tensors import Operand, TensorRef
 from dora_export.update import Update
 
@@ -68,7 +69,9 @@ def read(path: Path, options: ReadOptions) -> Adapter:
             f"{config_path.parent}: has {CONFIG} but no {' or '.join(WEIGHTS)}. "
             "Copy the whole adapter folder."
         )
-    tensors = read_tensors(found[0], allow_pickle=options.allow_pickle)
+    tensors = read_tensors(
+        contained(found[0], config_path.parent), allow_pickle=options.allow_pickle
+    )
     problems: list[str] = []
     ignored: dict[str, str] = {}
     normalised = bool(options.magnitude_is_normalised)

@@ -27,6 +27,7 @@ from dora_export.adapters.model import Adapter, ReadOptions
 from dora_export.checkpoints.folder import read_json
 from dora_export.errors import AdapterError, listing, shown
 from dora_export.storage import PICKLED, read_tensors
+from dora_export.storage.paths import contained
 from dora_export.tensors import Operand, TensorRef
 from dora_export.update import RowOrder, Update
 
@@ -132,7 +133,7 @@ def _file(path: Path) -> Path | None:
     if not path.is_dir() or (path / CONFIG).is_file():
         return None  # a folder with a config is PEFT's or MLX's
     found = sorted(path.glob("adapter_*.pt"))
-    return found[0] if len(found) == 1 else None
+    return contained(found[0], path) if len(found) == 1 else None
 
 
 def _layers(

@@ -22,6 +22,7 @@ from typing import Any
 from dora_export.checkpoints.folder import STEMS, closed, read_json, sharded, weight_file
 from dora_export.checkpoints.model import Checkpoint, Index, WeightFile
 from dora_export.errors import InputError, listing, shown
+from dora_export.storage.paths import contained, stays_inside
 
 MODEL_INDEX = "model_index.json"
 WEIGHTS = re.compile(
@@ -59,7 +60,7 @@ def parts(folder: Path) -> dict[str, str]:
     """
     index = folder / MODEL_INDEX
     named = {name: entry[1] for name, entry in read_json(index).items() if _is_part(entry)}
-    outside = [n for n in named if Path(n).name != n or "\\" in n or n.startswith(".") or not n]
+    outside = [n for n in named if not stays_inside(n) or "/" in n or n.startswith(".")]
     if outside:
         raise InputError(
             f"{index}: names folders outside its own: {[shown(n) for n in outside[:3]]}. "
@@ -156,7 +157,7 @@ def open_pipeline(folder: Path, *, allow_pickle: bool = False) -> Checkpoint:
     files: list[WeightFile] = []
     indexes: list[Index] = []
     for name, path in paths.items():
-        own, index = _opened(path, allow_pickle)
+        own, index = _opened(contained(path, folder), allow_pickle)
         files += [_within(name, file) for file in own]
         indexes += [replace(index, name=f"{name}/{index.name}")] if index else []
     configs = {name: _config(folder / name) for name in models}

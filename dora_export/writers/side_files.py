@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from dora_export import limits
 from dora_export.checkpoints import pipeline
 from dora_export.checkpoints.folder import read_json
 from dora_export.errors import InputError, shown
 from dora_export.machine import advice
 from dora_export.plan import Plan
+from dora_export.storage.paths import contained
 from dora_export.writers.config import edited
 from dora_export.writers.files import write_small
 from dora_export.writers.staging import MANIFEST
@@ -39,7 +41,6 @@ TOKENIZER = frozenset(
 WHOLE_TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
                    "sentencepiece.bpe.model", "tekken.json")  # fmt: skip
 TEMPLATES = "additional_chat_templates"
-MAX_SIDE_FILE_BYTES = 256 << 20
 INDEX = re.compile(r"\.index(\.\w+)?\.json$")  # of shards; diffusers' variants have a word more
 BIN_TOKENIZERS = ("sentencepiece.bpe.model",)
 
@@ -130,9 +131,24 @@ def _walk(folder: Path, parts: Collection[str] | None) -> Iterator[tuple[str, Pa
         )
         if parts is not None and Path(root) == folder:
             folders[:] = [d for d in folders if d in parts]
+        for name in folders:
+            _refuse_linked(Path(root) / name)
         for name in sorted(names):
             path = Path(root) / name
             yield path.relative_to(folder).as_posix(), path
+
+
+def _refuse_linked(folder: Path) -> None:
+    """Refuse a link to a folder: what is in there would be missing, or be anything of the user's.
+
+    Raises:
+        InputError: It is one.
+    """
+    if folder.is_symlink():
+        raise InputError(
+            f"{shown(folder, 400)}: a link to a folder. Put a copy of the folder in its place, or "
+            "remove the link."
+        )
 
 
 def _belongs(name: str, path: Path, folder: Path) -> bool:
@@ -143,22 +159,23 @@ def _belongs(name: str, path: Path, folder: Path) -> bool:
         return False
     if path.suffix in WEIGHT_SUFFIXES and leaf not in BIN_TOKENIZERS:
         inside = name.rpartition("/")[0] in _modules(folder) and _is_module_weight(path)
-        return inside and _is_file(path)
-    return _is_file(path) and path.stat().st_size <= MAX_SIDE_FILE_BYTES
+        return inside and _is_file(path, folder)
+    return _is_file(path, folder) and path.stat().st_size <= limits.SIDE_FILE_BYTES
 
 
-def _is_file(path: Path) -> bool:
+def _is_file(path: Path, folder: Path) -> bool:
     """Return whether there is a file; a link to nothing is one that should have been there.
 
     Raises:
-        InputError: It is a link to nothing (a cache that was cleared in part).
+        InputError: It is a link to nothing (a cache that was cleared in part), or to a file outside
+            of ``folder``, whose content is nobody's to publish.
     """
     if path.is_symlink() and not path.exists():
         raise InputError(
             f"{shown(path, 400)}: a link to a file that is not there. Download it again, or "
             "remove the link."
         )
-    return path.is_file()
+    return path.is_file() and contained(path, folder) is path
 
 
 def _is_module_weight(path: Path) -> bool:
@@ -188,12 +205,12 @@ def _adapter_tokenizer(folder: Path) -> dict[str, Path]:
 
     A tokenizer_config.json without a vocabulary belongs to a tokenizer that is not here.
     """
-    names = [n for n in TOKENIZER if _is_file(folder / n)]
+    names = [n for n in TOKENIZER if _is_file(folder / n, folder)]
     templates = folder / TEMPLATES
     if templates.is_dir():
         # Not glob(), which takes a folder that cannot be listed for an empty one.
         listed = [templates / n for n in os.listdir(templates) if n.endswith(".jinja")]
-        names += [f"{TEMPLATES}/{p.name}" for p in listed if _is_file(p)]
+        names += [f"{TEMPLATES}/{p.name}" for p in listed if _is_file(p, folder)]
     whole = any(n in WHOLE_TOKENIZER for n in names)
     return {n: folder / n for n in sorted(names) if whole or _is_template(n)}
 

@@ -300,13 +300,11 @@ def _files_below(folder: Path) -> Iterator[Path]:
     Raises:
         OSError: One of them cannot be listed.
     """
-
-    def refuse(error: OSError) -> None:
-        raise error
-
-    for root, folders, names in os.walk(folder, onerror=refuse):
-        links = [name for name in folders if os.path.islink(os.path.join(root, name))]
-        yield from (Path(root, name) for name in (*names, *links))
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            yield from _files_below(path)
+        else:
+            yield path
 
 
 # --- beginning ---
