@@ -16,7 +16,7 @@ FLOORS = (
     "storage arithmetic refine",
     "arithmetic_torch formula checkpoints",
     "adapters",
-    "naming tying layouts experts row_orders replication report",
+    "naming several tying layouts experts row_orders replication report",
     "plan serving",
     "pieces",
     "worker verification",
