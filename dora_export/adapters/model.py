@@ -77,6 +77,8 @@ class Adapter:
             saying so, and the user has not said.
         naming: How updates name their targets: by module paths, or flattened (``flat_names``).
         doubts: What the files leave open and the reader had to take on trust.
+        layer_replication: Ranges ``[start, stop)`` of the base's layers that the trained model
+            stacks, one after another; updates name layers by their place there. Empty: as they are.
         facts: What ``inspect`` shows: settings in the format's own words.
     """
 
@@ -97,4 +99,5 @@ class Adapter:
     doubtful_magnitudes: bool = False
     naming: Literal["paths", "flat"] = "paths"
     doubts: tuple[str, ...] = ()
+    layer_replication: tuple[tuple[int, int], ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
