@@ -140,10 +140,18 @@ def test_several_components_in_one_file(tmp_path):
 
 def test_missing_component_is_refused_with_what_the_prefix_means(tmp_path):
     base, made = layers()
-    paths = write(tmp_path, base, named(made) | named(layers(seed=1)[1], "lora_te2_x_"))
+    paths = write(tmp_path, base, named(made) | named(layers(seed=1)[1], "lora_te2_x_y_"))
     message = refused(*paths)
     assert "3 of 6 adapter layers match this base" in message
     assert "'lora_te2_' is the text_encoder_2" in message
+
+
+def test_names_of_two_components_for_one_layer_are_refused(tmp_path):
+    base, made = layers()
+    tensors = named(made, "lora_te1_") | named(layers(seed=1)[1], "lora_te2_")
+    assert "several of the adapter's names mean one layer" in refused(
+        *write(tmp_path, base, tensors)
+    )
 
 
 def test_underscore_names_that_two_layers_share_are_refused(tmp_path):
