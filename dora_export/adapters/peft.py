@@ -98,6 +98,7 @@ def read(path: Path, options: ReadOptions) -> Adapter:
         with_m = any("m" in layer.parts for layer in sorted_.layers.values())
         config = replace(config, dora=with_m)
     pruned = _set_pruned_apart(sorted_)
+    config = config.for_modules(config_path, sorted_.layers)
     updates = [u for module, layer in sorted_.layers.items()
                for u in _layer_updates(module, layer, config, sorted_.problems)]  # fmt: skip
     order = torchtune.export_order(config_path.parent, raw, options)

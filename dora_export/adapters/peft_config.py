@@ -7,15 +7,16 @@ src/peft/config.py (PeftConfigMixin), src/peft/utils/other.py (get_pattern_key).
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dora_export.adapters import peft_variants
+from dora_export.adapters.patterns import first_matches
 from dora_export.adapters.peft_variants import Blocks
 from dora_export.errors import AdapterError, listing, shown
+from dora_export.storage.json_file import is_number, is_rank
 
 # Fields that say nothing about the merged weights, or are checked against the tensors elsewhere.
 NO_EFFECT = frozenset(
@@ -84,6 +85,8 @@ class PeftConfig:
         block_diagonal: BD-LoRA's blocks, or None.
         group_size: QA-LoRA: inputs that A sees the mean of; None: another method.
         layer_replication: Ranges ``[start, stop)`` of the base's layers that make up the model's.
+        ranks: Module path -> rank, once ``for_modules`` has held the patterns against the modules.
+        alphas: Module path -> alpha, likewise.
     """
 
     r: int
@@ -103,6 +106,27 @@ class PeftConfig:
     block_diagonal: Blocks | None = None
     group_size: int | None = None
     layer_replication: tuple[tuple[int, int], ...] = ()
+    ranks: Mapping[str, int] | None = None
+    alphas: Mapping[str, float] | None = None
+
+    def for_modules(self, path: Path, modules: Collection[str]) -> PeftConfig:
+        """Return the config with the rank and alpha of each of these modules.
+
+        Args:
+            path: The file, for messages.
+            modules: Their paths in the wrapped model.
+
+        Raises:
+            AdapterError: A pattern is no regular expression, or takes too much time.
+        """
+        ranks = first_matches(path, "rank_pattern", self.rank_pattern, modules)
+        alphas = first_matches(path, "alpha_pattern", self.alpha_pattern, modules)
+        return replace(
+            self,
+            # PEFT looks the module itself up where no pattern matches it.
+            ranks={m: self.rank_pattern.get(ranks.get(m, m), self.r) for m in modules},
+            alphas={m: self.alpha_pattern.get(alphas.get(m, m), self.alpha) for m in modules},
+        )  # fmt: skip
 
     @property
     def method(self) -> str:
@@ -127,13 +151,15 @@ class PeftConfig:
         """Return the rank of a module, by its path in the wrapped model."""
         if self.masks is not None:
             return self.masks.get(module, self.r)
-        return self.rank_pattern.get(_pattern_key(self.rank_pattern, module), self.r)
+        assert self.ranks is not None, "Bug: for_modules() comes first"
+        return self.ranks[module]
 
     def module_alpha(self, module: str) -> float:
         """Return lora_alpha of a module."""
         if self.masks is not None:
             return self.alpha
-        return self.alpha_pattern.get(_pattern_key(self.alpha_pattern, module), self.alpha)
+        assert self.alphas is not None, "Bug: for_modules() comes first"
+        return self.alphas[module]
 
     def scaling(self, module: str) -> float:
         """Return the factor on B A: alpha / rank, or alpha / sqrt(rank) for rslora.
@@ -239,10 +265,6 @@ def _type_problems(raw: Mapping[str, Any]) -> list[str]:
             continue
         for key, value in pattern.items():
             problems += check(f"{name}[{shown(key)}]", value)
-            try:
-                re.compile(key)
-            except re.error as error:
-                problems.append(f"{name}: {shown(key)} is not a regular expression: {error}")
     if (raw.get("bias") or "none") not in ("none", "all", "lora_only"):
         problems.append(f"bias: expected none, all or lora_only, got {shown(raw.get('bias'))}")
     saved = raw.get("modules_to_save") or []
@@ -258,13 +280,13 @@ def _type_problems(raw: Mapping[str, Any]) -> list[str]:
 
 
 def _rank_problems(name: str, value: object) -> list[str]:
-    if type(value) is int and value > 0:
+    if is_rank(value):
         return []
     return [f"{name}: expected a positive integer, got {shown(value)}"]
 
 
 def _alpha_problems(name: str, value: object) -> list[str]:
-    if type(value) not in (int, float) or not math.isfinite(value):  # type: ignore[arg-type]
+    if not is_number(value):
         return [f"{name}: expected a finite number other than 0, got {shown(value)}"]
     if value == 0:
         return [f"{name}: 0, so the adapter would have no effect. Check how it was saved"]
@@ -281,11 +303,3 @@ def _token_indices(value: Any) -> dict[str | None, tuple[int, ...]]:
             raise ValueError(indices)
         found[module] = tuple(indices)
     return found
-
-
-def _pattern_key(patterns: Mapping[str, Any], module: str) -> str:
-    """Return the first pattern that matches a module path, else the path itself, as PEFT does."""
-    for pattern in patterns:
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return pattern
-    return module
