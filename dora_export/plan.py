@@ -162,10 +162,16 @@ def plan_merge(base: Checkpoint, adapter: Adapter, settings: Settings) -> Plan:
     """
     _check_model_type(base, adapter)
     tying.refuse_unknown(base, adapter.updates)  # before names are: such heads are never stored
-    stacked = experts.stacks(base) if any(u.index is not None for u in adapter.updates) else {}
-    rule = _rule(base, adapter, settings, stacked)
-    updates = experts.placed([_renamed(u, rule) for u in adapter.updates], stacked, base)
-    saved = frozenset(rule(t) for t in adapter.saved_embeddings)
+    targets = [u.target for u in adapter.updates if u.kind != "replace"]
+    targets = targets or [u.target for u in adapter.updates]
+    absent_head = tying.head_of(base, targets)
+    known = experts.KnownNames(base, [absent_head] if absent_head else [])
+    required = [t for t in targets if t != absent_head] or targets
+    rule = _rule(base, adapter, settings, known, required)
+    renamed = [_renamed(u, rule, known) for u in adapter.updates]
+    updates = experts.placed(renamed, known, base, whole=adapter.whole_families,
+                             transposed=adapter.square_experts_transposed)  # fmt: skip
+    saved = frozenset(known.own(rule(t)) for t in adapter.saved_embeddings)
     tied = tying.resolve(base, adapter, updates, saved)
     shapes = _shapes(base, tied)
     ordered = row_orders.with_row_orders(tied.updates, shapes, base)
@@ -179,7 +185,7 @@ def plan_merge(base: Checkpoint, adapter: Adapter, settings: Settings) -> Plan:
             f"the adapter does not fit this base:{listing(problems)}\n"
             f"Check that {base.path} is the base it was trained on{trained}."
         )
-    _check_families(base, adapter, {rule(u.target) for u in adapter.updates if u.kind != "replace"})
+    _check_families(base, adapter, {u.target for u in updates if u.kind != "replace"})
     files = _files(base, by_target, tied, settings)
     _check_ledger(adapter, files, tied)
     index_name = base.index_name or INDEX
@@ -222,23 +228,26 @@ def plan_unchanged(base: Checkpoint, settings: Settings) -> Plan:
 
 
 def _rule(
-    base: Checkpoint, adapter: Adapter, settings: Settings, stacked: Iterable[str]
+    base: Checkpoint,
+    adapter: Adapter,
+    settings: Settings,
+    known: experts.KnownNames,
+    required: Sequence[str],
 ) -> naming.Rule:
     if adapter.naming == "flat":
         every = [u.target for u in adapter.updates]
         return naming.find_flat_rule(every, base.tensors, settings.map_prefix, adapter.base_name)
-    targets = [u.target for u in adapter.updates if u.kind != "replace"]
-    targets = targets or [u.target for u in adapter.updates]
-    absent_head = tying.head_of(base, targets)
-    required = [t for t in targets if t != absent_head] or targets
-    names = [*base.tensors, *stacked, *([absent_head] if absent_head else [])]
     return naming.find_rule(
-        list(dict.fromkeys(required)), names, settings.map_prefix, adapter.base_name
+        list(dict.fromkeys(required)),
+        known,
+        settings.map_prefix,
+        adapter.base_name,
+        base.model_types,
     )
 
 
-def _renamed(update: Update, rule: naming.Rule) -> Update:
-    return replace(update, target=rule(update.target))
+def _renamed(update: Update, rule: naming.Rule, known: experts.KnownNames) -> Update:
+    return replace(update, target=known.own(rule(update.target)))
 
 
 def _check_model_type(base: Checkpoint, adapter: Adapter) -> None:

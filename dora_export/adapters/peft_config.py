@@ -25,11 +25,10 @@ NO_EFFECT = frozenset(
 APPLIED = frozenset(
     """r lora_alpha use_rslora rank_pattern alpha_pattern use_dora bias lora_bias modules_to_save
     trainable_token_indices ensure_weight_tying fan_in_fan_out init_lora_weights
-    loftq_config""".split()
+    loftq_config target_parameters lora_B_layout unsloth_fused_expert_lora""".split()
 )
 REFUSED = {
     "megatron_config": "the layers were split over devices; gather them in Megatron first",
-    "target_parameters": "LoRA on bare parameters (fused experts) is not supported",
     "alora_invocation_tokens": "the adapter is switched on by tokens, which weights cannot do",
     "arrow_config": "the adapter is routed per token, which weights cannot do",
     "use_qalora": "QA-LoRA groups its inputs; PEFT itself cannot merge it",
@@ -78,6 +77,9 @@ class PeftConfig:
         ensure_weight_tying: Tied ends were trained as one.
         fan_in_fan_out: What the file says of layouts; a hint only, PEFT does not keep it true.
         base_name: Base model by the trainer's name for it.
+        target_parameters: Ends of the paths of bare parameters with LoRA.
+        target_modules: Ends of the paths of modules with LoRA, a regular expression for whole
+            paths, or None.
     """
 
     r: int
@@ -93,6 +95,21 @@ class PeftConfig:
     ensure_weight_tying: bool
     fan_in_fan_out: bool
     base_name: str | None
+    target_parameters: tuple[str, ...] = ()
+    target_modules: tuple[str, ...] | str | None = None
+
+    @property
+    def all_linear(self) -> bool:
+        """Whether every linear layer is targeted, whatever its name."""
+        return isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear"
+
+    def targets_module(self, module: str) -> bool:
+        """Return whether the config names a module, by its path, as one with LoRA."""
+        if self.target_modules is None or self.all_linear:
+            return False
+        if isinstance(self.target_modules, str):
+            return re.fullmatch(self.target_modules, module) is not None
+        return any(f".{module}".endswith(f".{target}") for target in self.target_modules)
 
     def rank(self, module: str) -> int:
         """Return the rank of a module, by its path in the wrapped model."""
@@ -138,7 +155,14 @@ def parse(path: Path, raw: Mapping[str, Any]) -> PeftConfig:
         ensure_weight_tying=bool(raw.get("ensure_weight_tying")),
         fan_in_fan_out=bool(raw.get("fan_in_fan_out")),
         base_name=raw.get("base_model_name_or_path") or None,
+        target_parameters=tuple(raw.get("target_parameters") or ()),
+        target_modules=_target_modules(raw),
     )
+
+
+def _target_modules(raw: Mapping[str, Any]) -> tuple[str, ...] | str | None:
+    targets = raw.get("target_modules")
+    return tuple(map(str, targets)) if isinstance(targets, list) else targets and str(targets)
 
 
 def _check_method(path: Path, raw: Mapping[str, Any]) -> None:
@@ -198,12 +222,32 @@ def _type_problems(raw: Mapping[str, Any]) -> list[str]:
     saved = raw.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(s, str) for s in saved):
         problems.append(f"modules_to_save: expected a list of names, got {shown(saved)}")
+    if raw.get("target_parameters"):
+        problems += _parameter_problems(raw)
     if not isinstance(raw.get("base_model_name_or_path") or "", str):
         problems.append("base_model_name_or_path: expected a name")
     try:
         _token_indices(raw.get("trainable_token_indices"))
     except (TypeError, ValueError):
         problems.append("trainable_token_indices: expected token ids, or module names with ids")
+    return problems
+
+
+def _parameter_problems(raw: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with the fields that tell parameters from modules."""
+    problems = []
+    parameters, modules = raw["target_parameters"], raw.get("target_modules")
+    if not isinstance(parameters, list) or not all(isinstance(p, str) for p in parameters):
+        problems.append(f"target_parameters: expected a list of names, got {shown(parameters)}")
+    if isinstance(modules, str):
+        try:
+            re.compile(modules)
+        except re.error as error:
+            problems.append(f"target_modules: {shown(modules)} is no regular expression: {error}")
+    elif modules is not None and (
+        not isinstance(modules, list) or not all(isinstance(m, str) for m in modules)
+    ):
+        problems.append(f"target_modules: expected names or a pattern, got {shown(modules)}")
     return problems
 
 
