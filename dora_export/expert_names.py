@@ -82,22 +82,17 @@ class ExpertModel:
     """How a model holds its stacked experts.
 
     Attributes:
-        layout: A slice of the checkpoint's tensor is "oi" ``(out, in)`` or "io" ``(in, out)``, as
-            the expert computes.
+        layout: A slice of the class's parameter is "oi" ``(out, in)`` or "io" ``(in, out)``, as the
+            expert computes; the checkpoint's is the same but for ``either``.
         alternate: Rows of gate and up alternate; else all of gate come before all of up.
         is_transposed: The attribute of that name of transformers' class, which PEFT looks at.
-        turned: The checkpoint's slices are the transposes of the module's.
+        either: Checkpoints hold slices as the class does or transposed; their shapes tell.
     """
 
     layout: Literal["oi", "io"] = "oi"
     alternate: bool = False
     is_transposed: bool = False
-    turned: bool = False
-
-    @property
-    def of_module(self) -> Literal["oi", "io"]:
-        """The layout of the module's parameter."""
-        return {"oi": "io", "io": "oi"}[self.layout] if self.turned else self.layout  # type: ignore[return-value]
+    either: bool = False
 
 
 _PLAIN = ExpertModel()
@@ -118,6 +113,6 @@ EXPERT_MODELS: Mapping[str, ExpertModel] = {
     "llama4": ExpertModel("io"),
     "llama4_text": ExpertModel("io"),
     "openai_privacy_filter": ExpertModel("io", is_transposed=True),
-    "qwen3_vl_moe": ExpertModel("io", turned=True),
-    "qwen3_vl_moe_text": ExpertModel("io", turned=True),
+    "qwen3_vl_moe": ExpertModel(either=True),
+    "qwen3_vl_moe_text": ExpertModel(either=True),
 }

@@ -289,7 +289,7 @@ class _Placing:
             return replace(update, index=index, orientation=None)  # the shape decides
         straight = self._straight(update, one=ref.shape[0] == 1)
         model = self._model_or_none()
-        turned = model is not None and model.turned
+        turned = model is not None and model.either and self._layout(ref) != model.layout
         layout: Layout = "oi" if straight != turned else "io"
         return replace(update, index=index, layout=layout, orientation=None)
 
@@ -356,7 +356,7 @@ class _Placing:
         if out == inner:
             one = next(iter(places.values())).count == 1
             model = self._model(update.target)
-            swapped = self._straight(update, one=one) != (model.of_module == "oi")
+            swapped = self._straight(update, one=one) != (model.layout == "oi")
         else:
             swapped = given == (inner, out)
         if not swapped:
@@ -448,7 +448,23 @@ class _Placing:
         """Return whether slices of a stack are ``(out, in)`` or ``(in, out)``."""
         if ".switch_mlp." in f".{stack.name}":
             return "oi"  # MLX's own
-        return self._model(stack.name).layout
+        model = self._model(stack.name)
+        return self._layout_by_size(stack) if model.either else model.layout
+
+    def _layout_by_size(self, stack: TensorRef) -> Layout:
+        """Return how a checkpoint holds all of its stacks, by one of them that is not square."""
+        hidden = self._base.setting("hidden_size")
+        for (_, part), held in self._places.items():
+            if held.stack is None or hidden not in held.stack.shape[1:]:
+                continue
+            rows, columns = held.stack.shape[1:]
+            if rows != columns:
+                return "oi" if (rows == hidden) == (part == "down") else "io"
+        raise PlanError(
+            f"{shown(stack.name)}: checkpoints of this model hold experts as (out, in) or as "
+            "(in, out), and neither shapes nor hidden_size in config.json tell which this is. "
+            "Merge with PEFT."
+        )
 
     def _model_or_none(self) -> ExpertModel | None:
         found = (EXPERT_MODELS[t] for t in self._base.model_types if t in EXPERT_MODELS)
