@@ -72,7 +72,7 @@ OUTPUT_WORDS = {"fp32": F32, "float32": F32, "fp16": F16, "float16": F16, "bf16"
                 "bfloat16": BF16}  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileRange:
     """Bytes ``[start, start + nbytes)`` of a file."""
 
@@ -123,7 +123,7 @@ class HeldBytes:
         np.copyto(out.reshape(-1), self.data[start : start + out.size])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PickedColumns:
     """Every ``step``-th column of a stored matrix, from ``first`` on: ``count`` of them.
 
@@ -173,7 +173,7 @@ class PickedColumns:
             done += taken
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorRef:
     """A stored tensor: name, dtype and shape cost nothing; bytes are read on request.
 

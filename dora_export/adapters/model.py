@@ -24,6 +24,7 @@ class ReadOptions:
     magnitude_is_normalised: bool | None = None
     moe_b_layout: Literal["peft", "unsloth"] | None = None
     moe_transposed: bool | None = None
+    trained_in: str | None = None
 
 
 class Reading(TypedDict, total=False):
@@ -45,6 +46,8 @@ class Reading(TypedDict, total=False):
         moe_transposed: Whether ``B A`` lies transposed over stacked experts whose matrices are
             square, where the shape cannot tell; None: by PEFT's version and the model's class,
             else refuse.
+        trained_in: "fp32", "bf16" or "fp16": type of LyCORIS' parameters while training, whose eps
+            its forward adds to norms; None: as the metadata says, else the type they are stored in.
     """
 
     adapter_format: str | None
@@ -55,6 +58,7 @@ class Reading(TypedDict, total=False):
     magnitude_is_normalised: bool | None
     moe_b_layout: Literal["peft", "unsloth"] | None
     moe_transposed: bool | None
+    trained_in: str | None
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,8 @@ class Adapter:
             saying so, and the user has not said.
         naming: How updates name their targets: by module paths, or flattened (``flat_names``).
         doubts: What the files leave open and the reader had to take on trust.
+        layer_replication: Ranges ``[start, stop)`` of the base's layers that the trained model
+            stacks, one after another; updates name layers by their place there. Empty: as they are.
         facts: What ``inspect`` shows: settings in the format's own words.
     """
 
@@ -105,4 +111,5 @@ class Adapter:
     doubtful_magnitudes: bool = False
     naming: Literal["paths", "flat"] = "paths"
     doubts: tuple[str, ...] = ()
+    layer_replication: tuple[tuple[int, int], ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)

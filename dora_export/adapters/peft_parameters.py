@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dora_export.adapters.config_files import CONFIG
 from dora_export.adapters.model import ReadOptions
+from dora_export.adapters.patterns import first_matches
 from dora_export.adapters.peft_config import PeftConfig
 from dora_export.errors import AdapterError, shown
 from dora_export.expert_names import REGISTERED
@@ -58,54 +59,83 @@ class Stacked:
         return self.by_name.get(name, self.layout)
 
 
+def paths(layers: Mapping[str, Parts], config: PeftConfig) -> list[str]:
+    """Return the paths of all parameters that may be meant by the layers' keys."""
+    roots = dict.fromkeys(_root(path) for path in layers)
+    return [f"{root}.{name}" for root in roots for name in _named(root, config)]
+
+
 def split(
-    layers: Mapping[str, Parts], config: PeftConfig, problems: list[str]
+    config_path: Path, layers: Mapping[str, Parts], config: PeftConfig, problems: list[str]
 ) -> tuple[dict[str, Parts], dict[str, Parts]]:
     """Return the layers of modules by path, and those of parameters by theirs.
 
     Args:
+        config_path: For messages.
         layers: Parts of each layer, by the path that their keys give.
-        config: The adapter's.
+        config: The adapter's, which knows the ranks of ``paths``.
         problems: What does not add up is put in here.
+
+    Raises:
+        AdapterError: target_modules is no regular expression, or takes too much time.
     """
     chains: dict[str, dict[int, Parts]] = defaultdict(dict)
-    modules: dict[str, Parts] = {}
     for path, parts in layers.items():
-        root = path
-        while root.endswith(NESTED):
-            root = root.removesuffix(NESTED)
-        depth = (len(path) - len(root)) // len(NESTED)
-        if depth or _names(root, parts, config):
-            chains[root][depth] = parts
-        else:
-            modules[path] = parts
+        root = _root(path)
+        chains[root][(len(path) - len(root)) // len(NESTED)] = parts
+    targeted = _targeted(config_path, config, chains)
+    modules: dict[str, Parts] = {}
     parameters: dict[str, Parts] = {}
     for root, chain in chains.items():
-        names = _names(root, chain.get(0, {}), config)
-        why = _misfit(root, names, chain)
-        if why is not None:
+        names = [] if root in targeted else _names(root, chain.get(0, {}), config)
+        if not names and set(chain) == {0}:
+            modules[root] = chain[0]
+        elif (why := _misfit(root, names, chain)) is not None:
             problems.append(why)
-            continue
-        # the last of them to be wrapped is the outermost
-        ordered = sorted(names, key=_position, reverse=True)
-        parameters |= {f"{root}.{name}": chain[depth] for depth, name in enumerate(ordered)}
+        else:
+            # the last of them to be wrapped is the outermost
+            ordered = sorted(names, key=_position, reverse=True)
+            parameters |= {f"{root}.{name}": chain[depth] for depth, name in enumerate(ordered)}
     return modules, parameters
 
 
-def _names(root: str, parts: Parts, config: PeftConfig) -> list[str]:
-    """Return the parameters of a module that the config targets, by their last names."""
-    found = {
+def _root(path: str) -> str:
+    """Return the path of the module that holds a parameter, without the wrappers around it."""
+    while path.endswith(NESTED):
+        path = path.removesuffix(NESTED)
+    return path
+
+
+def _named(root: str, config: PeftConfig) -> dict[str, str]:
+    """Return the parameters of a module that the config may target: last name -> entry."""
+    return {
         target.rpartition(".")[2]: target
         for target in config.target_parameters
         if f".{root}.{target.rpartition('.')[2]}".endswith(f".{target}")
     }
-    if not found or config.targets_module(root):
-        return []
-    if config.all_linear:  # only shapes or longer paths tell a parameter from a linear layer
+
+
+def _names(root: str, parts: Parts, config: PeftConfig) -> list[str]:
+    """Return the parameters of a module that the config targets, by their last names."""
+    found = _named(root, config)
+    if found and config.all_linear:  # shapes or longer paths tell a parameter from a linear layer
         rank = {config.rank(f"{root}.{leaf}") for leaf in found}
         stacked = "A" in parts and parts["A"].shape[0] not in rank
         return [leaf for leaf, target in found.items() if stacked or "." in target]
     return list(found)
+
+
+def _targeted(config_path: Path, config: PeftConfig, modules: Iterable[str]) -> Collection[str]:
+    """Return the modules that the config names; PEFT gives their parameters no LoRA of their own.
+
+    Source: src/peft/tuners/tuners_utils.py (check_target_module_exists).
+    """
+    targets = config.target_modules
+    if not config.target_parameters or targets is None or config.all_linear:
+        return ()
+    if isinstance(targets, str):
+        return first_matches(config_path, "target_modules", [f"^(?:{targets})"], modules)
+    return [m for m in modules if any(f".{m}".endswith(f".{target}") for target in targets)]
 
 
 def _misfit(root: str, names: list[str], chain: Mapping[int, Parts]) -> str | None:

@@ -1,24 +1,24 @@
 """Model folders and single weight files as checkpoints.
 
 Looked for in this order: an index of safetensors shards, one safetensors file, an index of
-pickled shards, one pickled file. Symbolic links (the Hugging Face cache) are followed by reading.
+pickled shards, one pickled file. Symbolic links are followed where ``storage/paths.py`` says so.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from dora_export.checkpoints.model import Checkpoint, WeightFile
 from dora_export.errors import InputError, listing, shown
 from dora_export.storage import PICKLED, read_tensors
+from dora_export.storage.json_file import read_index
+from dora_export.storage.json_file import read_json as read_json
+from dora_export.storage.paths import contained, inside
 from dora_export.storage.safetensors import read_header
 
-MAX_JSON_BYTES = 200_000_000  # an index of a model with a million tensors has 80 MB
 # Weights that lie beside the model's own in published folders, under names of their own.
 NOT_THE_MODEL = ("adapter_model.safetensors", "consolidated.safetensors", "training_args.bin")
 
@@ -46,31 +46,12 @@ def open_checkpoint(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
         files = [p for p in listed if p.suffix == f".{stem}" and _is_model(p)]
         whole = [p for p in files if p.stem in ("model", "pytorch_model")]
         if files:
-            file = _only(path, whole or files, "weight file")
+            file = contained(_only(path, whole or files, "weight file"), path)
             return _close(replace(folder, files=(_weight_file(file, allow_pickle),)))
     raise InputError(
         f"{path}: no weights found (model.safetensors, *.safetensors.index.json, "
         "pytorch_model.bin). Check that this is the folder of the base model."
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file.
-
-    Raises:
-        InputError: The file is missing, too large, not JSON, or not an object.
-    """
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise InputError(f"{path}: larger than {MAX_JSON_BYTES} bytes. Not a real one.")
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}. Check the path.") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({shown(error)}). Download it again.") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: expected a JSON object. Download it again.")
-    return found
 
 
 def _is_model(path: Path) -> bool:
@@ -105,7 +86,7 @@ def _safetensors_name(name: str) -> str:
 
 
 def _sharded(folder: Checkpoint, index: Path, allow_pickle: bool) -> Checkpoint:
-    content = read_json(index)
+    content = read_index(index)
     weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise InputError(f"{index}: no weight_map of names to files. Download it again.")
@@ -124,13 +105,14 @@ def _sharded(folder: Checkpoint, index: Path, allow_pickle: bool) -> Checkpoint:
 
 
 def _check_shards(index: Path, names: list[str]) -> None:
-    outside = [n for n in names if Path(n).name != n or "\\" in n or n in ("", ".", "..")]
-    if outside:
+    places = {n: inside(index.parent, n, index) for n in names}
+    deeper = [n for n in names if "/" in n]
+    if deeper:
         raise InputError(
-            f"{index}: names files outside its folder: {[shown(n) for n in outside[:3]]}. "
-            "Do not use this checkpoint."
+            f"{index}: names files in folders below its own: {[shown(n) for n in deeper[:3]]}. "
+            "Put the shards beside the index."
         )
-    missing = [n for n in names if not (index.parent / n).is_file()]
+    missing = [shown(n) for n, place in places.items() if not place.is_file()]
     if missing:
         raise InputError(
             f"{index}: {len(missing)} of {len(names)} shards are missing:{listing(missing)}\n"

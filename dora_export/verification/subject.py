@@ -16,6 +16,7 @@ from dora_export.checkpoints.folder import NOT_THE_MODEL, read_json
 from dora_export.errors import InputError, shown
 from dora_export.plan import INDEX
 from dora_export.storage import PICKLED
+from dora_export.storage.paths import contained, stays_inside
 from dora_export.storage.pickled import read_pickled
 from dora_export.storage.safetensors import Header, read_header
 from dora_export.tensors import TensorRef
@@ -256,7 +257,7 @@ class _Opening:
             self.found("index-wrong", name, "holds no weight_map of names to files")
             return None
         files = sorted(set(places.values()))
-        outside = [f for f in files if Path(f).name != f or "\\" in f or f in ("", ".", "..")]
+        outside = [f for f in files if not stays_inside(f) or "/" in f]
         for file in outside:
             self.broken.add(file)
             self.found("index-wrong", name, f"names '{shown(file)}', outside the folder")
@@ -264,7 +265,7 @@ class _Opening:
 
     def read_file(self, path: Path) -> None:
         try:
-            header = self.header(path)
+            header = self.header(path if self.folder is None else contained(path, self.folder))
         except InputError as error:
             if path.suffix in PICKLED and not self.allow_pickle:
                 raise
@@ -282,7 +283,7 @@ class _Opening:
     def read_extra(self, name: str) -> None:
         """Tell of a weight file that is not part of the model."""
         try:
-            held = self.header(self.path / name).tensors
+            held = self.header(contained(self.path / name, self.path)).tensors
         except InputError as error:
             self.found("file-extra", name, clause(error, self.path / name))
             return
