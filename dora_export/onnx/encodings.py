@@ -69,7 +69,8 @@ class Plain:
         sizes, order = self.inner
         stored = tuple(sizes[axis] for axis in order)
         axes = (0, *(1 + int(axis) for axis in np.argsort(order)))
-        return lines.reshape(-1, *stored).transpose(axes).reshape(lines.shape)
+        turned: NDArray[Any] = lines.reshape(-1, *stored).transpose(axes)
+        return turned.reshape(lines.shape)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dora_export import inputs
 from dora_export.checkpoints.folder import read_json
 from dora_export.engine import Engine, Resources, check_adapter
 from dora_export.errors import OutputError, listing, shown
@@ -28,6 +29,7 @@ from dora_export.plan import Plan
 from dora_export.tensors import FileRange
 from dora_export.verification.plausible import refuse_implausible
 from dora_export.writers.files import FileSink
+from dora_export.writers.side_files import TOKENIZER, WHOLE_TOKENIZER, SideFile, in_folder
 from dora_export.writers.staging import MANIFEST
 
 LEAST_BLOCK, MOST_BLOCK = 2 << 20, 16 << 20
@@ -54,16 +56,19 @@ def make(request: Request) -> Made:
     check_adapter(plan)
     refuse_implausible(plan)
     graph = open_graph(path)
-    request.on_stage("looking for the base in the graph")
-    matched = match_graph(graph, weights_of(plan), threads=request.threads)
-    refuse_unmatched(plan, matched, request.allow_missing)
-    changed = _each_once(matched)
-    layout = lay_out(graph, [lines.tensor for m in changed for lines in m.holders])
-    _check_space(request.folder, layout)
-    request.on_stage("writing merged weights into the graph")
-    write(plan, changed, layout, request)
-    request.on_stage("checking what was written")
-    found = recheck(plan, graph, changed, layout, request.folder, threads=request.threads)
+    adapters = [file for adapter in plan.adapters for file in adapter.files]
+    files = [path, *graph.data_files.values(), *plan.base.sources, *adapters]
+    with inputs.held(inputs.watch(files, {})):
+        request.on_stage("looking for the base in the graph")
+        matched = match_graph(graph, weights_of(plan), threads=request.threads)
+        refuse_unmatched(plan, matched, request.allow_missing)
+        changed = _each_once(matched)
+        layout = lay_out(graph, [lines.tensor for m in changed for lines in m.holders])
+        _check_space(request.folder, layout)
+        request.on_stage("writing merged weights into the graph")
+        write(plan, changed, layout, request)
+        request.on_stage("checking what was written")
+        found = recheck(plan, graph, changed, layout, request.folder, threads=request.threads)
     return Made(
         graphs=(graph.path.name,),
         facts=_facts(graph, matched, changed),
@@ -101,7 +106,7 @@ def refuse_merged(path: Path, *, allow: bool) -> None:
         if allow or not (folder / MANIFEST).is_file():
             continue
         said = read_json(folder / MANIFEST)
-        if isinstance(said.get("onnx"), dict) and said.get("adapter"):
+        if isinstance(said.get("onnx"), dict) and said.get("adapters"):
             raise GraphError(
                 f"{path}: has an adapter merged into it already ({folder / MANIFEST}). Pass the "
                 "graph of the base, or --allow-merged-base if BASE is that merged model."
@@ -262,6 +267,26 @@ def _parity(plan: Plan, graph: Graph, changed: Sequence[Match]) -> tuple[Parity,
     return (Parity(graph.path.name, plan, outputs=outputs, needs_budget=quantised),)
 
 
+def beside(path: Path, files: Sequence[SideFile]) -> tuple[SideFile, ...]:
+    """Return the side files of a re-weighted graph, sorted by name.
+
+    What lies beside the graph goes along with it (``genai_config.json``) and is preferred to the
+    base's; the adapter's tokenizer is preferred to both.
+
+    Args:
+        path: The graph.
+        files: The side files of a merge.
+    """
+    from_adapter = {f.name: f for f in files if f.owner == "adapter"}
+    own = {f.name: f for f in in_folder(path.parent, replaced_by=from_adapter)}
+    whole = any(name in WHOLE_TOKENIZER for name in own)  # one tokenizer, not a mix of two
+    found = {f.name: f for f in files
+             if f.owner == "base" and not (whole and f.name in TOKENIZER)}  # fmt: skip
+    found |= own
+    found |= from_adapter
+    return tuple(found[name] for name in sorted(found))
+
+
 def _notes(matched: Matched) -> Iterator[str]:
     if matched.absent:
         names = ", ".join(shown(n) for n in matched.absent[:4])
@@ -286,8 +311,9 @@ def _facts(graph: Graph, matched: Matched, changed: Sequence[Match]) -> Mapping[
         "base_tensors_not_found": list(matched.absent),
         "allowed_missing": dict(matched.missing),
         "proof": {
-            "what": "each tensor below held exactly these rows of the base, in this encoding; "
-            "sha256 is of its lines in order before they were replaced",
+            "what": "each tensor below held exactly these rows of the base, line after line, in "
+            "this encoding, every byte compared; sha256 is of those lines, before they were "
+            "replaced",
             "initializers": [_proof(m) for m in changed],
         },
     }
@@ -295,17 +321,13 @@ def _facts(graph: Graph, matched: Matched, changed: Sequence[Match]) -> Mapping[
 
 def _proof(match: Match) -> dict[str, Any]:
     runs = match.runs()
-    held = [
-        {"tensor": r.weight, "rows": [r.first_row, r.first_row + r.count],
-         "lines": [r.first_line, r.first_line + r.count]}
-        for r in runs[:RUNS]
-    ]  # fmt: skip
+    held = [f"{r.weight or 'nothing of it'}[{r.first_row}:{r.first_row + r.count}]" for r in runs]
     entry: dict[str, Any] = {
         "name": match.tensor.name,
         "shape": list(match.tensor.shape),
         "encoding": match.encoding.name,
         "lines_are": "columns" if match.lines.by_column else "rows",
-        "base": held,
+        "base": held[:RUNS],
         "sha256": match.digest,
     }
     if match.tensor.scope:

@@ -264,10 +264,8 @@ def _read(part: Part, lines: NDArray[np.int64], holder: int) -> NDArray[np.uint8
     held = part.match.holders[holder]
     order = np.argsort(lines, kind="stable")
     ordered = lines[order]
-    blocks = []
-    for run in np.split(ordered, np.flatnonzero(np.diff(ordered) != 1) + 1):
-        blocks.append(held.read(int(run[0]), int(run[-1]) + 1))
-    joined = np.concatenate(blocks)
+    runs = np.split(ordered, np.flatnonzero(np.diff(ordered) != 1) + 1)
+    joined = np.concatenate([held.read(int(run[0]), int(run[-1]) + 1) for run in runs])
     out = np.empty_like(joined)
     out[order] = joined
     return out
