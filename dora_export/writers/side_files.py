@@ -138,7 +138,7 @@ def _parts(plan: Plan) -> Collection[str] | None:
     return pipeline.parts(folder) if plan.base.components and folder is not None else None
 
 
-def _walk(folder: Path, parts: Collection[str] | None) -> Iterator[tuple[str, Path]]:
+def _walk(folder: Path, parts: Collection[str] | None = None) -> Iterator[tuple[str, Path]]:
     def refuse(error: OSError) -> None:  # os.walk would leave the folder out without a word
         raise InputError(
             f"{shown(error.filename, 400)}: cannot be listed: {error.strerror}. {advice(error)}"
