@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,13 +22,14 @@ from dora_export.formula import (
     Tile,
     UndefinedRows,
     add_delta,
+    alone,
     factor,
     merge_tile,
 )
 from dora_export.pieces import ColumnSquares, Copy, Merge, Region, regions
 from dora_export.plan import Precision, Settings, Step
 from dora_export.refine import doubtful, product, recompute
-from dora_export.tensors import BF16, F64, DType, FileRange, Operand
+from dora_export.tensors import BF16, F64, FileRange, Operand
 from dora_export.update import Change, Product
 
 ArithmeticFactory = Callable[[Precision], Arithmetic]
@@ -59,7 +60,7 @@ def working_precision(step: Step, settings: Settings) -> Precision:
     if not step.changes:
         return "float32"
     simple = all(
-        len(r.changes) <= 1
+        not r.composed
         and all(c.kind in ("lora", "dora", "magnitude", "rows") for c in r.changes)
         and all(isinstance(c.delta, Product | None) for c in r.changes)
         for r in regions(step)
@@ -72,16 +73,16 @@ class _Lane:
     """A worker's arithmetic in one precision, with its buffers."""
 
     ops: Arithmetic
-    values: Array = None
-    work: Array = None
+    buffers: list[Array] = field(default_factory=list)
 
-    def arrays(self, rows: int, columns: int) -> tuple[Array, Array]:
-        """Return the tile's values and scratch, undefined."""
+    def arrays(self, rows: int, columns: int, count: int) -> list[Array]:
+        """Return arrays of a tile's shape, undefined: values, scratch, and more where needed."""
         size = rows * columns
-        if self.values is None or self.values.shape[0] < size:
-            self.values, self.work = self.ops.empty(size), self.ops.empty(size)
-        shape = (rows, columns)
-        return self.values[:size].reshape(shape), self.work[:size].reshape(shape)
+        if self.buffers and self.buffers[0].shape[0] < size:
+            self.buffers.clear()
+        while len(self.buffers) < count:
+            self.buffers.append(self.ops.empty(self.buffers[0].shape[0] if self.buffers else size))
+        return [buffer[:size].reshape(rows, columns) for buffer in self.buffers[:count]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,15 +159,17 @@ class Worker:
     def column_squares(
         self, piece: ColumnSquares, changes: list[LoadedChange]
     ) -> NDArray[np.float64]:
-        """Return the columns' sums of squares of V over the piece's rows, tile after tile."""
-        position = piece.region.column_change
-        assert position is not None, "Bug: sums without a column norm"
-        ops = self._lane(piece.step).ops
-        total = np.zeros(piece.region.columns)
-        for tile in self._tiles(piece.step, piece.region, piece.first_row, piece.last_row):
-            for loaded in changes[: position + 1]:
-                add_delta(ops, tile, loaded)
-            total += ops.host(ops.column_squares(tile.values, tile.work))
+        """Return the columns' sums of squares of V over the piece's rows, tile after tile.
+
+        Returns:
+            One row of sums per column change, float64.
+        """
+        region, ops = piece.region, self._lane(piece.step).ops
+        total = np.zeros((len(region.column_changes), region.columns))
+        for tile in self._tiles(piece.step, region, piece.first_row, piece.last_row):
+            for i, position in enumerate(region.column_changes):
+                values = _column_values(ops, tile, changes, position)
+                total[i] += ops.host(ops.column_squares(values, tile.work))
         return total
 
     def with_factors(
@@ -282,16 +285,19 @@ class Worker:
             stored = self._buffer("_stored", (stop - start) * columns * itemsize)
             step.source.source.read((region.start + start * columns) * itemsize, stored)
             raw = stored.view(step.source.dtype.raw).reshape(stop - start, columns)
-            yield _Block(raw, start, self._tiles_of(lane, raw, step.source.dtype, start, size))
+            yield _Block(raw, start, self._tiles_of(lane, step, region, raw, start, size))
 
     def _tiles_of(
-        self, lane: _Lane, raw: NDArray[Any], dtype: DType, start: int, size: int
+        self, lane: _Lane, step: Step, region: Region, raw: NDArray[Any], start: int, size: int
     ) -> Iterator[Tile]:
+        dtype = step.source.dtype
         for row in range(0, raw.shape[0], size):
             part = raw[row : row + size]
-            values, work = lane.arrays(*part.shape)
+            count = 4 if region.composed else 2
+            values, work, *spare = lane.arrays(part.shape[0], part.shape[1], count)
             lane.ops.widen(part, dtype, values)
-            yield Tile(values, work, part, dtype, start + row)
+            spares = (spare[0], spare[1]) if spare else None
+            yield Tile(values, work, part, dtype, start + row, spares)
 
     def _zero_rows(self, piece: Merge, changes: list[LoadedChange]) -> NDArray[np.intp]:
         """Return all rows of the region whose norm is zero although their magnitude is not."""
@@ -303,13 +309,14 @@ class Worker:
             return np.concatenate(found)
         for tile in self._tiles(piece.step, piece.region, 0, piece.region.rows):
             for loaded in changes:
+                own = alone(ops, tile, loaded) if loaded.change.own_norm else None
                 add_delta(ops, tile, loaded)
                 if loaded.change.over == "row":
                     assert loaded.magnitude is not None, "Bug: a norm without a magnitude"
-                    squares = ops.row_squares(tile.values)
+                    squares = ops.row_squares(tile.values if own is None else own)
                     _, undefined = factor(ops.xp, loaded.magnitude[tile.rows], squares, 0.0)
                     found.append(np.flatnonzero(ops.host(undefined)) + tile.first_row)
-        return np.concatenate(found)
+        return np.unique(np.concatenate(found))
 
     def _refuse_nonfinite(
         self, step: Step, region: Region, block: _Block, raw: NDArray[Any]
@@ -342,6 +349,18 @@ class Worker:
         return buffer[:nbytes]
 
 
+def _column_values(
+    ops: Arithmetic, tile: Tile, changes: list[LoadedChange], position: int
+) -> Array:
+    """Return V of the change at a position, whose columns are to be summed up."""
+    loaded = changes[position]
+    if loaded.change.own_norm:
+        return alone(ops, tile, loaded)
+    for earlier in changes[: position + 1]:
+        add_delta(ops, tile, earlier)
+    return tile.values
+
+
 def _compiled(block: _Block, loaded: LoadedChange, written: NDArray[Any]) -> fused.Merged:
     """Run the compiled kernel on a block."""
     assert loaded.panels is not None, "Bug: not loaded for the kernel"
@@ -367,6 +386,7 @@ def _for_kernel(step: Step, region: Region, ops: Arithmetic) -> bool:
         ops.compiled
         and step.source.dtype is step.dtype is BF16
         and len(region.changes) == 1
+        and not region.composed
         and region.changes[0].kind in ("lora", "dora", "magnitude")
     )
 
