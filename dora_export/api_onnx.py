@@ -60,7 +60,9 @@ def export_onnx(
     prompts: Sequence[str] = (),
     allow_mismatch: bool = False,
     allow_merged_base: bool = False,
+    allow_missing: Iterable[str] = (),
     strength: float = 1.0,
+    weights: Sequence[float] = (),
     zero_norm: ZeroNorm = "refuse",
     map_prefix: Iterable[str] = (),
     fan_in_fan_out: bool | None = None,
@@ -88,8 +90,11 @@ def export_onnx(
             measured noise of the graph's dtype.
         prompts: Texts to run both on; none: generated inputs.
         allow_mismatch: Publish a graph that fails the comparison all the same.
-        allow_merged_base: As in ``merge``.
+        allow_merged_base: As in ``merge``; for ``into`` as well.
+        allow_missing: Names of tensors or modules that the adapter changes and that ``into`` may
+            lack, since its exporter left them out.
         strength: As in ``merge``.
+        weights: As in ``merge``.
         zero_norm: As in ``merge``.
         map_prefix: As in ``merge``.
         fan_in_fan_out: As in ``merge``.
@@ -113,6 +118,7 @@ def export_onnx(
     settings = Settings(
         dtype=OUTPUT_WORDS[options.dtype] if way == "trace" else None,
         strength=strength,
+        weights=tuple(weights),
         zero_norm=zero_norm,
         map_prefix=naming.parse_map_prefix(map_prefix),
         fan_in_fan_out=fan_in_fan_out,
@@ -120,29 +126,31 @@ def export_onnx(
     plans = _plans(base, adapter, ReadOptions(**reading), settings, each=adapters)
     if adapter is not None:
         manifest.refuse_merged_base(plans[0].base.folder, allow=allow_merged_base)
-    beside = _side_files(plans[0])
+    beside = _side_files(plans[0], into)
     leftover = find_leftover(target)
     place.check_way(target, [*(f.name for f in beside), MANIFEST, f"{MERGED}/model.safetensors"])
     inputs = {"base": plans[0].base.path}
-    inputs |= {f"adapter {p.adapter.path.name}": p.adapter.path for p in plans if adapter}
+    inputs |= {f"adapter {a.path.name}": a.path for p in plans for a in p.adapters}
+    inputs |= {} if into is None else {"graph": Path(into)}
     place.check_place(target, inputs, force=force, leftover=leftover)
-    place.check_space(target, 2 * plans[0].output_bytes, leftover)  # merged weights, and the graph
+    if way != "into":  # which checks for itself what the graph needs
+        place.check_space(target, 2 * plans[0].output_bytes, leftover)  # merged weights, the graph
     # Two exports need not give the same bytes, so none goes on with another's.
     job = Job({FORMAT_LABEL: FORMAT, "dora-export": __version__, "run": uuid.uuid4().hex}, {})
     with staged(target, job, force=force) as stage:
         request = Request(
             plans, stage.folder, options, Path(into) if into is not None else None, threads,
-            progress, on_stage,
+            progress, on_stage, tuple(allow_missing), allow_merged_base,
         )  # fmt: skip
         made = _make(way, request, base, adapter, settings, reading, allow_merged_base)
         on_stage("writing side files")
-        plan = replace(plans[0], index=None, config_edits=dict(plans[0].config_edits))
+        plan = replace(plans[0], indexes={}, config_edits=dict(plans[0].config_edits))
         side_files.write(plan, beside, stage.folder)
         report = None
         if verify:
             on_stage("comparing with the unmerged model")
             report = _verified(made, stage, target, plans[0], prompts, budget, started)
-        _write_manifest(stage, plan, made, way, options, beside, report, adapter is not None)
+        _write_manifest(stage, plan, made, way, options, beside, report)
         sizes = files.sizes(stage.folder)
         found = GraphReport(
             output=target,
@@ -191,9 +199,14 @@ def _plans(
     return (api._plan(base, adapter, options, settings)[0],)
 
 
-def _side_files(plan: Plan) -> tuple[side_files.SideFile, ...]:
+def _side_files(plan: Plan, into: PathLike | None) -> tuple[side_files.SideFile, ...]:
     """Return what goes along with a graph: tokenizer, config and their like."""
-    return side_files.collect(plan)
+    found = side_files.collect(plan)
+    if into is None:
+        return found
+    from dora_export.onnx import into as re_weighted  # noqa: PLC0415 - as in _make()
+
+    return re_weighted.beside(Path(into), found)
 
 
 def _make(
@@ -223,7 +236,7 @@ def _make(
         request.on_stage("merging")
         api.merge(
             base, adapter, merged, dtype=request.options.dtype, strength=settings.strength,
-            zero_norm=settings.zero_norm, fan_in_fan_out=settings.fan_in_fan_out,
+            weights=settings.weights, zero_norm=settings.zero_norm, fan_in_fan_out=settings.fan_in_fan_out,
             map_prefix=[f"{old}={new}" for old, new in settings.map_prefix],
             allow_merged_base=allow_merged_base, threads=request.threads,
             progress=request.progress, **reading,
@@ -254,7 +267,7 @@ def _as_stored(request: Request, merged: Path) -> Path:
         if request.progress is not None:
             request.progress(done, plan.output_bytes)
 
-    with FileSink([merged / file.name for file in plan.files], sizes) as sink:
+    with FileSink(merged, [file.name for file in plan.files], sizes) as sink:
         for position, file in enumerate(plan.files):
             sink.write_header(position, file.header)
         Engine(plan, sink, resources, on_bytes).run()
@@ -273,9 +286,11 @@ def _verified(
 ) -> VerifyReport:
     from dora_export.verification.graph import check_graph  # noqa: PLC0415 - loads torch
 
-    tiers: list[TierResult] = []
+    tiers: list[TierResult] = [*made.tiers]
     findings: list[Finding] = []
     for one in made.parity:
+        if one.needs_budget and budget is None:
+            continue
         graph = stage.folder / one.graph
         tier, found = check_graph(
             one.plan, graph, runner=one.runner(graph) if one.runner else None,
@@ -286,11 +301,11 @@ def _verified(
         findings += found
     return VerifyReport(
         base=plan.base.path,
-        adapter=plan.adapter.path,
+        adapters=tuple(a.path for a in plan.adapters),
         merged=target,
         level="full",
         maker=f"dora-export {__version__}",
-        method=str(plan.adapter.facts.get("method", "LoRA")),
+        method=plan.method,
         tiers=tuple(tiers),
         findings=in_order(tuple(findings)),
         tensors=(),
@@ -320,16 +335,14 @@ def _write_manifest(
     options: GraphOptions,
     beside: tuple[side_files.SideFile, ...],
     report: VerifyReport | None,
-    merged_here: bool,
 ) -> None:
     content = manifest.manifest(plan, Resources("cpu", None, None), beside, adapter_digests(plan))
-    if not merged_here:
-        content["adapter"] = None
     content["onnx"] = {
         "way": way,
-        "options": options_said(options),
+        "options": {} if way == "into" else options_said(options),
         **made.facts,
-        "files": files.digests(stage.folder, made.graphs),
+        # a re-weighted graph has the digests of what it held in its proof
+        "files": {} if way == "into" else files.digests(stage.folder, made.graphs),
         "parity": None if report is None else {
             "verdict": report.verdict,
             "tiers": [{"summary": t.summary, "figures": t.figures} for t in report.tiers],

@@ -149,7 +149,7 @@ def save_base(folder, model):
     state = {
         name.replace("base_layer.", ""): tensor.detach().contiguous().clone()
         for name, tensor in model.state_dict().items()
-        if "lora_" not in name
+        if "lora_" not in name and ".ranknum." not in name
     }
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     if hasattr(model, "config"):
@@ -223,3 +223,9 @@ def over_all_but(values, axis):
     """The root of the sum of squares over every dimension but one, by plain definition."""
     others = tuple(i for i in range(values.ndim) if i != axis)
     return np.sqrt((values * values).sum(axis=others, keepdims=True))
+
+
+def load_base(model, folder, dtype):
+    """Load a saved base into a fresh model of its class, as a user would before PEFT's load."""
+    model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+    return model.to(dtype).eval()

@@ -451,7 +451,7 @@ def test_source_of_a_copy_that_ends_early_is_refused_and_no_endless_loop(tmp_pat
     monkeypatch.setattr(os, "copy_file_range", lambda *_: 0)
     with (
         pytest.raises(InputError, match=r"source: ends at byte 100, expected 200"),
-        FileSink([tmp_path / "file"], [200]) as sink,
+        FileSink(tmp_path, ["file"], [200]) as sink,
     ):
         sink.copy(0, 0, FileRange(tmp_path / "source", 0, 200))
 
@@ -545,11 +545,13 @@ def test_input_that_changes_meanwhile_is_reported_and_nothing_published(
 
 def test_link_that_leads_elsewhere_meanwhile_is_reported(at, monkeypatch):
     """As the cache does when another revision of a model is downloaded."""
-    (at / "blobs").mkdir()
+    blobs = at / "models--org--name" / "blobs"
+    blobs.mkdir(parents=True)
+    old, new = blobs / ("0" * 64), blobs / ("1" * 64)
     link = at / "base" / "model.safetensors"
-    link.rename(at / "blobs" / "old")
-    save_file(small.base_tensors(seed=9), at / "blobs" / "new", {"format": "pt"})
-    link.symlink_to(at / "blobs" / "old")
+    link.rename(old)
+    save_file(small.base_tensors(seed=9), new, {"format": "pt"})
+    link.symlink_to(old)
 
     def lead_elsewhere():
         (at / "link").symlink_to(at / "blobs" / "new")
@@ -716,13 +718,14 @@ def test_link_to_nothing_that_would_not_be_taken_over_is_no_obstacle(at):
 
 def test_cache_of_read_only_links_is_good_as_input_and_stays_as_it_is(at):
     """As huggingface_hub keeps models: links to blobs that nobody may write."""
-    blobs = at / "blobs"
-    blobs.mkdir()
+    blobs = at / "models--org--name" / "blobs"
+    blobs.mkdir(parents=True)
     inputs = [p for folder in ("base", "adapter") for p in (at / folder).iterdir()]
     for i, path in enumerate(inputs):
-        path.rename(blobs / str(i))
-        (blobs / str(i)).chmod(0o444)
-        path.symlink_to(os.path.relpath(blobs / str(i), path.parent))
+        blob = blobs / f"{i:064x}"
+        path.rename(blob)
+        blob.chmod(0o444)
+        path.symlink_to(os.path.relpath(blob, path.parent))
     for folder in (blobs, at / "base", at / "adapter"):
         folder.chmod(0o555)
     marks = {p: (p.stat().st_ino, p.stat().st_ctime_ns) for p in blobs.iterdir()}

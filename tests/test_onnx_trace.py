@@ -145,15 +145,17 @@ def test_genai_config_names_what_the_graph_has(exported):
 
 def test_quantised_graphs_are_held_against_the_unmerged_model_too(exported, tmp_path):
     pair, _, out, _ = exported
-    for method, budget in (("int8", 0.9), ("int4", 0.9)):
+    for method, most in (("int8", 0.2), ("int4", 0.2)):
         options = GraphOptions(quantize=method, block_size=16)
         target = tmp_path / f"{method}.onnx"
         facts = quantise.quantise(out / "model.onnx", target, f"{method}.data", options)
         assert facts["nodes"] == 15  # seven layers twice, and the head
-        tier, findings = check_graph(pair.plan(), target, budget=budget)
-        assert findings == ()
+        tier, findings = check_graph(pair.plan(), target, budget=0.9)
+        # A single logit of dynamic int8 may well be off by all of its size.
+        assert {f.code for f in findings} <= ({"graph-differs"} if method == "int8" else set())
         errors = tier.figures["outputs"]["logits"]["error"]
-        assert 1e-4 < errors["rms"] / errors["scale"] < budget
+        assert 1e-3 < errors["rms"] / errors["scale"] < most
+        assert all(abs(m["share"]) < 0.2 for m in tier.figures["mistakes"].values())
         assert {f.code for f in check_graph(pair.plan(), target, budget=1e-4)[1]} == {
             "graph-differs"}  # fmt: skip
 
@@ -289,7 +291,7 @@ def test_a_merged_folder_is_exported_as_it_is_stored(exported, tmp_path):
     assert report.verdict == "right"
     assert report.verified.tiers[0].figures["mistakes"] == {}
     said = json.loads((tmp_path / "out" / "dora_export.json").read_text())
-    assert said["adapter"] is None
+    assert said["adapters"] == []
     dora_export.merge(pair.base, pair.adapter, tmp_path / "half", dtype="bf16")
     before = sorted(p.name for p in (tmp_path / "half").iterdir())
     with pytest.raises(ParityError):  # bfloat16 weights are not the graph's

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from dora_export import limits
 from dora_export.errors import InputError
 from dora_export.storage import read_tensors
-from dora_export.storage import safetensors as container
 from dora_export.storage.safetensors import header_bytes, read_header
 from dora_export.tensors import BY_TORCH, DTYPES, F32
 from tests import small
@@ -40,10 +40,12 @@ MALFORMED = {
     "header of nothing": ("", b"", 0, "not a whole safetensors file"),
     "no JSON": ("{w:", b"", None, "not JSON"),
     "no UTF-8": (b'{"\xff":1}', b"", None, "not JSON"),
-    "deep nesting": ("[" * 200_000, b"", None, "not JSON"),
+    "deep nesting": ('{"w":' + "[" * 200_000, b"", None, "not JSON: nested too deeply"),
+    "nesting that a parser takes": ('{"w":' + "[" * 70 + "]" * 70 + "}", b"", None, "too deeply"),
     "number of a million digits": ('{"w":' + "1" * 10**6 + "}", b"", None, "not JSON"),
     "a list": ("[]", b"", None, "not a JSON object"),
-    "a name twice": ('{"w":{},"w":{}}', b"", None, "names a tensor twice"),
+    "a name twice": (f'{{"w":{json.dumps(W)},"w":0}}', None, None, "names a tensor twice"),
+    "a field twice": ('{"w":{"shape":[1],"shape":[2]}}', None, None, "two things of one name"),
     "half a character in a name": ('{"\\ud800": {}}', b"", None, "half a character"),
     "metadata of numbers": ({"__metadata__": {"a": 1}, "w": W}, None, None, "map of strings"),
     "metadata in a list": ({"__metadata__": ["a"], "w": W}, None, None, "map of strings"),
@@ -103,8 +105,8 @@ def test_safetensors_without_a_header_are_refused(nbytes, tmp_path):
 def test_header_larger_than_the_reference_allows_is_refused_before_it_is_read(tmp_path):
     path = tmp_path / "x.safetensors"
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", container.MAX_HEADER_BYTES + 1))
-        file.truncate(container.MAX_HEADER_BYTES * 2)  # a hole, not 200 MB
+        file.write(struct.pack("<Q", limits.HEADER_BYTES + 1))
+        file.truncate(limits.HEADER_BYTES * 2)  # a hole, not 200 MB
     with pytest.raises(InputError, match="not a whole safetensors file"):
         read_header(path)
 

@@ -13,13 +13,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dora_export.adapters import peft_config, torchtune
+from dora_export.adapters import peft_config, peft_parameters, torchtune
 from dora_export.adapters.config_files import CONFIG, config_of
 from dora_export.adapters.model import Adapter, ReadOptions
 from dora_export.adapters.peft_config import PeftConfig
+from dora_export.adapters.peft_factors import factors
 from dora_export.checkpoints.folder import read_json
 from dora_export.errors import AdapterError, InputError, listing, shown
 from dora_export.storage import read_tensors
+from dora_export.storage.paths import contained
 from dora_export.tensors import Operand, TensorRef
 from dora_export.update import Kind, RowOrder, Update
 
@@ -36,11 +38,12 @@ TRAINING_ONLY = ("lora_velora_embed", "lora_monteclora_sampler")
 LAYER_PARTS = {
     part: re.compile(rf"(?P<module>.+?)\.{pattern}")
     for part, pattern in {
-        "A": r"lora_A(\.(?P<name>[^.]+))?\.weight",
-        "B": r"lora_B(\.(?P<name>[^.]+))?\.weight",
+        "A": r"lora_A(\.(?P<name>(?!weight$)[^.]+))?(\.weight)?",  # AdaLoRA: no ".weight"
+        "B": r"lora_B(\.(?P<name>(?!(weight|bias)$)[^.]+))?(\.weight)?",
         "B.bias": r"lora_B(\.(?P<name>[^.]+))?\.bias",
         "embedding_A": r"lora_embedding_A(\.(?P<name>[^.]+))?",
         "embedding_B": r"lora_embedding_B(\.(?P<name>[^.]+))?",
+        "E": r"lora_E(\.(?P<name>[^.]+))?",
         "m": r"lora_magnitude_vector(\.(?P<name>(?!weight$)[^.]+))?(\.weight)?",
         "base.weight": r"(token_adapter\.)?base_layer\.(?P<name>)weight",
         "base.bias": r"base_layer\.(?P<name>)bias",
@@ -94,8 +97,15 @@ def read(path: Path, options: ReadOptions) -> Adapter:
     if "use_dora" not in raw and torchtune.is_export(raw):  # torchtune does not write it
         with_m = any("m" in layer.parts for layer in sorted_.layers.values())
         config = replace(config, dora=with_m)
-    updates = [u for module, layer in sorted_.layers.items()
-               for u in _layer_updates(module, layer, config, sorted_.problems)]  # fmt: skip
+    pruned = _set_pruned_apart(sorted_)
+    layers = {path: layer.parts for path, layer in sorted_.layers.items()}
+    config = config.for_modules(config_path, [*layers, *peft_parameters.paths(layers, config)])
+    modules, parameters = peft_parameters.split(config_path, layers, config, sorted_.problems)
+    packed = peft_parameters.packing(config_path.parent, raw, options)
+    updates = [u for module, parts in modules.items()
+               for u in _layer_updates(module, parts, config, sorted_.problems)]  # fmt: skip
+    for name, parts in parameters.items():
+        updates += peft_parameters.updates(name, parts, config, packed, sorted_.problems)
     order = torchtune.export_order(config_path.parent, raw, options)
     updates = [_as_said(u, order, options) for u in updates]
     updates += [_replacement(target, ref) for target, ref in sorted_.whole.items()]
@@ -118,10 +128,13 @@ def read(path: Path, options: ReadOptions) -> Adapter:
         base_name=config.base_name,
         ensure_weight_tying=config.ensure_weight_tying,
         saved_embeddings=_saved_embeddings(sorted_, config),
-        whole_families=_means_all_layers(raw),
+        whole_families=_means_all_layers(raw) and not pruned,
+        layer_replication=config.layer_replication,
         doubtful_magnitudes=config.dora and options.magnitude_is_normalised is None,
+        doubts=_doubts(config),
         square_io=config.fan_in_fan_out,
-        facts=_facts(config, updates, order),
+        square_experts_transposed=options.moe_transposed,
+        facts=_facts(config, updates, order) | _experts_facts(parameters, packed),
     )
 
 
@@ -147,7 +160,10 @@ def _means_all_layers(raw: Mapping[str, Any]) -> bool:
         or raw.get("layers_to_transform")
     ):
         return False
-    return not any(part.isdigit() for target in targets for part in str(target).split("."))
+    parameters = raw.get("target_parameters") or []
+    return not any(
+        part.isdigit() for target in (*targets, *parameters) for part in str(target).split(".")
+    )
 
 
 def _refuse_options(config_path: Path, options: ReadOptions) -> None:
@@ -165,7 +181,7 @@ def _weights(folder: Path, options: ReadOptions) -> Path:
         raise InputError(
             f"{folder}: has {CONFIG} but no {' or '.join(WEIGHTS)}. Copy the whole adapter folder."
         )
-    return found[0]
+    return contained(found[0], folder)
 
 
 def _sort(tensors: Mapping[str, TensorRef], config: PeftConfig) -> _Sorted:
@@ -208,6 +224,15 @@ def _sort_one(key: str, ref: TensorRef, config: PeftConfig, found: _Sorted) -> N
                               "tensor and differ")  # fmt: skip
 
 
+def _set_pruned_apart(found: _Sorted) -> bool:
+    """Take out the layers that AdaLoRA has pruned to rank 0; return whether there are any."""
+    pruned = [n for n, lay in found.layers.items() if "E" in lay.parts and not lay.parts["E"].size]
+    for name in pruned:
+        for ref in found.layers.pop(name).parts.values():
+            found.ignored[ref.name] = "AdaLoRA has pruned this layer's rank to 0"
+    return bool(pruned)
+
+
 def _plain_name(key: str) -> str:
     """Return the module path and parameter in the model that PEFT wrapped."""
     segments = _unwrapped([s for s in key.split(".") if s not in WRAPPERS])
@@ -245,12 +270,11 @@ def _saved_embeddings(found: _Sorted, config: PeftConfig) -> frozenset[str]:
 
 
 def _layer_updates(
-    module: str, layer: _Layer, config: PeftConfig, problems: list[str]
+    module: str, parts: Mapping[str, TensorRef], config: PeftConfig, problems: list[str]
 ) -> Iterator[Update]:
-    parts = layer.parts
-    if module.endswith("base_layer") or ".base_layer." in module:
-        problems.append(f"{shown(module)}: LoRA inside a wrapped layer (nn.MultiheadAttention or "
-                        "two parameters of one module) is not supported")  # fmt: skip
+    if ".base_layer." in module:
+        problems.append(f"{shown(module)}: LoRA inside nn.MultiheadAttention, whose out_proj PEFT "
+                        "adds twice, is not supported")  # fmt: skip
         return
     for bias in ("weight", "bias"):
         if (ref := parts.get(f"base.{bias}")) is not None:
@@ -262,7 +286,7 @@ def _layer_updates(
         problems.append(f"{shown(module)}: both linear and embedding factors")
     elif pairs:
         yield from _product_updates(module, parts, pairs[0], config, problems)
-    elif parts.keys() & {"m", "B.bias"}:
+    elif parts.keys() & {"m", "B.bias", "E"}:
         problems.append(f"{shown(module)}: {sorted(parts.keys())} without lora_A and lora_B")
 
 
@@ -276,30 +300,27 @@ def _product_updates(
     if missing := [p for p in pair if p not in parts]:
         problems.append(f"{shown(module)}: lora_{missing[0]} missing")
         return
-    a, b = parts[pair[0]], parts[pair[1]]
-    rank = config.rank(module)
-    stored = (a.shape[:1], b.shape[1:2])
-    if len(b.shape) > 2 and stored[0] == (rank,) and 0 < b.shape[1] < rank:
-        problems.append(f"{shown(module)}: a convolution with {rank // b.shape[1]} groups; "
-                        "LoRA on grouped convolutions is not supported")  # fmt: skip
-        return
-    if stored != ((rank,), (rank,)) or len(a.shape) < 2 or any(n != 1 for n in b.shape[2:]):
-        problems.append(f"{shown(module)}: rank {rank} by the config, "
-                        f"but lora_A is {a.shape} and lora_B {b.shape}")  # fmt: skip
+    found = factors(module, parts, pair, config)
+    if isinstance(found, str):
+        problems.append(found)
         return
     m = parts.get("m")
     kind: Kind = "lora" if m is None else "dora"
-    keys = [a.name, b.name] + ([m.name] if m else [])
+    keys = [*found.keys] + ([m.name] if m else [])
     yield Update(
         target=f"{module}.weight",
         kind=kind,
         source_keys=tuple(keys),
-        down=Operand.matrix(a),
-        up=Operand.matrix(b),
-        scaling=config.scaling(module),
+        down=found.down,
+        up=found.up,
+        scaling=found.scaling,
         magnitude=Operand.vector(m) if m else None,
         # PEFT sees an embedding as (dim, vocabulary): the transpose of how it is stored.
-        layout="io" if pair[0] == "embedding_A" else "oi" if len(a.shape) > 2 else None,
+        layout="io"
+        if pair[0] == "embedding_A"
+        else "oi"
+        if len(parts[pair[0]].shape) > 2
+        else None,
     )
     if (bias := parts.get("B.bias")) is not None:
         if not config.lora_bias:
@@ -357,10 +378,18 @@ def _check_magnitudes(config: PeftConfig, found: _Sorted) -> None:
         )
 
 
+def _doubts(config: PeftConfig) -> tuple[str, ...]:
+    if config.group_size is None:
+        return ()
+    return ("QA-LoRA trains beside a base quantised by GPTQ: on this one, the merged model differs "
+            "from the trained one by that quantisation's error",)  # fmt: skip
+
+
 def _facts(config: PeftConfig, updates: list[Update], order: RowOrder | None) -> dict[str, object]:
-    modules = [u.target.removesuffix(".weight") for u in updates if u.kind in ("lora", "dora")]
+    modules = [u.target if u.orientation else u.target.removesuffix(".weight")
+               for u in updates if u.kind in ("lora", "dora")]  # fmt: skip
     facts: dict[str, object] = {
-        "method": "DoRA" if config.dora else "LoRA",
+        "method": config.method,
         "rank": sorted({config.rank(m) for m in modules}),
         "alpha": sorted({config.module_alpha(m) for m in modules}),
         "scaling": sorted({round(config.scaling(m), 6) for m in modules}),
@@ -376,3 +405,14 @@ def _facts(config: PeftConfig, updates: list[Update], order: RowOrder | None) ->
     if config.dora:
         facts["axis"] = "out, by the format: PEFT takes the norm over dim 1"
     return facts
+
+
+def _experts_facts(
+    parameters: Mapping[str, object], packed: peft_parameters.Stacked
+) -> dict[str, object]:
+    """Return what ``inspect`` shows of bare parameters."""
+    if not parameters:
+        return {}
+    orders = {packed.of(path.rpartition(".")[2]) for path in parameters}
+    told = " and ".join(sorted(str(order) for order in orders if order is not None))
+    return {"experts": f"lora_B in {told or 'unknown'} order: {packed.why}"}

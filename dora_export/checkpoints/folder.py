@@ -1,30 +1,32 @@
 """Model folders and single weight files as checkpoints.
 
 Looked for in this order: an index of safetensors shards, one safetensors file, an index of
-pickled shards, one pickled file. Symbolic links (the Hugging Face cache) are followed by reading.
+pickled shards, one pickled file. Symbolic links are followed where ``storage/paths.py`` says so.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-from dora_export.checkpoints.model import Checkpoint, WeightFile
+from dora_export.checkpoints.model import Checkpoint, Index, WeightFile
 from dora_export.errors import InputError, listing, shown
 from dora_export.storage import PICKLED, read_tensors
+from dora_export.storage.json_file import read_index
+from dora_export.storage.json_file import read_json as read_json
+from dora_export.storage.paths import contained, inside
 from dora_export.storage.safetensors import read_header
 
-MAX_JSON_BYTES = 200_000_000  # an index of a model with a million tensors has 80 MB
+# Names that libraries give a model's weights: transformers (new, old) and diffusers.
+STEMS = ("model", "pytorch_model", "diffusion_pytorch_model")
 # Weights that lie beside the model's own in published folders, under names of their own.
 NOT_THE_MODEL = ("adapter_model.safetensors", "consolidated.safetensors", "training_args.bin")
 
 
-def open_checkpoint(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
-    """Open a model folder or a single weight file; reads headers, configs and indexes only.
+def open_model(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
+    """Open the folder of one model, or a single weight file.
 
     Args:
         path: Folder, ``.safetensors``, ``.bin``, ``.pt`` or ``.pth`` file.
@@ -34,7 +36,7 @@ def open_checkpoint(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
         InputError: There are no weights, or more than one candidate, or they are malformed.
     """
     if not path.is_dir():
-        return _close(Checkpoint(path, (_weight_file(path, allow_pickle),)))
+        return closed(Checkpoint(path, (weight_file(path, allow_pickle),)))
     config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
     folder = Checkpoint(path, (), folder=path, config=config)
     # Not glob(), which takes a folder that cannot be listed for an empty one.
@@ -42,35 +44,18 @@ def open_checkpoint(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
     for stem in ("safetensors", "bin"):
         indexes = [p for p in listed if p.name.endswith(f".{stem}.index.json")]
         if indexes:
-            return _close(_sharded(folder, _only(path, indexes, "index"), allow_pickle))
+            index = _only(path, indexes, "index")
+            shards, described = sharded(index, allow_pickle)
+            return closed(replace(folder, files=shards, indexes=(described,)))
         files = [p for p in listed if p.suffix == f".{stem}" and _is_model(p)]
-        whole = [p for p in files if p.stem in ("model", "pytorch_model")]
+        whole = [p for p in files if p.stem in STEMS]
         if files:
-            file = _only(path, whole or files, "weight file")
-            return _close(replace(folder, files=(_weight_file(file, allow_pickle),)))
+            file = contained(_only(path, whole or files, "weight file"), path)
+            return closed(replace(folder, files=(weight_file(file, allow_pickle),)))
     raise InputError(
         f"{path}: no weights found (model.safetensors, *.safetensors.index.json, "
         "pytorch_model.bin). Check that this is the folder of the base model."
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file.
-
-    Raises:
-        InputError: The file is missing, too large, not JSON, or not an object.
-    """
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise InputError(f"{path}: larger than {MAX_JSON_BYTES} bytes. Not a real one.")
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}. Check the path.") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({shown(error)}). Download it again.") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: expected a JSON object. Download it again.")
-    return found
 
 
 def _is_model(path: Path) -> bool:
@@ -79,7 +64,7 @@ def _is_model(path: Path) -> bool:
 
 def _only(folder: Path, found: list[Path], what: str) -> Path:
     if len(found) > 1:
-        preferred = [p for p in found if p.name.split(".")[0] in ("model", "pytorch_model")]
+        preferred = [p for p in found if p.name.split(".")[0] in STEMS]
         if len(preferred) != 1:
             raise InputError(
                 f"{folder}: more than one {what}: {', '.join(p.name for p in found)}. "
@@ -89,7 +74,12 @@ def _only(folder: Path, found: list[Path], what: str) -> Path:
     return found[0]
 
 
-def _weight_file(path: Path, allow_pickle: bool, name: str | None = None) -> WeightFile:
+def weight_file(path: Path, allow_pickle: bool, name: str | None = None) -> WeightFile:
+    """Return a weight file with its tensors, under their names in the file.
+
+    Raises:
+        InputError: It is missing, malformed, or pickled without ``allow_pickle``.
+    """
     name = name or path.name
     if path.suffix == ".safetensors":
         header = read_header(path)
@@ -101,36 +91,42 @@ def _weight_file(path: Path, allow_pickle: bool, name: str | None = None) -> Wei
 
 def _safetensors_name(name: str) -> str:
     stem = PurePosixPath(name).stem
-    return stem.replace("pytorch_model", "model") + ".safetensors"
+    if stem.startswith("pytorch_model"):  # diffusers keeps "diffusion_pytorch_model"
+        stem = stem.removeprefix("pytorch_")
+    return f"{stem}.safetensors"
 
 
-def _sharded(folder: Checkpoint, index: Path, allow_pickle: bool) -> Checkpoint:
-    content = read_json(index)
+def sharded(index: Path, allow_pickle: bool) -> tuple[tuple[WeightFile, ...], Index]:
+    """Return the shards that an index names, and what the index is in the output.
+
+    Raises:
+        InputError: The index is malformed, names files outside its folder, or does not fit them.
+    """
+    content = read_index(index)
     weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise InputError(f"{index}: no weight_map of names to files. Download it again.")
     names = sorted(set(weight_map.values()))
     _check_shards(index, names)
-    files = tuple(_weight_file(index.parent / n, allow_pickle, n) for n in names)
+    files = tuple(weight_file(index.parent / n, allow_pickle, n) for n in names)
     _check_weight_map(index, weight_map, names, files)
     metadata = content.get("metadata")
-    pickled = index.name.endswith(".bin.index.json")
-    return replace(
-        folder,
-        files=files,
-        index_name="model.safetensors.index.json" if pickled else index.name,
-        index_metadata=metadata if isinstance(metadata, dict) else {},
-    )
+    name = index.name
+    if ".bin.index" in name:
+        whole, _, ending = name.partition(".bin")
+        name = _safetensors_name(f"{whole}.bin") + ending
+    return files, Index(name, metadata if isinstance(metadata, dict) else {})
 
 
 def _check_shards(index: Path, names: list[str]) -> None:
-    outside = [n for n in names if Path(n).name != n or "\\" in n or n in ("", ".", "..")]
-    if outside:
+    places = {n: inside(index.parent, n, index) for n in names}
+    deeper = [n for n in names if "/" in n]
+    if deeper:
         raise InputError(
-            f"{index}: names files outside its folder: {[shown(n) for n in outside[:3]]}. "
-            "Do not use this checkpoint."
+            f"{index}: names files in folders below its own: {[shown(n) for n in deeper[:3]]}. "
+            "Put the shards beside the index."
         )
-    missing = [n for n in names if not (index.parent / n).is_file()]
+    missing = [shown(n) for n, place in places.items() if not place.is_file()]
     if missing:
         raise InputError(
             f"{index}: {len(missing)} of {len(names)} shards are missing:{listing(missing)}\n"
@@ -157,7 +153,7 @@ def _check_weight_map(
         raise InputError(f"{index}: does not fit its shards:{listing(wrong)}\nDownload it again.")
 
 
-def _close(checkpoint: Checkpoint) -> Checkpoint:
+def closed(checkpoint: Checkpoint) -> Checkpoint:
     """Check what holds for all checkpoints: there are tensors, and no name occurs twice."""
     seen: dict[str, str] = {}
     twice = []

@@ -63,7 +63,7 @@ def share(model: ir.Model, merged: Path, folder: Path, *, copy: bool) -> list[st
             "--share-weights: the graph has no weight as the merged model stores it. Leave the "
             "option out."
         )
-    index = [merged / checkpoint.index_name] if checkpoint.index_name else []
+    index = sorted(merged.glob("*.safetensors.index.json"))
     for path in (*checkpoint.sources, *index):
         if copy:
             shutil.copyfile(path, folder / path.name)

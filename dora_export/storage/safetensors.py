@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dora_export import limits
 from dora_export.errors import InputError, shown
+from dora_export.storage.json_file import JsonReader
 from dora_export.tensors import DTYPES, DType, FileRange, TensorRef
 
-MAX_HEADER_BYTES = 100_000_000  # as in the reference implementation
-MAX_DIMENSIONS = 16
 ALIGNMENT = 8
 
 
@@ -47,31 +48,24 @@ def read_header(path: Path) -> Header:
     other without gaps or overlaps, and fit their shapes and dtypes.
 
     Raises:
-        InputError: The file is missing, truncated or malformed.
+        InputError: The file is missing, truncated, malformed or beyond a limit.
     """
     try:
-        size = path.stat().st_size
         with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
-            if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+            if not 2 <= length <= min(limits.HEADER_BYTES, size - 8):
                 raise InputError(
                     f"{path}: not a whole safetensors file ({size} bytes, header of {length}). "
                     "It is truncated, empty, or of another format; download it again."
                 )
-            text = file.read(length)
+            start = 8 + length
+            reader = JsonReader(file, length, f"{path}: the header")
+            refs, metadata = _entries(path, reader, start, size)
+            reader.end()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}. Check the path.") from error
-    entries = _parse(path, text)
-    metadata = entries.pop("__metadata__", {})
-    if (
-        not isinstance(metadata, dict)
-        or not all(isinstance(v, str) for v in metadata.values())
-        or not is_text([*metadata, *metadata.values()])
-    ):
-        raise InputError(f"{path}: __metadata__ is not a map of strings. The file is malformed.")
-    start = 8 + length
-    refs = [_tensor(path, name, entry, start, size) for name, entry in entries.items()]
     refs.sort(key=lambda ref: (ref.source.start, ref.source.nbytes))  # type: ignore[union-attr]
     _check_contiguous(path, refs, start, size)
     return Header(path, {ref.name: ref for ref in refs}, metadata, start)
@@ -106,22 +100,47 @@ def header_bytes(
     return struct.pack("<Q", len(text)) + text
 
 
-def _parse(path: Path, text: bytes) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
+def _entries(
+    path: Path, reader: JsonReader, start: int, size: int
+) -> tuple[list[TensorRef], dict[str, str]]:
+    refs: list[TensorRef] = []
+    names: set[str] = set()
+    metadata: dict[str, str] = {}
+    for name in reader.members():
+        if name in names:
             raise InputError(f"{path}: the header names a tensor twice. The file is malformed.")
-        return found
+        names.add(name)
+        if not is_text([name]):
+            raise InputError(f"{path}: the header holds half a character. The file is malformed.")
+        if name == "__metadata__":
+            metadata = _metadata(path, reader)
+            continue
+        if len(refs) >= limits.HEADER_TENSORS:
+            raise InputError(
+                f"{path}: holds more than {limits.HEADER_TENSORS} tensors. Not a real model."
+            )
+        entry = reader.value(limits.HEADER_ENTRY_CHARS)
+        refs.append(_tensor(path, name, entry, start, size))
+    return refs, metadata
 
-    try:
-        entries = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: the header is not JSON ({error}). Download it again.") from error
-    if not isinstance(entries, dict):
-        raise InputError(f"{path}: the header is not a JSON object. The file is malformed.")
-    if not is_text(entries):
-        raise InputError(f"{path}: the header holds half a character. The file is malformed.")
-    return entries
+
+def _metadata(path: Path, reader: JsonReader) -> dict[str, str]:
+    found: dict[str, str] = {}
+    whole = reader.at_object()
+    for name in reader.members() if whole else ():
+        value = reader.value(limits.METADATA_CHARS)
+        if name in found or len(found) >= limits.METADATA_ENTRIES:
+            raise InputError(
+                f"{path}: __metadata__ says '{shown(name)}' twice, or has more than "
+                f"{limits.METADATA_ENTRIES} entries. The file is malformed."
+            )
+        whole = isinstance(value, str) and is_text([name, value])
+        if not whole:
+            break
+        found[name] = value
+    if not whole:
+        raise InputError(f"{path}: __metadata__ is not a map of strings. The file is malformed.")
+    return found
 
 
 def is_text(names: Iterable[str]) -> bool:
@@ -134,30 +153,38 @@ def is_text(names: Iterable[str]) -> bool:
 
 
 def _tensor(path: Path, name: str, entry: Any, start: int, size: int) -> TensorRef:
-    where = f"{path}: tensor '{shown(name)}'"
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
-        raise InputError(f"{where}: no dtype, shape and data_offsets. Malformed.") from error
+        raise _wrong(path, name, "no dtype, shape and data_offsets. Malformed.") from error
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise InputError(f"{where}: dtype {shown(dtype)} is not known. Known: {', '.join(DTYPES)}.")
+        known = ", ".join(DTYPES)
+        raise _wrong(path, name, f"dtype {shown(dtype)} is not known. Known: {known}.")
     numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
-    if len(numbers) - 2 > MAX_DIMENSIONS or not all(
+    if len(numbers) - 2 > limits.DIMENSIONS or not all(
         type(n) is int and 0 <= n < 1 << 63 for n in numbers
     ):
-        raise InputError(f"{where}: shape {shown(shape)} or offsets are not sizes. Malformed.")
+        raise _wrong(path, name, f"shape {shown(shape)} or offsets are not sizes. Malformed.")
     ref = TensorRef(name, DTYPES[dtype], tuple(shape), FileRange(path, start + begin, end - begin))
     if end - begin != ref.nbytes:
-        raise InputError(
-            f"{where}: expected {ref.nbytes} bytes for {ref.shape} {dtype}, got {end - begin}. "
-            "The file is malformed; download it again."
+        raise _wrong(
+            path,
+            name,
+            f"expected {ref.nbytes} bytes for {ref.shape} {dtype}, got {end - begin}. "
+            "The file is malformed; download it again.",
         )
     if start + end > size:
-        raise InputError(
-            f"{where}: its bytes end at {start + end}, the file has {size}. "
-            "The file is truncated; download it again."
+        raise _wrong(
+            path,
+            name,
+            f"its bytes end at {start + end}, the file has {size}. "
+            "The file is truncated; download it again.",
         )
     return ref
+
+
+def _wrong(path: Path, name: str, what: str) -> InputError:
+    return InputError(f"{path}: tensor '{shown(name)}': {what}")
 
 
 def _check_contiguous(path: Path, refs: Sequence[TensorRef], start: int, size: int) -> None:

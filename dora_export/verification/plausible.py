@@ -9,6 +9,7 @@ Source: github.com/NVIDIA/TensorRT-LLM, examples/dora/normalize_weights.py.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -30,10 +31,15 @@ def refuse_implausible(plan: Plan) -> None:
     Raises:
         PlanError: The median magnitude is far from the median norm.
     """
-    if not plan.adapter.doubtful_magnitudes:
-        return
-    found = [(step, region) for step in plan.steps for region in regions(step)
-             if len(region.changes) == 1 and region.changes[0].over == "row"]  # fmt: skip
+    for position, adapter in enumerate(plan.adapters):
+        if adapter.doubtful_magnitudes:
+            _refuse_implausible(plan, position)
+
+
+def _refuse_implausible(plan: Plan, position: int) -> None:
+    path = plan.adapters[position].path
+    found = [(step, alone) for step in plan.steps for region in regions(step)
+             if (alone := _alone(region, position)) is not None]  # fmt: skip
     every = -(-len(found) // TENSORS) or 1
     pairs = [pair for f in found[::every]
              for pair in _magnitudes_and_norms(*f, plan.settings)]  # fmt: skip
@@ -45,17 +51,23 @@ def refuse_implausible(plan: Plan) -> None:
         return
     if 1 / NEAR <= size <= NEAR:
         raise PlanError(
-            f"{plan.adapter.path}: magnitudes around {size:.3g} for rows of norm "
+            f"{path}: magnitudes around {size:.3g} for rows of norm "
             f"{float(np.median(norm)):.3g}: they look divided by the norms already, as "
             "TensorRT-LLM wants them. Pass --magnitude-is-normalised if they are, "
             "--magnitude-is-not-normalised if they were trained so."
         )
     if not 1 / FAR <= ratio <= FAR:
         raise PlanError(
-            f"{plan.adapter.path}: magnitudes are around {ratio:.2g} times the norms of the rows "
+            f"{path}: magnitudes are around {ratio:.2g} times the norms of the rows "
             "they belong to. Check that this is the base it was trained on; pass "
             "--magnitude-is-not-normalised to merge it all the same."
         )
+
+
+def _alone(region: Region, position: int) -> Region | None:
+    """Return a region as one adapter alone would change it, if by one norm along its rows."""
+    own = tuple(c for c in region.changes if c.adapter == position)
+    return replace(region, changes=own) if len(own) == 1 and own[0].over == "row" else None
 
 
 def _magnitudes_and_norms(

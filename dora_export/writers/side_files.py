@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from dora_export import limits
+from dora_export.checkpoints import pipeline
 from dora_export.checkpoints.folder import read_json
-from dora_export.errors import InputError, shown
+from dora_export.errors import InputError, PlanError, shown
 from dora_export.machine import advice
 from dora_export.plan import Plan
+from dora_export.storage.paths import contained
 from dora_export.writers.config import edited
 from dora_export.writers.files import write_small
 from dora_export.writers.staging import MANIFEST
@@ -37,7 +41,7 @@ TOKENIZER = frozenset(
 WHOLE_TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
                    "sentencepiece.bpe.model", "tekken.json")  # fmt: skip
 TEMPLATES = "additional_chat_templates"
-MAX_SIDE_FILE_BYTES = 256 << 20
+INDEX = re.compile(r"\.index(\.\w+)?\.json$")  # of shards; diffusers' variants have a word more
 BIN_TOKENIZERS = ("sentencepiece.bpe.model",)
 
 
@@ -61,21 +65,42 @@ def collect(plan: Plan) -> tuple[SideFile, ...]:
 
     From the base: everything but weights, other formats of the same model and hidden files;
     weights in sub-folders only where modules.json (sentence-transformers) makes them part of the
-    model. From the adapter: tokenizer and chat template, which win over the base's.
+    model. Of a pipeline: its own files, and those in the folders that it names. From the adapters
+    of a single model: tokenizer and chat template, which win over the base's.
+
+    Raises:
+        PlanError: Two adapters bring tokenizers that differ.
     """
     found: dict[str, SideFile] = {}
-    written = {file.name for file in plan.files} | {plan.index_name}
+    written = {file.name for file in plan.files} | plan.indexes.keys()
     if plan.base.folder is not None:
-        for name, path in _walk(plan.base.folder):
+        for name, path in _walk(plan.base.folder, _parts(plan)):
             if name not in written and _belongs(name, path, plan.base.folder):
                 found[name] = SideFile(name, path, "base")
-    adapter = _adapter_tokenizer(plan.adapter.folder) if plan.adapter.folder else {}
+    own = [] if plan.base.components else plan.adapters
+    adapter = _one_tokenizer([a.folder for a in own if a.folder])
     if any(name in WHOLE_TOKENIZER for name in adapter):
         # One tokenizer, not a mix: the base's leave where the adapter has its own.
         found = {n: f for n, f in found.items() if n not in TOKENIZER or _is_template(n)}
     if any(_is_template(n) for n in adapter) or _holds_template(adapter):
         found = {n: f for n, f in found.items() if not _is_template(n)}
     found |= {name: SideFile(name, path, "adapter") for name, path in adapter.items()}
+    return tuple(found[name] for name in sorted(found))
+
+
+def in_folder(folder: Path, *, replaced_by: Mapping[str, SideFile]) -> tuple[SideFile, ...]:
+    """Return what belongs beside a model that is not a base folder's own, e.g. a graph's.
+
+    Args:
+        folder: Its folder.
+        replaced_by: The adapter's tokenizer, in whose place no part of another one is taken.
+    """
+    found = {name: SideFile(name, path, "base") for name, path in _walk(folder)
+             if _belongs(name, path, folder)}  # fmt: skip
+    if any(name in WHOLE_TOKENIZER for name in replaced_by):
+        found = {n: f for n, f in found.items() if n not in TOKENIZER or _is_template(n)}
+    if any(_is_template(n) for n in replaced_by):
+        found = {n: f for n, f in found.items() if not _is_template(n)}
     return tuple(found[name] for name in sorted(found))
 
 
@@ -94,12 +119,12 @@ def write(plan: Plan, files: tuple[SideFile, ...], folder: Path) -> None:
                 f"{shown(file.source, 400)}: cannot be read: {error.strerror}. "
                 f"{advice(error, 'Check the file.')}"
             ) from error
-        if file.name == "config.json" and plan.config_edits:
+        if file.name in plan.base.config_files and plan.config_edits:
             data = edited(data.decode("utf-8"), plan.config_edits).encode("utf-8")
         write_small(folder / file.name, data)
-    if plan.index is not None:
-        text = json.dumps(plan.index, indent=2, ensure_ascii=False) + "\n"
-        write_small(folder / plan.index_name, text.encode())
+    for name, index in plan.indexes.items():
+        text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
+        write_small(folder / name, text.encode())
 
 
 def side_bytes(files: tuple[SideFile, ...]) -> int:
@@ -107,7 +132,13 @@ def side_bytes(files: tuple[SideFile, ...]) -> int:
     return sum(file.source.stat().st_size for file in files)
 
 
-def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
+def _parts(plan: Plan) -> Collection[str] | None:
+    """Return the folders that belong to a pipeline; None for a model, to which all of them do."""
+    folder = plan.base.folder
+    return pipeline.parts(folder) if plan.base.components and folder is not None else None
+
+
+def _walk(folder: Path, parts: Collection[str] | None = None) -> Iterator[tuple[str, Path]]:
     def refuse(error: OSError) -> None:  # os.walk would leave the folder out without a word
         raise InputError(
             f"{shown(error.filename, 400)}: cannot be listed: {error.strerror}. {advice(error)}"
@@ -117,35 +148,53 @@ def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
         folders[:] = sorted(
             d for d in folders if d not in OTHER_FORMATS and not d.startswith((".", "checkpoint-"))
         )
+        if parts is not None and Path(root) == folder:
+            folders[:] = [d for d in folders if d in parts]
+        for name in folders:
+            _refuse_linked(Path(root) / name)
         for name in sorted(names):
             path = Path(root) / name
             yield path.relative_to(folder).as_posix(), path
+
+
+def _refuse_linked(folder: Path) -> None:
+    """Refuse a link to a folder: what is in there would be missing, or be anything of the user's.
+
+    Raises:
+        InputError: It is one.
+    """
+    if folder.is_symlink():
+        raise InputError(
+            f"{shown(folder, 400)}: a link to a folder. Put a copy of the folder in its place, or "
+            "remove the link."
+        )
 
 
 def _belongs(name: str, path: Path, folder: Path) -> bool:
     leaf = name.rpartition("/")[2]
     if leaf.startswith(".") or leaf in (*ADAPTER_OWN, MANIFEST, "README.md", "trainer_state.json"):
         return False
-    if name.endswith(".index.json"):
+    if INDEX.search(leaf):
         return False
     if path.suffix in WEIGHT_SUFFIXES and leaf not in BIN_TOKENIZERS:
         inside = name.rpartition("/")[0] in _modules(folder) and _is_module_weight(path)
-        return inside and _is_file(path)
-    return _is_file(path) and path.stat().st_size <= MAX_SIDE_FILE_BYTES
+        return inside and _is_file(path, folder)
+    return _is_file(path, folder) and path.stat().st_size <= limits.SIDE_FILE_BYTES
 
 
-def _is_file(path: Path) -> bool:
+def _is_file(path: Path, folder: Path) -> bool:
     """Return whether there is a file; a link to nothing is one that should have been there.
 
     Raises:
-        InputError: It is a link to nothing (a cache that was cleared in part).
+        InputError: It is a link to nothing (a cache that was cleared in part), or to a file outside
+            of ``folder``, whose content is nobody's to publish.
     """
     if path.is_symlink() and not path.exists():
         raise InputError(
             f"{shown(path, 400)}: a link to a file that is not there. Download it again, or "
             "remove the link."
         )
-    return path.is_file()
+    return path.is_file() and contained(path, folder) is path
 
 
 def _is_module_weight(path: Path) -> bool:
@@ -170,17 +219,39 @@ def _modules(folder: Path) -> set[str]:
     return {path for path in paths if isinstance(path, str) and path}
 
 
+def _one_tokenizer(folders: list[Path]) -> dict[str, Path]:
+    """Return the tokenizer files of the adapters, which must agree where several have one."""
+    found = [(folder, _adapter_tokenizer(folder)) for folder in folders]
+    found = [(folder, files) for folder, files in found if files]
+    if not found:
+        return {}
+    first, chosen = found[0]
+    for folder, files in found[1:]:
+        other = sorted(n for n in {*chosen, *files} if not _same_file(chosen.get(n), files.get(n)))
+        if other:
+            raise PlanError(
+                f"{shown(folder, 400)}: brings another {shown(', '.join(other[:3]))} than "
+                f"{shown(first, 400)}, and the merged model has one tokenizer. Move the tokenizer "
+                "files of the adapter that is not to decide out of its folder."
+            )
+    return chosen
+
+
+def _same_file(one: Path | None, other: Path | None) -> bool:
+    return one is not None and other is not None and one.read_bytes() == other.read_bytes()
+
+
 def _adapter_tokenizer(folder: Path) -> dict[str, Path]:
     """Return a whole tokenizer with its templates, or the templates alone.
 
     A tokenizer_config.json without a vocabulary belongs to a tokenizer that is not here.
     """
-    names = [n for n in TOKENIZER if _is_file(folder / n)]
+    names = [n for n in TOKENIZER if _is_file(folder / n, folder)]
     templates = folder / TEMPLATES
     if templates.is_dir():
         # Not glob(), which takes a folder that cannot be listed for an empty one.
         listed = [templates / n for n in os.listdir(templates) if n.endswith(".jinja")]
-        names += [f"{TEMPLATES}/{p.name}" for p in listed if _is_file(p)]
+        names += [f"{TEMPLATES}/{p.name}" for p in listed if _is_file(p, folder)]
     whole = any(n in WHOLE_TOKENIZER for n in names)
     return {n: folder / n for n in sorted(names) if whole or _is_template(n)}
 

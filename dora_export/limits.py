@@ -1,0 +1,49 @@
+"""What is believed of files from strangers, at most: every limit of this package, in one place.
+
+Each is far above what real models and adapters hold (the largest known is given), and low enough
+that what stays below it takes little time and memory. ``SECURITY.md`` lists them for people.
+"""
+
+from __future__ import annotations
+
+# --- safetensors headers, and the index of a sharded model ---
+
+HEADER_BYTES = 100_000_000  # as in the reference implementation (safetensors/src/tensor.rs)
+HEADER_TENSORS = 300_000  # of one file; LoRA on every expert of a 1T-parameter model has 210,000
+HEADER_ENTRY_CHARS = 20_000  # of one tensor's dtype, shape and offsets; written out they take 200
+METADATA_ENTRIES = 50_000  # training scripts store dozens
+METADATA_CHARS = 10_000_000  # of one entry; training scripts store lists of captions in one
+DIMENSIONS = 16
+
+INDEX_BYTES = 100_000_000  # a model with a million tensors has 80 MB
+INDEX_TENSORS = 1_000_000
+
+# --- other JSON: configs, manifests, tokenizers ---
+
+JSON_BYTES = 64_000_000  # the largest tokenizer.json known has 35 MB
+JSON_VALUES = 2_000_000  # values in one file, counted by what separates them
+JSON_DEPTH = 64  # configs go down to 6
+
+# --- numbers and patterns in configs ---
+
+RANK = 1_000_000  # no layer has as many rows
+
+PATTERN_CHARS = 1_000  # of one regular expression
+PATTERN_SECONDS = 5.0  # for all patterns of one config on all modules
+
+# --- pickled weights ---
+
+PICKLE_BYTES = 16_000_000  # of opcodes; 50,000 tensors take 12 MB
+PICKLE_OBJECTS = 2_000_000  # that the opcodes make; a tensor takes 15
+ZIP_DIRECTORY_BYTES = 16_000_000  # of entries; 200,000 tensors take 14 MB
+
+# --- side files ---
+
+SIDE_FILES = 10_000
+SIDE_FILE_BYTES = 256 << 20
+CARD_BYTES = 1 << 20  # of the model card, read for its licence
+CODE_BYTES = 16 << 20  # of a file whose text is looked at
+
+# --- staged work ---
+
+JOURNAL_BYTES = 256 << 20  # a merge of 400 GB writes less than 1 MB
