@@ -261,7 +261,7 @@ def _shapes(base: Checkpoint, tied: tying.Tying) -> dict[str, tuple[int, ...]]:
 
 
 def _by_target(updates: Iterable[Update]) -> dict[str, list[Update]]:
-    order = {"replace": 0, "rows": 1, "lora": 2, "dora": 2, "magnitude": 2, "add": 3}
+    order = {"replace": 0, "rows": 1, "function": 2, "lora": 3, "dora": 3, "magnitude": 3, "add": 4}
     groups: dict[str, list[Update]] = defaultdict(list)
     for update in updates:
         groups[update.target].append(update)
@@ -279,6 +279,10 @@ def _problems(
         yield f"{shown(name)}: replaced {len(replaced)} times"
     if products and any(u.kind == "rows" for u in group):
         yield f"{shown(name)}: trained tokens and LoRA on one tensor have no defined order"
+    functions = [u for u in group if u.kind == "function"]
+    if len(functions) > 1 or (functions and any(u.kind in ("replace", "rows") for u in group)):
+        what = functions[0].function.what if functions[0].function else ""
+        yield f"{shown(name)}: {what}, and more that changes all of it"
     for i, update in enumerate(products):
         clash = [
             o for o in products[:i] if _overlap(update, o) and (update.normalises or o.normalises)

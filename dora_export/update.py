@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol
 
-from dora_export.tensors import Operand, TensorRef
+from numpy.typing import NDArray
 
-Kind = Literal["lora", "dora", "magnitude", "add", "replace", "rows"]
+from dora_export.tensors import DType, Operand, TensorRef
+
+Kind = Literal["lora", "dora", "magnitude", "add", "replace", "rows", "function"]
 Layout = Literal["oi", "io"]
 Axis = Literal["out", "in"]
 Over = Literal["row", "column"]
@@ -144,6 +146,41 @@ class Dense:
 Delta = Product | Hadamard | Kronecker | Dense
 
 
+class Function(Protocol):
+    """A new weight that needs all of the old one at once: what no delta and no norm can say.
+
+    It is computed for one whole tensor at a time, in float64; the memory it takes is asked
+    beforehand. Verification computes the same by another way (``verification/functions.py``).
+    Implementations are frozen dataclasses, so that two plans can be told apart by them.
+    """
+
+    @property
+    def what(self) -> str:
+        """One line for people: what becomes of the weight."""
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """Adapter tensors it reads."""
+
+    def misfit(self, shape: tuple[int, ...], layout: Layout) -> str | None:
+        """Return why it cannot apply to a tensor of ``shape``, or None as far as headers tell."""
+
+    def placed(self, shape: tuple[int, ...], layout: Layout) -> Function:
+        """Return it for a tensor that is stored in ``shape`` and ``layout``."""
+
+    def value(self, W: NDArray[Any], dtype: DType) -> NDArray[Any]:
+        """Return the new weight for the old one, which is stored in ``dtype``.
+
+        Both are float64, rows and columns as they are stored.
+
+        Raises:
+            DoraExportError: The result is not defined for this weight.
+        """
+
+    def working_bytes(self) -> int:
+        """Return the bytes that ``value`` takes beside its argument and its result."""
+
+
 @dataclass(frozen=True)
 class Update:
     """One change to one base tensor, or to a slice of it.
@@ -157,6 +194,7 @@ class Update:
     magnitude ``m W / (||W|| + eps)``
     add       ``W + s value``
     replace   ``value``
+    function  ``f(W)``, of all of W at once
     rows      ``W`` with the rows ``row_indices`` replaced by those of ``value``
     ========= ==========================================================================
 
@@ -183,6 +221,7 @@ class Update:
         row_order: How the adapter orders the rows of B and m, where that is not the checkpoint's
             order and depends on the base (its heads, its model type); the plan resolves it. None:
             the checkpoint's own.
+        function: For kind "function".
         scales_bias: The trainer's forward multiplies the layer's bias by ``m / ||V||`` as well. A
             base with such a bias is refused.
 
@@ -207,6 +246,7 @@ class Update:
     magnitude_is_factor: bool = False
     row_order: RowOrder | None = None
     scales_bias: bool = False
+    function: Function | None = None
 
     @property
     def rank(self) -> int | None:
@@ -241,6 +281,8 @@ class Update:
         _, sliced = region
         if self.kind in ("add", "rows"):
             return self._value_misfit(sliced)
+        if self.function is not None:
+            return self.function.misfit(sliced, self.layout or "oi")
         if len(sliced) < 2:
             return f"is {len(sliced)}-D {shape}, expected a weight of 2 to 5 dimensions"
         layout = self.layout or self.layout_by_shape(shape)
@@ -300,6 +342,7 @@ class Update:
             self.value,
             self.row_indices,
             self.source_keys,
+            None if self.function is None else self.function.placed(sliced, layout),
         )
 
     def _region(self, shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]] | str:
@@ -353,6 +396,7 @@ class Change:
         value: Tensor with the elements to add, or to put into ``row_indices``.
         row_indices: Rows that ``value`` replaces.
         source_keys: Adapter tensors behind this change.
+        function: For kind "function": what the whole matrix becomes.
     """
 
     kind: Kind
@@ -369,6 +413,7 @@ class Change:
     value: TensorRef | None
     row_indices: tuple[int, ...]
     source_keys: tuple[str, ...]
+    function: Function | None = None
 
     @property
     def stop(self) -> int:

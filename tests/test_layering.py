@@ -13,7 +13,7 @@ FLOORS = (
     "machine",
     "tensors inputs flat_names",
     "cast update",
-    "storage arithmetic refine",
+    "storage arithmetic refine residual",
     "arithmetic_torch formula checkpoints",
     "adapters",
     "naming tying layouts experts row_orders replication report",

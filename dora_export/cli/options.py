@@ -31,6 +31,16 @@ def adapter_options(command: F) -> F:
             default=None,
             help="Magnitudes were divided by the norms (TensorRT-LLM), or were not.",
         ),
+        click.option(
+            "--base-is-residual",
+            is_flag=True,
+            help="BASE is the residual model that a PiSSA, OLoRA, ... adapter was trained on.",
+        ),
+        click.option(
+            "--recompute-init",
+            is_flag=True,
+            help="BASE is the original; compute what PiSSA or OLoRA left of it.",
+        ),
         click.option("--adapter-format", metavar="NAME", help="Format, where more than one fits."),
         click.option(
             "--map-prefix",
