@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dora_export import inputs, naming
+from dora_export import inputs, naming, several
 from dora_export.adapters import Adapter, Reading, ReadOptions, read_adapter
 from dora_export.checkpoints import Checkpoint, locate, open_checkpoint
 from dora_export.engine import (
@@ -90,6 +90,7 @@ def merge(
     dtype: str | None = None,
     precision: Precision = "float32",
     strength: float = 1.0,
+    weights: Sequence[float] = (),
     zero_norm: ZeroNorm = "refuse",
     map_prefix: Iterable[str] = (),
     fan_in_fan_out: bool | None = None,
@@ -104,7 +105,7 @@ def merge(
     progress: Progress | None = None,
     **reading: Unpack[Reading],
 ) -> MergeReport:
-    """Merge an adapter into a base model and publish the result as a folder of safetensors.
+    """Merge adapters into a base model and publish the result as a folder of safetensors.
 
     Every adapter tensor is used or the call fails before a byte is written; untouched tensors keep
     their bytes; each changed element is within one unit in the last place of the float64 result
@@ -122,12 +123,15 @@ def merge(
     Args:
         base: Folder, weight file, or hub id of the base model. With ``adapter`` None: a file that
             holds base and adapter in one.
-        adapter: Folder, file or hub id of the adapter, or a sequence of exactly one.
+        adapter: Folder, file or hub id of the adapter, or a sequence of them, which are applied in
+            this order with every norm that of the unmerged base (see ``plan.plan_merge``).
         output: Folder to publish; must not exist, be empty, or with ``force`` be an earlier output.
         device: "cpu", "cuda" or "cuda:N".
         dtype: "fp32", "fp16" or "bf16" for all floating-point tensors; None keeps each one's own.
         precision: Working precision; "float64" gives the correctly rounded result.
         strength: ``W + strength * (W' - W)``, dimensionless.
+        weights: Of the adapters, in their order: each does ``V + weight * (V' - V)``; none given:
+            1 each. Dimensionless.
         zero_norm: Rows with ``||W + s B A|| = 0`` and a magnitude other than zero: refuse, make
             them zero, or keep the base's.
         map_prefix: ``OLD=NEW`` replacements at the start of tensor names.
@@ -153,6 +157,7 @@ def merge(
         dtype=_output_dtype(dtype),
         precision=_one_of("precision", precision, ("float32", "float64")),
         strength=_finite("strength", strength),
+        weights=tuple(_finite("weight", weight) for weight in weights),
         zero_norm=_one_of("zero_norm", zero_norm, ("refuse", "zero", "keep-base")),
         map_prefix=naming.parse_map_prefix(map_prefix),
         fan_in_fan_out=fan_in_fan_out,
@@ -165,13 +170,13 @@ def merge(
     plan, before = _plan(base, adapter, options, settings)
     manifest.refuse_merged_base(plan.base.folder, allow=allow_merged_base)
     beside = side_files.collect(plan)
-    files = [*plan.base.sources, *plan.adapter.files, *(file.source for file in beside)]
+    files = [*plan.base.sources, *plan.adapter_files, *(file.source for file in beside)]
     stamps = inputs.watch(files, before)
     place.check_way(target, [*(f.name for f in plan.files), *(f.name for f in beside), MANIFEST])
     leftover = find_leftover(target)
     place.check_place(
         target,
-        {"base": plan.base.path, "adapter": plan.adapter.path},
+        plan.inputs,
         force=force,
         leftover=leftover,
     )
@@ -223,6 +228,7 @@ def verify(
     prompts: Sequence[str] = (),
     dtype: str | None = None,
     strength: float | None = None,
+    weights: Sequence[float] = (),
     zero_norm: ZeroNorm | None = None,
     map_prefix: Iterable[str] = (),
     fan_in_fan_out: bool | None = None,
@@ -248,6 +254,7 @@ def verify(
         dtype: Type that all floating-point tensors should have; None: as the manifest says, else
             the base's. So for the next ones.
         strength: As in ``merge``.
+        weights: As in ``merge``.
         zero_norm: As in ``merge``.
         map_prefix: As in ``merge``.
         fan_in_fan_out: As in ``merge``.
@@ -271,6 +278,7 @@ def verify(
     given = {
         "dtype": _output_dtype(dtype),
         "strength": None if strength is None else _finite("strength", strength),
+        "weights": tuple(_finite("weight", weight) for weight in weights) or None,
         "zero_norm": zero_norm and _one_of("zero_norm", zero_norm, ("refuse", "zero", "keep-base")),
         "map_prefix": naming.parse_map_prefix(map_prefix) or None,
         "fan_in_fan_out": fan_in_fan_out,
@@ -297,11 +305,11 @@ def verify(
         findings += found
     return VerifyReport(
         base=plan.base.path,
-        adapter=plan.adapter.path,
+        adapters=tuple(a.path for a in plan.adapters),
         merged=merged_path,
         level=level,
         maker=subject.maker if subject is not None else "an ONNX exporter",
-        method=str(plan.adapter.facts.get("method", "LoRA")),
+        method=plan.method,
         tiers=tuple(tiers),
         findings=in_order(tuple(findings)),
         tensors=tensors,
@@ -394,16 +402,15 @@ def _plan(
         assert found.own_base is not None, "Bug: _with_own_base() has checked it"
         return plan_merge(found.own_base, found, settings), before
     adapters = [adapter] if isinstance(adapter, str | os.PathLike) else list(adapter)
-    if len(adapters) != 1:
-        raise AdapterError(
-            f"{len(adapters)} adapters given: merging several at once is not supported. "
-            "Merge them one by one, each into the output before (--allow-merged-base)."
-        )
-    base_path, adapter_path = locate(base, "base"), locate(adapters[0], "adapter")
-    before = {**inputs.seen(base_path), **inputs.seen(adapter_path)}
+    if not adapters:
+        raise AdapterError("no adapter given. Usage: dora-export merge BASE ADAPTER -o OUT.")
+    base_path = locate(base, "base")
+    paths = [locate(one, "adapter") for one in adapters]
+    several.refuse_repeated(paths)
+    before = {k: v for path in (base_path, *paths) for k, v in inputs.seen(path).items()}
     checkpoint = open_checkpoint(base_path, allow_pickle=options.allow_pickle)
-    found = read_adapter(adapter_path, options)
-    return plan_merge(checkpoint, found, settings), before
+    read = [read_adapter(path, options) for path in paths]
+    return plan_merge(checkpoint, read, settings), before
 
 
 def _with_own_base(path: Path, options: ReadOptions) -> Adapter:
@@ -456,17 +463,20 @@ def _report(
 ) -> MergeReport:
     changed = [s for s in plan.steps if s.status not in ("unchanged", "cast")]
     used = {key for s in changed for key in s.consumes}
-    repeats = set(plan.adapter.tensors) - used - set(plan.ignored)
-    facts = plan.adapter.facts
+    tensors = plan.adapter_tensors
+    repeats = set(tensors) - used - set(plan.ignored)
+    magnitudes = [str(a.facts.get("magnitude", "none")) for a in plan.adapters]
     worst = checked.worst if checked else None
     return MergeReport(
         output=target,
         dry_run=dry_run,
-        adapter_format=plan.adapter.format,
-        method=str(facts.get("method", "LoRA")),
-        magnitude=str(facts.get("magnitude", "none")),
+        adapters=tuple(a.path for a in plan.adapters),
+        weights=plan.weights,
+        adapter_format=", ".join(dict.fromkeys(a.format for a in plan.adapters)),
+        method=plan.method,
+        magnitude=", ".join(dict.fromkeys(magnitudes)),
         tensors=dict(Counter(s.status for s in plan.steps)),
-        adapter_tensors=len(plan.adapter.tensors),
+        adapter_tensors=len(tensors),
         adapter_tensors_used=len(used) + len(repeats),
         ignored=dict(plan.ignored),
         files=tuple(f.name for f in plan.files),
@@ -479,7 +489,7 @@ def _report(
         dtypes=(_dtype_names(s.source.dtype if s.name not in plan.base.tensors
                              else plan.base.tensors[s.name].dtype for s in changed),
                 _dtype_names(s.dtype for s in changed)),
-        names=plan.rule,
+        names="; ".join(dict.fromkeys(plan.rules)),
         verified=checked.level if checked else "none",
         worst_ulp=worst.max_ulp if worst else None,
         worst_tensor=worst.name if worst else None,

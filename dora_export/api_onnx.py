@@ -124,7 +124,7 @@ def export_onnx(
     leftover = find_leftover(target)
     place.check_way(target, [*(f.name for f in beside), MANIFEST, f"{MERGED}/model.safetensors"])
     inputs = {"base": plans[0].base.path}
-    inputs |= {f"adapter {p.adapter.path.name}": p.adapter.path for p in plans if adapter}
+    inputs |= {f"adapter {a.path.name}": a.path for p in plans for a in p.adapters}
     place.check_place(target, inputs, force=force, leftover=leftover)
     place.check_space(target, 2 * plans[0].output_bytes, leftover)  # merged weights, and the graph
     # Two exports need not give the same bytes, so none goes on with another's.
@@ -142,7 +142,7 @@ def export_onnx(
         if verify:
             on_stage("comparing with the unmerged model")
             report = _verified(made, stage, target, plans[0], prompts, budget, started)
-        _write_manifest(stage, plan, made, way, options, beside, report, adapter is not None)
+        _write_manifest(stage, plan, made, way, options, beside, report)
         sizes = files.sizes(stage.folder)
         found = GraphReport(
             output=target,
@@ -258,11 +258,11 @@ def _verified(
         findings += found
     return VerifyReport(
         base=plan.base.path,
-        adapter=plan.adapter.path,
+        adapters=tuple(a.path for a in plan.adapters),
         merged=target,
         level="full",
         maker=f"dora-export {__version__}",
-        method=str(plan.adapter.facts.get("method", "LoRA")),
+        method=plan.method,
         tiers=tuple(tiers),
         findings=in_order(tuple(findings)),
         tensors=(),
@@ -292,11 +292,8 @@ def _write_manifest(
     options: GraphOptions,
     beside: tuple[side_files.SideFile, ...],
     report: VerifyReport | None,
-    merged_here: bool,
 ) -> None:
     content = manifest.manifest(plan, Resources("cpu", None, None), beside, adapter_digests(plan))
-    if not merged_here:
-        content["adapter"] = None
     content["onnx"] = {
         "way": way,
         "options": options_said(options),

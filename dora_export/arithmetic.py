@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from dora_export import cast
+from dora_export import cast, fused
 from dora_export.tensors import DType
 
 Array = Any  # numpy.ndarray or torch.Tensor, whichever the Arithmetic at hand works on
@@ -32,6 +32,8 @@ class Arithmetic(Protocol):
     """Module with ``add``, ``multiply``, ``subtract``, ``sqrt`` and ``where``."""
     tile_elements: int
     """Elements that go through the formula at once, so that they stay in the fastest memory."""
+    compiled: bool
+    """Whether what the compiled kernel can do is left to it."""
 
     def empty(self, size: int) -> Array:
         """Return ``size`` elements of working precision with undefined values."""
@@ -76,6 +78,7 @@ class NumpyArithmetic:
 
     def __init__(self, precision: type[np.floating[Any]]) -> None:
         self.precision = precision
+        self.compiled = precision is np.float32 and fused.available()
 
     def empty(self, size: int) -> Array:  # noqa: D102 - as in the Protocol
         return _aligned(size, np.dtype(self.precision))

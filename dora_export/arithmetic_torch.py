@@ -49,6 +49,7 @@ class TorchArithmetic:
 
     xp: Any = torch
     tile_elements = 1 << 23  # 32 MiB of float32: enough to fill a GPU, small beside its memory
+    compiled = False
 
     def __init__(self, device: torch.device, precision: torch.dtype) -> None:
         self.device, self.precision = device, precision

@@ -16,13 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from dora_export import cast
+from dora_export import cast, fused
 from dora_export.arithmetic import UFUNC_BUFFER, NumpyArithmetic
 from dora_export.errors import AdapterError, shown
 from dora_export.formula import LoadedChange
 from dora_export.machine import start
 from dora_export.pieces import Batch, ColumnSquares, Copy, Merge, Piece, Region, cut, regions
 from dora_export.plan import Plan
+from dora_export.tensors import PICKED_BYTES, PickedColumns
 from dora_export.update import Change
 from dora_export.worker import ArithmeticFactory, Sink, Worker, working_precision
 
@@ -91,7 +92,8 @@ def arithmetic_name(resources: Resources) -> str:
 
         return f"torch {torch.__version__}, {torch.cuda.get_device_name(resources.device)}"
     found = np.show_config(mode="dicts")["SIMD Extensions"].get("found", [])
-    return ", ".join([f"numpy {np.__version__}", *found, *_blas_names()])
+    kernel = [fused.NAME] if fused.available() else []
+    return ", ".join([f"numpy {np.__version__}", *kernel, *found, *_blas_names()])
 
 
 def _blas_names() -> list[str]:
@@ -122,7 +124,8 @@ def memory_bound(plan: Plan, resources: Resources, tile_elements: int) -> int:
             itemsize = max(step.source.dtype.itemsize, step.dtype.itemsize)
             block = max(resources.block // step.source.dtype.itemsize, tile) * itemsize
             # stored bytes in and out, two tiles, and what widening, rounding and checking take
-            buffers = max(buffers, 4 * block + 5 * tile * working + REFINE_BYTES)
+            tiles = 7 if region.composed else 5
+            buffers = max(buffers, 4 * block + tiles * tile * working + REFINE_BYTES)
             loaded = max(loaded, sum(_loaded_bytes(c, region, working) for c in region.changes))
             computing = max(computing, *(_function_bytes(c, region) for c in region.changes), 0)
     copying = resources.block if any(s.copies_bytes for s in plan.steps) else 0
@@ -143,6 +146,9 @@ def _loaded_bytes(change: Change, region: Region, working: int) -> int:
     operands += [change.magnitude] if change.magnitude is not None else []
     # each is read, widened and laid out anew; only the last copy stays
     stored = sum(ref.nbytes for o in operands for ref in o.refs)
+    sources = [ref.source for o in operands for ref in o.refs]
+    picked = [s.columns * s.itemsize for s in sources if isinstance(s, PickedColumns)]
+    stored += max((max(PICKED_BYTES, row) for row in picked), default=0)
     stored += sum(ref.size * 8 for o in operands if o.combine for ref in o.refs)
     wide = sum(int(np.prod(o.shape)) for o in operands) * working
     value = change.value.size * working if change.value and change.kind == "rows" else 0
@@ -159,20 +165,22 @@ def check_adapter(plan: Plan) -> None:
     """
     broken = []
     used = {key for step in plan.steps for key in step.consumes}
+    tensors = plan.adapter_tensors
     for name in sorted(used):
-        ref = plan.adapter.tensors[name]
+        ref = tensors[name]
         step = SCAN_BYTES // ref.dtype.itemsize
         if ref.dtype.mergeable and any(
             cast.nonfinite(ref.raw(i, min(i + step, ref.size)), ref.dtype).any()
             for i in range(0, ref.size, step)
         ):
-            broken.append(shown(name))
-    if broken:
-        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
-        raise AdapterError(
-            f"{plan.adapter.path}: NaN or inf in {', '.join(broken[:3])}{more}. "
-            "The training diverged or the file is damaged; use an earlier checkpoint."
-        )
+            broken.append(name)
+    for adapter in plan.adapters:
+        if own := [shown(name) for name in broken if name in adapter.tensors]:
+            more = f" and {len(own) - 3} more" if len(own) > 3 else ""
+            raise AdapterError(
+                f"{adapter.path}: NaN or inf in {', '.join(own[:3])}{more}. "
+                "The training diverged or the file is damaged; use an earlier checkpoint."
+            )
 
 
 @dataclass
@@ -299,7 +307,7 @@ class Engine:
                 if loaded.sums_left == 0:
                     self._finish_norms(worker, piece, loaded)
             return
-        if piece.region.column_change is not None:
+        if piece.region.column_changes:
             loaded.ready.wait()
             if self._failed.is_set():
                 return
@@ -313,13 +321,14 @@ class Engine:
     def _finish_norms(self, worker: Worker, piece: ColumnSquares, loaded: _Loaded) -> None:
         """Add the partial sums in a fixed order and turn them into factors."""
         assert loaded.changes is not None, "Bug: sums come after loading"
-        position = piece.region.column_change
-        assert position is not None, "Bug: sums without a column norm"
-        total = np.zeros(piece.region.columns)
+        positions = piece.region.column_changes
+        total = np.zeros((len(positions), piece.region.columns))
         for i in range(len(loaded.sums)):
             total += loaded.sums[i]
         loaded.sums.clear()
-        loaded.changes[position] = worker.with_factors(piece, loaded.changes[position], total)
+        for position, squares in zip(positions, total, strict=True):
+            change = loaded.changes[position]
+            loaded.changes[position] = worker.with_factors(piece, change, squares)
         loaded.ready.set()
 
     def _fail(self, error: BaseException) -> None:

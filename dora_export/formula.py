@@ -7,7 +7,8 @@ magnitude per row or per column. The formula knows no format, no file and no dev
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any, Literal
 
 import numpy as np
@@ -36,6 +37,7 @@ class LoadedChange:
         product: The factors of a product as exactly as they are stored, on the host, where float32
             may not do for the sum; else None.
         whole: Working precision, ``(rows, columns)``: what kind "function" makes of the matrix.
+        panels: The right factor as the compiled kernel takes it, where that does the merge.
         column_factor: ``m / (norm + eps)`` per column, once it is known.
         column_factor_host: The same in float64 on the host.
         undefined_columns: Columns with a zero norm and a magnitude other than zero.
@@ -48,6 +50,7 @@ class LoadedChange:
     stored: Callable[[int, int], NDArray[Any]] | None = None
     product: refine.Product | None = None
     whole: Array | None = None
+    panels: NDArray[np.float32] | None = None
     column_factor: Array | None = None
     column_factor_host: NDArray[np.float64] | None = None
     undefined_columns: NDArray[np.intp] | None = None
@@ -64,6 +67,7 @@ class Tile:
     Attributes:
         values: Working precision, ``(rows, columns)``; holds V, then W'.
         work: Scratch of the same shape.
+        spare: Two more of them, for what several adapters do to one tensor; else None.
         raw: The stored base elements, flat, on the host.
         dtype: How ``raw`` is stored.
         first_row: Row of the change's matrix that the tile starts with.
@@ -74,6 +78,7 @@ class Tile:
     raw: NDArray[Any]
     dtype: DType
     first_row: int
+    spare: tuple[Array, Array] | None = None
 
     @property
     def rows(self) -> slice:
@@ -141,7 +146,7 @@ def merge_tile(
 
     Args:
         ops: Array library to compute with.
-        tile: Rows of W.
+        tile: Rows of W; with ``spare`` where there are several changes or weights.
         changes: Applied in turn; all of them about the matrix that the tile is part of.
         zero_norm: What becomes of rows with ``||V|| = 0`` and ``m != 0``.
         strength: Dimensionless; 1 gives W'.
@@ -153,53 +158,119 @@ def merge_tile(
         UndefinedRows: ``zero_norm`` is "refuse" and there is such a row.
     """
     row_factor = None
-    for loaded in changes:
-        add_delta(ops, tile, loaded)
-        if loaded.change.over == "row":
-            row_factor = _normalise_rows(ops, tile, loaded, zero_norm)
-        elif loaded.change.over == "column":
-            _normalise_columns(ops, tile, loaded, zero_norm)
-        elif loaded.change.kind == "rows":
-            _replace_rows(tile, loaded)
-        elif loaded.change.kind in ("add", "replace"):
-            _stored_values(ops, tile, loaded)
+    for number, (_, group) in enumerate(groupby(changes, key=lambda c: c.change.adapter)):
+        own = list(group)
+        weight = own[0].change.weight
+        before = _before(tile) if number or weight != 1.0 else None
+        for loaded in own:
+            found = _apply(ops, tile, loaded, zero_norm, before if number else None)
+            row_factor = found if found is not None else row_factor
+        if weight != 1.0:
+            _interpolate(ops, tile.values, before, weight)
     if strength != 1.0:
         ops.widen(tile.raw, tile.dtype, tile.work)
-        ops.xp.subtract(tile.values, tile.work, out=tile.values)
-        ops.xp.multiply(tile.values, strength, out=tile.values)
-        ops.xp.add(tile.values, tile.work, out=tile.values)
+        _interpolate(ops, tile.values, tile.work, strength)
     return row_factor
 
 
+def _before(tile: Tile) -> Array:
+    """Return a copy of what the changes of one adapter start from."""
+    assert tile.spare is not None, "Bug: what several adapters change has spare arrays"
+    tile.spare[0][...] = tile.values
+    return tile.spare[0]
+
+
+def _interpolate(ops: Arithmetic, values: Array, before: Array, weight: float) -> None:
+    """``before + weight * (values - before)``, in place of ``values``."""
+    ops.xp.subtract(values, before, out=values)
+    ops.xp.multiply(values, weight, out=values)
+    ops.xp.add(values, before, out=values)
+
+
+def _apply(
+    ops: Arithmetic, tile: Tile, loaded: LoadedChange, zero_norm: ZeroNorm, before: Array | None
+) -> Array | None:
+    """Apply one change; return its factor on each row, if it has one.
+
+    Args:
+        ops: Array library to compute with.
+        tile: Its ``values`` change.
+        loaded: The change.
+        zero_norm: What becomes of rows with ``||V|| = 0`` and ``m != 0``.
+        before: Values before this change's adapter, for "keep-base"; None: the base's.
+    """
+    squares = None
+    if loaded.change.over == "row" and loaded.change.own_norm and before is not None:
+        squares = ops.row_squares(alone(ops, tile, loaded))
+    add_delta(ops, tile, loaded)
+    if loaded.change.over == "row":
+        return _normalise_rows(ops, tile, loaded, zero_norm, squares, before)
+    if loaded.change.over == "column":
+        _normalise_columns(ops, tile, loaded, zero_norm, before)
+    elif loaded.change.kind == "rows":
+        _replace_rows(tile, loaded)
+    elif loaded.change.kind in ("add", "replace"):
+        _stored_values(ops, tile, loaded)
+    return None
+
+
+def alone(ops: Arithmetic, tile: Tile, loaded: LoadedChange) -> Array:
+    """Return the base with one delta alone, whatever V is; takes the second spare array."""
+    assert tile.spare is not None, "Bug: what several adapters change has spare arrays"
+    own = replace(tile, values=tile.spare[1])
+    ops.widen(tile.raw, tile.dtype, own.values)
+    add_delta(ops, own, loaded)
+    return own.values
+
+
 def _normalise_rows(
-    ops: Arithmetic, tile: Tile, loaded: LoadedChange, zero_norm: ZeroNorm
+    ops: Arithmetic,
+    tile: Tile,
+    loaded: LoadedChange,
+    zero_norm: ZeroNorm,
+    squares: Array | None,
+    before: Array | None,
 ) -> Array:
+    """Multiply rows by ``m / norm``; ``squares`` of another matrix than V, or None for V's."""
     assert loaded.magnitude is not None, "Bug: a norm without a magnitude"
     magnitude = loaded.magnitude[tile.rows]
     if loaded.change.magnitude_is_factor:
         ops.xp.multiply(tile.values, ops.as_working(magnitude)[:, None], out=tile.values)
         return magnitude
-    squares = ops.row_squares(tile.values)
+    if squares is None:
+        squares = ops.row_squares(tile.values)
     scale, undefined = factor(ops.xp, magnitude, squares, loaded.change.eps)
     ops.xp.multiply(tile.values, ops.as_working(scale)[:, None], out=tile.values)
     if bool(undefined.any()):
         if zero_norm == "refuse":
             raise UndefinedRows
         if zero_norm == "keep-base":
-            ops.widen(tile.raw, tile.dtype, tile.work)
-            tile.values[undefined] = tile.work[undefined]
+            kept = _base_or(ops, tile, before)
+            tile.values[undefined] = kept[undefined]
     return scale
 
 
 def _normalise_columns(
-    ops: Arithmetic, tile: Tile, loaded: LoadedChange, zero_norm: ZeroNorm
+    ops: Arithmetic,
+    tile: Tile,
+    loaded: LoadedChange,
+    zero_norm: ZeroNorm,
+    before: Array | None,
 ) -> None:
     assert loaded.column_factor is not None, "Bug: column norms are computed before the merge"
     ops.xp.multiply(tile.values, loaded.column_factor, out=tile.values)
     columns = loaded.undefined_columns
     if zero_norm == "keep-base" and columns is not None and columns.size:
-        ops.widen(tile.raw, tile.dtype, tile.work)
-        tile.values[:, columns] = tile.work[:, columns]
+        kept = _base_or(ops, tile, before)
+        tile.values[:, columns] = kept[:, columns]
+
+
+def _base_or(ops: Arithmetic, tile: Tile, before: Array | None) -> Array:
+    """Return what a line without direction keeps: the values before the change, or the base's."""
+    if before is not None:
+        return before
+    ops.widen(tile.raw, tile.dtype, tile.work)
+    return tile.work
 
 
 def _replace_rows(tile: Tile, loaded: LoadedChange) -> None:

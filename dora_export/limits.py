@@ -9,7 +9,7 @@ from __future__ import annotations
 # --- safetensors headers, and the index of a sharded model ---
 
 HEADER_BYTES = 100_000_000  # as in the reference implementation (safetensors/src/tensor.rs)
-HEADER_TENSORS = 400_000  # of one file; LoRA on every expert of a 1T-parameter model has 210,000
+HEADER_TENSORS = 300_000  # of one file; LoRA on every expert of a 1T-parameter model has 210,000
 HEADER_ENTRY_CHARS = 20_000  # of one tensor's dtype, shape and offsets; written out they take 200
 METADATA_ENTRIES = 50_000  # training scripts store dozens
 METADATA_CHARS = 10_000_000  # of one entry; training scripts store lists of captions in one
@@ -24,10 +24,11 @@ JSON_BYTES = 64_000_000  # the largest tokenizer.json known has 35 MB
 JSON_VALUES = 2_000_000  # values in one file, counted by what separates them
 JSON_DEPTH = 64  # configs go down to 6
 
-# --- patterns in configs ---
+# --- numbers and patterns in configs ---
+
+RANK = 1_000_000  # no layer has as many rows
 
 PATTERN_CHARS = 1_000  # of one regular expression
-PATTERN_MODULES = 10_000_000  # patterns times modules that they are held against
 PATTERN_SECONDS = 5.0  # for all patterns of one config on all modules
 
 # --- pickled weights ---

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from dora_export.plan import OutputFile, Plan, Step
-from dora_export.tensors import FileRange, HeldBytes
+from dora_export.tensors import FileRange, HeldBytes, PickedColumns
 from dora_export.update import Change
 
 COPY_BYTES = 32 << 20  # of one copying piece: small enough to share the work and show progress
@@ -35,10 +35,15 @@ class Region:
     changes: tuple[Change, ...] = ()
 
     @property
-    def column_change(self) -> int | None:
-        """Position of the change that needs a norm per column, or None."""
+    def column_changes(self) -> tuple[int, ...]:
+        """Positions of the changes that need a norm per column."""
         norms = (c.over == "column" and not c.magnitude_is_factor for c in self.changes)
-        return next((i for i, norm in enumerate(norms) if norm), None)
+        return tuple(i for i, norm in enumerate(norms) if norm)
+
+    @property
+    def composed(self) -> bool:
+        """Whether more than one change, or a part of one, decides about an element."""
+        return len(self.changes) > 1 or any(c.weight != 1.0 for c in self.changes)
 
     def tile_rows(self, tile_elements: int) -> int:
         """Rows that go through the formula at once."""
@@ -71,12 +76,12 @@ class Copy:
 
 @dataclass(frozen=True)
 class ColumnSquares:
-    """One partial sum of squares per column, needed before the merge of the region.
+    """Partial sums of squares per column, needed before the merge of the region.
 
     Attributes:
         step: The tensor.
         region: Its rows.
-        first_row: First row of the sum.
+        first_row: First row of the sums.
         last_row: One past its last row.
         position: Which of the region's partial sums.
     """
@@ -168,6 +173,7 @@ def _copies(position: int, file: OutputFile) -> Iterator[Copy]:
         source = step.source.source
         if not step.copies_bytes or not step.nbytes:
             continue
+        assert not isinstance(source, PickedColumns), "Bug: only operands are picked"
         if (
             run is not None
             and isinstance(source, FileRange)
@@ -196,7 +202,7 @@ def _pieces(
     step: Step, region: Region, position: int, offset: int, tile_elements: int, block_bytes: int
 ) -> list[Piece]:
     pieces: list[Piece] = []
-    if region.column_change is not None:
+    if region.column_changes:
         rows = region.norm_rows(tile_elements)
         for i, first in enumerate(range(0, region.rows, rows)):
             last = min(first + rows, region.rows)

@@ -11,9 +11,11 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
+from pathlib import Path
 from typing import Any, Literal
 
-from dora_export import experts, layouts, naming, replication, row_orders, tying
+from dora_export import experts, layouts, naming, replication, row_orders, several, tying
 from dora_export.adapters.model import Adapter
 from dora_export.checkpoints.model import Checkpoint, WeightFile
 from dora_export.errors import PlanError, listing, shown
@@ -34,6 +36,8 @@ class Settings:
         dtype: Storage type of all floating-point tensors of the output; None keeps each one's own.
         precision: Working precision.
         strength: ``W + strength * (W' - W)``, dimensionless.
+        weights: Of the adapters, in their order: each does ``V + weight (V' - V)``, dimensionless;
+            none given: 1 each.
         zero_norm: What becomes of rows with ``||V|| = 0`` and ``m != 0``.
         map_prefix: (old, new) prefixes of tensor names.
         fan_in_fan_out: Layout of square weights where the user knows it.
@@ -43,6 +47,7 @@ class Settings:
     dtype: DType | None = None
     precision: Precision = "float32"
     strength: float = 1.0
+    weights: tuple[float, ...] = ()
     zero_norm: ZeroNorm = "refuse"
     map_prefix: tuple[tuple[str, str], ...] = ()
     fan_in_fan_out: bool | None = None
@@ -118,27 +123,26 @@ class Plan:
 
     Attributes:
         base: The base.
-        adapter: The adapter.
+        adapters: What is merged, in order. Where there are several, the names of their tensors
+            begin with their number: "1:...".
         settings: The user's.
         files: Weight files to write.
         index: Content of the index file, or None for a single file.
         index_name: Its name.
         config_edits: Keys of config.json that the merge makes untrue, with their true values.
-        rule: How adapter names became the base's, for people.
-        ignored: Adapter tensors without effect on weights, and why.
+        rules: How each adapter's names became the base's, for people.
         notes: Decisions worth telling.
         warnings: Doubts worth telling.
     """
 
     base: Checkpoint
-    adapter: Adapter
+    adapters: tuple[Adapter, ...]
     settings: Settings
     files: tuple[OutputFile, ...]
     index: Mapping[str, Any] | None
     index_name: str
     config_edits: Mapping[str, Any]
-    rule: str
-    ignored: Mapping[str, str]
+    rules: tuple[str, ...]
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -148,57 +152,149 @@ class Plan:
         return (step for file in self.files for step in file.steps)
 
     @property
+    def weights(self) -> tuple[float, ...]:
+        """Weight of each adapter."""
+        return self.settings.weights or (1.0,) * len(self.adapters)
+
+    @property
+    def adapter_tensors(self) -> dict[str, TensorRef]:
+        """All tensors of all adapters, by the names that the steps use."""
+        return {name: ref for adapter in self.adapters for name, ref in adapter.tensors.items()}
+
+    @property
+    def ignored(self) -> dict[str, str]:
+        """Adapter tensors without effect on weights, and why."""
+        return {name: why for adapter in self.adapters for name, why in adapter.ignored.items()}
+
+    @property
+    def adapter_files(self) -> tuple[Path, ...]:
+        """The files of all adapters."""
+        return tuple(path for adapter in self.adapters for path in adapter.files)
+
+    @property
+    def inputs(self) -> dict[str, Path]:
+        """Where base and adapters are, by what each is called in messages."""
+        several_ = len(self.adapters) > 1
+        names = [
+            f"adapter {i}" if several_ else "adapter" for i in range(1, len(self.adapters) + 1)
+        ]
+        paths = (adapter.path for adapter in self.adapters)
+        return {"base": self.base.path, **dict(zip(names, paths, strict=True))}
+
+    @property
+    def method(self) -> str:
+        """What the adapters are, e.g. "DoRA" or "LoRA, DoRA"."""
+        methods = [str(adapter.facts.get("method", "LoRA")) for adapter in self.adapters]
+        return ", ".join(dict.fromkeys(methods))
+
+    @property
     def output_bytes(self) -> int:
         """Bytes of all weight files."""
         return sum(file.nbytes for file in self.files)
 
 
-def plan_merge(base: Checkpoint, adapter: Adapter, settings: Settings) -> Plan:
+def plan_merge(base: Checkpoint, adapters: Adapter | Sequence[Adapter], settings: Settings) -> Plan:
     """Pair every base tensor with its updates; reads no weight.
+
+    Several adapters are applied in turn, each to what the ones before it left, with every norm
+    that of the unmerged base: ``V_i = f_i (V_(i-1) + s_i B_i A_i)`` with
+    ``f_i = m_i / ||W + s_i B_i A_i||``, and without ``f_i`` for LoRA. That is what PEFT's forward
+    computes with several active adapters.
+
+    Args:
+        base: The base.
+        adapters: One, or several in order.
+        settings: The user's.
 
     Raises:
         PlanError: Names do not resolve, shapes do not fit, updates contradict each other, targets
             are quantised, or layers that should be adapted are not; all of a kind are listed.
+
+    Source: github.com/huggingface/peft (0.21), src/peft/tuners/lora/layer.py (Linear.forward),
+    dora.py (DoraLinearLayer.forward).
     """
-    stacked_anew = replication.expanded(base, adapter.layer_replication)
+    adapters = several.labelled([adapters] if isinstance(adapters, Adapter) else adapters)
+    several.check_weights(settings.weights, len(adapters))
+    weights = settings.weights or (1.0,) * len(adapters)
+    stacked_anew = replication.expanded(base, several.layer_replication(adapters))
     base = stacked_anew.base
-    _check_model_type(base, adapter)
-    tying.refuse_unknown(base, adapter.updates)  # before names are: such heads are never stored
-    stacked = experts.stacks(base) if any(u.index is not None for u in adapter.updates) else {}
-    rule = _rule(base, adapter, settings, stacked)
-    updates = experts.placed([_renamed(u, rule) for u in adapter.updates], stacked, base)
-    saved = frozenset(rule(t) for t in adapter.saved_embeddings)
-    tied = tying.resolve(base, adapter, updates, saved)
+    placed = [
+        _placed(base, adapter, settings, position, weights[position])
+        for position, adapter in enumerate(adapters)
+    ]
+    tied = tying.resolve(base, [p.tied for p in placed])
     shapes = _shapes(base, tied)
     ordered = row_orders.with_row_orders(tied.updates, shapes, base)
-    decided = layouts.with_layouts(ordered, shapes, base, adapter, settings.fan_in_fan_out)
-    by_target = _by_target(decided)
+    decided = [
+        update
+        for position, adapter in enumerate(adapters)
+        for update in layouts.with_layouts(
+            [u for u in ordered if u.adapter == position],
+            shapes, base, adapter, settings.fan_in_fan_out,
+        )
+    ]  # fmt: skip
+    by_target = _by_target(several.once(decided))
     problems = [p for name, group in by_target.items()
                 for p in _problems(name, group, base, tied, settings)]  # fmt: skip
     if problems:
-        trained = f" (the adapter names '{shown(adapter.base_name)}')" if adapter.base_name else ""
+        trained = list(dict.fromkeys(shown(a.base_name) for a in adapters if a.base_name))
+        names = f" (the adapter names '{', '.join(trained)}')" if trained else ""
         raise PlanError(
             f"the adapter does not fit this base:{listing(problems)}\n"
-            f"Check that {base.path} is the base it was trained on{trained}."
+            f"Check that {base.path} is the base it was trained on{names}."
         )
-    _check_families(base, adapter, {rule(u.target) for u in adapter.updates if u.kind != "replace"})
+    if conflicts := [
+        c for name, group in by_target.items() for c in several.conflicts(name, group)
+    ]:
+        raise PlanError(
+            f"these adapters cannot be merged together:{listing(conflicts)}\nLeave one of them out."
+        )
+    for adapter, one in zip(adapters, placed, strict=True):
+        targets = {u.target for u in one.tied.updates if u.kind != "replace"}
+        _check_families(base, adapter, targets)
     files = _files(base, by_target, tied, settings)
-    _check_ledger(adapter, files, tied)
+    for adapter in adapters:
+        _check_ledger(adapter, files, tied)
     index_name = base.index_name or INDEX
     keeps_index = base.index_name is not None and settings.max_shard_bytes is None
     return Plan(
         base=base,
-        adapter=adapter,
+        adapters=tuple(adapters),
         settings=settings,
         files=files,
         index=_index(base, files) if len(files) > 1 or keeps_index else None,
         index_name=index_name,
         config_edits={**stacked_anew.edits, **_config_edits(base, files, tied, settings)},
-        rule=rule.what,
-        ignored=adapter.ignored,
+        rules=tuple(one.rule.what for one in placed),
         notes=(*stacked_anew.notes, *tied.notes),
-        warnings=tuple(_warnings(base, adapter, files)),
+        warnings=tuple(dict.fromkeys(_warnings(base, adapters, files))),
     )
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """One adapter under the base's names."""
+
+    rule: naming.Rule
+    tied: tying.Trained
+
+
+def _placed(
+    base: Checkpoint, adapter: Adapter, settings: Settings, position: int, weight: float
+) -> _Placed:
+    _check_model_type(base, adapter)
+    tying.refuse_unknown(base, adapter.updates)  # before names are: such heads are never stored
+    targets = [u.target for u in adapter.updates if u.kind != "replace"]
+    targets = targets or [u.target for u in adapter.updates]
+    absent_head = tying.head_of(base, targets)
+    known = experts.KnownNames(base, [absent_head] if absent_head else [])
+    required = [t for t in targets if t != absent_head] or targets
+    rule = _rule(base, adapter, settings, known, required)
+    updates = [_renamed(u, rule, known).taken(position, weight, "") for u in adapter.updates]
+    saved = frozenset(known.own(rule(t)) for t in adapter.saved_embeddings)
+    placed = experts.placed(updates, known, base, whole=adapter.whole_families,
+                            transposed=adapter.square_experts_transposed)  # fmt: skip
+    return _Placed(rule, tying.Trained(adapter.ensure_weight_tying, placed, saved))
 
 
 def plan_unchanged(base: Checkpoint, settings: Settings) -> Plan:
@@ -212,35 +308,37 @@ def plan_unchanged(base: Checkpoint, settings: Settings) -> Plan:
     index_name = base.index_name or INDEX
     return Plan(
         base=base,
-        adapter=Adapter(base.path, "none", (), {}, ()),
+        adapters=(),
         settings=settings,
         files=files,
         index=_index(base, files) if len(files) > 1 or base.index_name is not None else None,
         index_name=index_name,
         config_edits=_config_edits(base, files, tied, settings),
-        rule="no adapter",
-        ignored={},
+        rules=(),
     )
 
 
 def _rule(
-    base: Checkpoint, adapter: Adapter, settings: Settings, stacked: Iterable[str]
+    base: Checkpoint,
+    adapter: Adapter,
+    settings: Settings,
+    known: experts.KnownNames,
+    required: Sequence[str],
 ) -> naming.Rule:
     if adapter.naming == "flat":
         every = [u.target for u in adapter.updates]
         return naming.find_flat_rule(every, base.tensors, settings.map_prefix, adapter.base_name)
-    targets = [u.target for u in adapter.updates if u.kind != "replace"]
-    targets = targets or [u.target for u in adapter.updates]
-    absent_head = tying.head_of(base, targets)
-    required = [t for t in targets if t != absent_head] or targets
-    names = [*base.tensors, *stacked, *([absent_head] if absent_head else [])]
     return naming.find_rule(
-        list(dict.fromkeys(required)), names, settings.map_prefix, adapter.base_name
+        list(dict.fromkeys(required)),
+        known,
+        settings.map_prefix,
+        adapter.base_name,
+        base.model_types,
     )
 
 
-def _renamed(update: Update, rule: naming.Rule) -> Update:
-    return replace(update, target=rule(update.target))
+def _renamed(update: Update, rule: naming.Rule, known: experts.KnownNames) -> Update:
+    return replace(update, target=known.own(rule(update.target)))
 
 
 def _check_model_type(base: Checkpoint, adapter: Adapter) -> None:
@@ -265,7 +363,7 @@ def _by_target(updates: Iterable[Update]) -> dict[str, list[Update]]:
     groups: dict[str, list[Update]] = defaultdict(list)
     for update in updates:
         groups[update.target].append(update)
-    return {n: sorted(g, key=lambda u: order[u.kind]) for n, g in groups.items()}
+    return {n: sorted(g, key=lambda u: (u.adapter, order[u.kind])) for n, g in groups.items()}
 
 
 def _problems(
@@ -274,21 +372,11 @@ def _problems(
     """Yield what keeps a tensor's updates from being applied."""
     ref = tied.sources.get(name, base.tensors.get(name))
     replaced = [u.value for u in group if u.kind == "replace"]
-    products = [u for u in group if u.kind in ("lora", "dora", "magnitude")]
-    if len(replaced) > 1:
-        yield f"{shown(name)}: replaced {len(replaced)} times"
-    if products and any(u.kind == "rows" for u in group):
-        yield f"{shown(name)}: trained tokens and LoRA on one tensor have no defined order"
-    functions = [u for u in group if u.kind == "function"]
-    if len(functions) > 1 or (functions and any(u.kind in ("replace", "rows") for u in group)):
-        what = functions[0].function.what if functions[0].function else ""
-        yield f"{shown(name)}: {what}, and more that changes all of it"
-    for i, update in enumerate(products):
-        clash = [
-            o for o in products[:i] if _overlap(update, o) and (update.normalises or o.normalises)
-        ]
-        if clash:
-            yield f"{shown(name)}: more than one update of which one normalises"
+    for adapter in dict.fromkeys(u.adapter for u in group):
+        yield from _contradictions(name, [u for u in group if u.adapter == adapter])
+    whole = [u.function.what for u in group if u.function is not None]
+    if whole and len({u.adapter for u in group}) > 1:
+        yield f"{shown(name)}: {whole[0]}, which has no meaning beside another adapter's update"
     effective = replaced[0] if replaced else ref
     if ref is None and (like := _longer_names(name, base)):
         yield (
@@ -325,7 +413,25 @@ def _problems(
         ):
             yield f"'{shown(update.value.name)}': stored as {update.value.dtype.name}, not a float"
     if replaced and ref is not None and replaced[0] is not None:
-        yield from _resize_problems(name, ref, replaced[0], settings)
+        weight = next(u.weight for u in group if u.kind == "replace")
+        yield from _resize_problems(name, ref, replaced[0], settings.strength * weight)
+
+
+def _contradictions(name: str, group: Sequence[Update]) -> Iterator[str]:
+    """Yield what keeps one adapter's updates of a tensor from having a meaning."""
+    replaced = [u for u in group if u.kind == "replace"]
+    products = [u for u in group if u.kind in ("lora", "dora", "magnitude")]
+    if len(replaced) > 1:
+        yield f"{shown(name)}: replaced {len(replaced)} times"
+    if products and any(u.kind == "rows" for u in group):
+        yield f"{shown(name)}: trained tokens and LoRA on one tensor have no defined order"
+    whole = [u.function.what for u in group if u.function is not None]
+    if len(whole) > 1 or (whole and any(u.kind in ("replace", "rows") for u in group)):
+        yield f"{shown(name)}: {whole[0]}, and something else changes all of it"
+    for i, update in enumerate(products):
+        clash = [o for o in products[:i] if update.meets(o) and (update.normalises or o.normalises)]
+        if clash:
+            yield f"{shown(name)}: more than one update of which one normalises"
 
 
 def _longer_names(name: str, base: Checkpoint) -> list[str]:
@@ -333,25 +439,18 @@ def _longer_names(name: str, base: Checkpoint) -> list[str]:
     return sorted(n for n in base.tensors if n.endswith(f".{name}"))
 
 
-def _overlap(a: Update, b: Update) -> bool:
-    if a.index is not None and b.index is not None and a.index != b.index:
-        return False
-    if a.rows is None or b.rows is None:
-        return True
-    return a.rows[0] < b.rows[1] and b.rows[0] < a.rows[1]
-
-
-def _resize_problems(
-    name: str, ref: TensorRef, value: TensorRef, settings: Settings
-) -> Iterator[str]:
+def _resize_problems(name: str, ref: TensorRef, value: TensorRef, strength: float) -> Iterator[str]:
     if value.shape == ref.shape:
         return
     if value.shape[1:] != ref.shape[1:] or len(value.shape) != 2:
         yield f"{shown(name)}: the base has {ref.shape}, the adapter's copy {value.shape}"
     elif _module_name(name) not in (*tying.EMBEDDINGS, *tying.HEADS):
         yield f"{shown(name)}: {ref.shape[0]} rows in the base, {value.shape[0]} in the adapter"
-    elif settings.strength != 1.0:
-        yield f"{shown(name)}: resized vocabulary; --strength other than 1 is not defined for it"
+    elif strength != 1.0:
+        yield (
+            f"{shown(name)}: resized vocabulary; --strength or --weight other than 1 is not "
+            "defined for it"
+        )
 
 
 def _check_families(base: Checkpoint, adapter: Adapter, targets: set[str]) -> None:
@@ -431,12 +530,18 @@ def _changed(
 ) -> Step:
     consumes = tuple(key for update in group for key in update.source_keys)
     value = group[0].value if group[0].kind == "replace" else None
-    if value is not None and (settings.strength == 1.0 or value.shape != source.shape):
+    whole = settings.strength * group[0].weight == 1.0
+    if value is not None and (whole or value.shape != source.shape):
         source, group = value, group[1:]
         status: Literal["merged", "replaced"] = "merged" if group else "replaced"
     else:
         status = "merged"
-    changes = tuple(update.change(source.shape) for update in group)
+    together = len({update.adapter for update in group}) > 1
+    changes = tuple(
+        replace(update.change(source.shape), own_norm=together and update.normalises)
+        for _, own in groupby(group, key=lambda u: u.adapter)
+        for update in several.weighted(list(own))
+    )
     return Step(name, dtype, source, changes, consumes, status)
 
 
@@ -540,11 +645,15 @@ def _check_ledger(adapter: Adapter, files: Sequence[OutputFile], tied: tying.Tyi
         )
 
 
-def _warnings(base: Checkpoint, adapter: Adapter, files: Sequence[OutputFile]) -> Iterator[str]:
-    yield from adapter.doubts
-    if adapter.base_name and not _same_model(adapter.base_name, base):
-        said, here = shown(adapter.base_name), shown(base.model_name)
-        yield f"the adapter says its base is '{said}', this is '{here}'"
+def _warnings(
+    base: Checkpoint, adapters: Sequence[Adapter], files: Sequence[OutputFile]
+) -> Iterator[str]:
+    for adapter in adapters:
+        yield from adapter.doubts
+        if adapter.base_name and not _same_model(adapter.base_name, base):
+            said, here = shown(adapter.base_name), shown(base.model_name)
+            which = "the adapter" if len(adapters) == 1 else f"'{shown(adapter.path.name)}'"
+            yield f"{which} says its base is '{said}', this is '{here}'"
     added = [
         s.name
         for f in files

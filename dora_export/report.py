@@ -14,8 +14,10 @@ class MergeReport:
     Attributes:
         output: The folder.
         dry_run: Nothing was written.
-        adapter_format: Name of the adapter's format.
-        method: "DoRA" or "LoRA".
+        adapters: The adapters, in order.
+        weights: Weight of each.
+        adapter_format: Name of the adapter's format; of several, each once.
+        method: "DoRA" or "LoRA"; of several adapters, each once.
         magnitude: What one magnitude belongs to.
         tensors: Output tensors by status: unchanged, cast, merged, replaced, added.
         adapter_tensors: Adapter tensors there are.
@@ -41,6 +43,8 @@ class MergeReport:
 
     output: Path
     dry_run: bool
+    adapters: tuple[Path, ...]
+    weights: tuple[float, ...]
     adapter_format: str
     method: str
     magnitude: str
@@ -72,7 +76,8 @@ class MergeReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready data."""
-        return {**asdict(self), "output": str(self.output)}
+        adapters = [str(path) for path in self.adapters]
+        return {**asdict(self), "output": str(self.output), "adapters": adapters}
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dora_export.adapters.model import Adapter
 from dora_export.cast import widened
 from dora_export.checkpoints.model import Checkpoint
 from dora_export.errors import PlanError, shown
@@ -59,6 +58,21 @@ class Tying:
 
 
 @dataclass(frozen=True)
+class Trained:
+    """What tying has to know of one adapter.
+
+    Attributes:
+        ensured: ``Adapter.ensure_weight_tying``.
+        updates: Its updates under the checkpoint's names.
+        saved_embeddings: ``Adapter.saved_embeddings`` under the checkpoint's names.
+    """
+
+    ensured: bool
+    updates: tuple[Update, ...]
+    saved_embeddings: frozenset[str]
+
+
+@dataclass(frozen=True)
 class _Ends:
     embedding: str
     head: str
@@ -70,39 +84,43 @@ def head_of(checkpoint: Checkpoint, targets: Sequence[str]) -> str | None:
     return ends.head if ends and ends.head not in checkpoint.tensors else None
 
 
-def resolve(checkpoint: Checkpoint, adapter: Adapter, updates: Sequence[Update],
-            saved_embeddings: frozenset[str]) -> Tying:  # fmt: skip
+def resolve(checkpoint: Checkpoint, adapters: Sequence[Trained]) -> Tying:
     """Return what becomes of the two ends of a tied model.
 
-    Reads the two ends of the base only where both are stored and the adapter changes one.
+    Each adapter's updates are shared between the ends as that adapter says; the ends stay tied if
+    all adapters together do the same to both. Reads the two ends of the base only where both are
+    stored and an adapter changes one.
 
     Args:
         checkpoint: The base.
-        adapter: Where the updates come from.
-        updates: Updates under the checkpoint's names.
-        saved_embeddings: ``adapter.saved_embeddings`` under the checkpoint's names.
+        adapters: What is merged, in order.
 
     Raises:
         PlanError: The ends are tied in a way this tool does not know, or files contradict each
             other on whether they are one.
     """
+    updates = tuple(u for adapter in adapters for u in adapter.updates)
     refuse_unknown(checkpoint, updates)
     ends = _tied_ends(checkpoint, [u.target for u in updates])
     if ends is None:
-        return Tying(tuple(updates), {})
-    embedding = [u for u in updates if u.target == ends.embedding]
-    head = [u for u in updates if u.target == ends.head]
-    if not (embedding or head) or _stored_apart(checkpoint, ends):
-        return Tying(tuple(updates), {})
+        return Tying(updates, {})
+    touched = any(u.target in (ends.embedding, ends.head) for u in updates)
+    if not touched or _stored_apart(checkpoint, ends):
+        return Tying(updates, {})
     others = [u for u in updates if u.target not in (ends.embedding, ends.head)]
-    embedding, head, twins = _share(adapter, ends, embedding, head, saved_embeddings)
+    embedding: list[Update] = []
+    head: list[Update] = []
+    twins: tuple[str, ...] = ()
+    for adapter in adapters:
+        own_embedding, own_head, repeated = _share(adapter, ends)
+        embedding, head = embedding + own_embedding, head + own_head
+        twins += repeated
     base = checkpoint.tensors[ends.embedding]
     stored = ends.head in checkpoint.tensors
     if _signature(embedding) == _signature(head):
-        updates = [*others, *embedding, *(head if stored else [])]
+        both = (*others, *embedding, *(head if stored else []))
         note = f"{ends.embedding} and {ends.head} stay tied"
-        return Tying(tuple(updates), {ends.head: base} if stored else {}, notes=(note,),
-                     twins=twins)  # fmt: skip
+        return Tying(both, {ends.head: base} if stored else {}, notes=(note,), twins=twins)
     note = f"{ends.head} written apart from {ends.embedding}, tie_word_embeddings: false"
     return Tying(
         (*others, *embedding, *head),
@@ -192,20 +210,16 @@ def _has_other_head(checkpoint: Checkpoint, embedding: str) -> bool:
     return not known or checkpoint.config.get("model_type") in OTHER_HEADS
 
 
-def _share(
-    adapter: Adapter,
-    ends: _Ends,
-    embedding: Sequence[Update],
-    head: Sequence[Update],
-    saved_embeddings: frozenset[str],
-) -> tuple[list[Update], list[Update], tuple[str, ...]]:
+def _share(adapter: Trained, ends: _Ends) -> tuple[list[Update], list[Update], tuple[str, ...]]:
     """Return both ends' updates with what belongs to the pair given to both, and the repeats.
 
     Stored for both ends: each has its own, equal ones are one. Stored for one end: the other has
     it too where PEFT keeps the ends alike (ensure_weight_tying, token rows of the embedding) or
     saved a tied tensor along once; else it keeps the base's.
     """
-    tied = adapter.ensure_weight_tying
+    embedding = [u for u in adapter.updates if u.target == ends.embedding]
+    head = [u for u in adapter.updates if u.target == ends.head]
+    tied = adapter.ensured
     _refuse_ensured(tied, ends, embedding, head)
     same = {h.source_keys: e for h in head for e in embedding
             if (tied or h.kind in ("replace", "rows")) and _same(e, h)}  # fmt: skip
@@ -218,7 +232,7 @@ def _share(
         )
 
     def for_the_pair(update: Update, others: Sequence[Update]) -> bool:
-        saved_along = update.kind == "replace" and update.target in saved_embeddings
+        saved_along = update.kind == "replace" and update.target in adapter.saved_embeddings
         rows = update.kind == "rows" and update.target == ends.embedding
         return (tied or saved_along or rows) and all(o.kind != update.kind for o in others)
 

@@ -9,7 +9,7 @@ convolutions, expert slices and fused rows all end there, so the formula knows n
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from numpy.typing import NDArray
@@ -20,6 +20,10 @@ Kind = Literal["lora", "dora", "magnitude", "add", "replace", "rows", "function"
 Layout = Literal["oi", "io"]
 Axis = Literal["out", "in"]
 Over = Literal["row", "column"]
+# How B A lies over a slice of a stacked parameter, where its shape leaves that open: as the class
+# holds it; transposed (PEFT before 0.19); transposed if the class says is_transposed (since); or
+# one of the last two, not said which.
+Orientation = Literal["straight", "transposed", "by class", "by version"]
 # Row orders of trainers that fuse or permute what a checkpoint stores otherwise (row_orders.py).
 RowOrder = Literal[
     "torchtune", "torchtune-peft", "torchtune-peft?",
@@ -222,8 +226,12 @@ class Update:
             order and depends on the base (its heads, its model type); the plan resolves it. None:
             the checkpoint's own.
         function: For kind "function".
+        orientation: How ``B A`` lies over a stacked parameter, where the adapter was trained on a
+            parameter of its class and not on a module; None: on a module, ``(out, in)``.
         scales_bias: The trainer's forward multiplies the layer's bias by ``m / ||V||`` as well. A
             base with such a bias is refused.
+        adapter: Position of its adapter among those of a plan, which sets it; and the next one.
+        weight: ``V + weight (V' - V)`` of all that its adapter does, dimensionless.
 
     Source: Liu et al. 2024, arXiv:2402.09353, eq. 5, for kind "dora".
     """
@@ -245,7 +253,10 @@ class Update:
     delta: Hadamard | Kronecker | Dense | None = None
     magnitude_is_factor: bool = False
     row_order: RowOrder | None = None
+    orientation: Orientation | None = None
     scales_bias: bool = False
+    adapter: int = 0
+    weight: float = 1.0
     function: Function | None = None
 
     @property
@@ -270,6 +281,35 @@ class Update:
     def normalises(self) -> bool:
         """Whether the update divides by a norm."""
         return self.magnitude is not None
+
+    def taken(self, adapter: int, weight: float, label: str) -> Update:
+        """Return this update as one of the adapter at a position, at a weight.
+
+        Args:
+            adapter: The position.
+            weight: ``V + weight (V' - V)``, dimensionless.
+            label: Put before the names of the adapter's tensors.
+        """
+        keys = tuple(label + key for key in self.source_keys)
+        return replace(self, adapter=adapter, weight=weight, source_keys=keys)
+
+    @property
+    def additive(self) -> bool:
+        """Whether it adds something that does not depend on what is there."""
+        return self.kind in ("lora", "add") and not self.normalises
+
+    def weighted_scaling(self) -> Update:
+        """Return an additive update with its weight as part of its scaling."""
+        assert self.additive, "Bug: only what is added can be scaled by its weight"
+        return replace(self, scaling=self.scaling * self.weight, weight=1.0)
+
+    def meets(self, other: Update) -> bool:
+        """Return whether another update of the same tensor changes some of the same elements."""
+        if self.index is not None and other.index is not None and self.index != other.index:
+            return False
+        if self.rows is None or other.rows is None:
+            return True
+        return self.rows[0] < other.rows[1] and other.rows[0] < self.rows[1]
 
     def misfit(self, shape: tuple[int, ...]) -> str | None:
         """Return why this update cannot apply to a tensor of ``shape``, or None if it can."""
@@ -342,7 +382,9 @@ class Update:
             self.value,
             self.row_indices,
             self.source_keys,
-            None if self.function is None else self.function.placed(sliced, layout),
+            self.adapter,
+            self.weight,
+            function=None if self.function is None else self.function.placed(sliced, layout),
         )
 
     def _region(self, shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]] | str:
@@ -397,6 +439,10 @@ class Change:
         row_indices: Rows that ``value`` replaces.
         source_keys: Adapter tensors behind this change.
         function: For kind "function": what the whole matrix becomes.
+        adapter: Position of its adapter among those of the plan.
+        weight: ``V + weight (V' - V)`` of all its adapter's changes here, dimensionless.
+        own_norm: The norm is that of the base with this change's delta alone, whatever other
+            adapters' changes come before it.
     """
 
     kind: Kind
@@ -413,6 +459,9 @@ class Change:
     value: TensorRef | None
     row_indices: tuple[int, ...]
     source_keys: tuple[str, ...]
+    adapter: int = 0
+    weight: float = 1.0
+    own_norm: bool = False
     function: Function | None = None
 
     @property

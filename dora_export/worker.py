@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dora_export import cast
+from dora_export import cast, fused
 from dora_export.arithmetic import Arithmetic, Array
 from dora_export.errors import ArithmeticRefusal, shown
 from dora_export.formula import (
@@ -22,13 +22,14 @@ from dora_export.formula import (
     Tile,
     UndefinedRows,
     add_delta,
+    alone,
     factor,
     merge_tile,
 )
 from dora_export.pieces import ColumnSquares, Copy, Merge, Region, regions
 from dora_export.plan import Precision, Settings, Step
-from dora_export.refine import product, recompute_cancelled
-from dora_export.tensors import BF16, F64, DType, FileRange, Operand
+from dora_export.refine import doubtful, product, recompute
+from dora_export.tensors import BF16, F64, FileRange, Operand
 from dora_export.update import Change, Product
 
 ArithmeticFactory = Callable[[Precision], Arithmetic]
@@ -59,7 +60,7 @@ def working_precision(step: Step, settings: Settings) -> Precision:
     if not step.changes:
         return "float32"
     simple = all(
-        len(r.changes) <= 1
+        not r.composed
         and all(c.kind in ("lora", "dora", "magnitude", "rows") for c in r.changes)
         and all(isinstance(c.delta, Product | None) for c in r.changes)
         for r in regions(step)
@@ -72,16 +73,16 @@ class _Lane:
     """A worker's arithmetic in one precision, with its buffers."""
 
     ops: Arithmetic
-    values: Array = None
-    work: Array = None
+    buffers: list[Array] = field(default_factory=list)
 
-    def arrays(self, rows: int, columns: int) -> tuple[Array, Array]:
-        """Return the tile's values and scratch, undefined."""
+    def arrays(self, rows: int, columns: int, count: int) -> list[Array]:
+        """Return arrays of a tile's shape, undefined: values, scratch, and more where needed."""
         size = rows * columns
-        if self.values is None or self.values.shape[0] < size:
-            self.values, self.work = self.ops.empty(size), self.ops.empty(size)
-        shape = (rows, columns)
-        return self.values[:size].reshape(shape), self.work[:size].reshape(shape)
+        if self.buffers and self.buffers[0].shape[0] < size:
+            self.buffers.clear()
+        while len(self.buffers) < count:
+            self.buffers.append(self.ops.empty(self.buffers[0].shape[0] if self.buffers else size))
+        return [buffer[:size].reshape(rows, columns) for buffer in self.buffers[:count]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +125,11 @@ class Worker:
         precision = working_precision(step, self._settings)
         ops = self._lane(step).ops
         loaded = [self._load(ops, change, precision) for change in region.changes]
-        return [self._with_whole(ops, step, region, change) for change in loaded]
+        loaded = [self._with_whole(ops, step, region, change) for change in loaded]
+        if precision == "float32" and _for_kernel(step, region, ops):
+            right = loaded[0].factors[1] if loaded[0].factors else _no_rank(region.columns)
+            loaded[0] = replace(loaded[0], panels=fused.packed(right))
+        return loaded
 
     def _with_whole(
         self, ops: Arithmetic, step: Step, region: Region, loaded: LoadedChange
@@ -171,15 +176,17 @@ class Worker:
     def column_squares(
         self, piece: ColumnSquares, changes: list[LoadedChange]
     ) -> NDArray[np.float64]:
-        """Return the columns' sums of squares of V over the piece's rows, tile after tile."""
-        position = piece.region.column_change
-        assert position is not None, "Bug: sums without a column norm"
-        ops = self._lane(piece.step).ops
-        total = np.zeros(piece.region.columns)
-        for tile in self._tiles(piece.step, piece.region, piece.first_row, piece.last_row):
-            for loaded in changes[: position + 1]:
-                add_delta(ops, tile, loaded)
-            total += ops.host(ops.column_squares(tile.values, tile.work))
+        """Return the columns' sums of squares of V over the piece's rows, tile after tile.
+
+        Returns:
+            One row of sums per column change, float64.
+        """
+        region, ops = piece.region, self._lane(piece.step).ops
+        total = np.zeros((len(region.column_changes), region.columns))
+        for tile in self._tiles(piece.step, region, piece.first_row, piece.last_row):
+            for i, position in enumerate(region.column_changes):
+                values = _column_values(ops, tile, changes, position)
+                total[i] += ops.host(ops.column_squares(values, tile.work))
         return total
 
     def with_factors(
@@ -201,22 +208,56 @@ class Worker:
 
     def merge(self, piece: Merge, changes: list[LoadedChange]) -> None:
         """Merge the piece's rows and hand their bytes to the sink."""
-        step, columns, ops = piece.step, piece.region.columns, self._lane(piece.step).ops
-        out = self._buffer("_written", piece.nbytes).view(step.dtype.raw)
-        out = out.reshape(piece.last_row - piece.first_row, columns)
-        for block in self._blocks(step, piece.region, piece.first_row, piece.last_row):
+        self._lane(piece.step)  # its library gives the buffers
+        out = self._buffer("_written", piece.nbytes).view(piece.step.dtype.raw)
+        out = out.reshape(piece.last_row - piece.first_row, piece.region.columns)
+        compiled = bool(changes) and changes[0].panels is not None
+        for block in self._blocks(piece.step, piece.region, piece.first_row, piece.last_row):
             written = out[block.first_row - piece.first_row :][: block.raw.shape[0]]
-            row_factors: list[Array | None] = []
-            for tile in block.tiles:
-                raw = written[tile.first_row - block.first_row :][: tile.raw.shape[0]]
-                row_factors.append(self._merge_tile(ops, piece, tile, changes))
-                ops.narrow(tile.values, step.dtype, raw, tile.work)
-            sizes = self._buffer("_sizes", written.nbytes).view(step.dtype.raw)
-            sizes = sizes.reshape(written.shape)
-            if cast.magnitudes(written, step.dtype, sizes):
-                self._refuse_nonfinite(step, piece.region, block, written)
-            self._refine(ops, piece, block, changes, written, sizes, row_factors)
+            if compiled:
+                self._merge_compiled(piece, block, changes[0], written)
+            else:
+                self._merge_tiles(piece, block, changes, written)
         self._sink.write(piece.file, piece.offset, out.view(np.uint8))
+
+    def _merge_tiles(
+        self, piece: Merge, block: _Block, changes: list[LoadedChange], written: NDArray[Any]
+    ) -> None:
+        """Merge a block tile by tile with the array library."""
+        ops, dtype = self._lane(piece.step).ops, piece.step.dtype
+        row_factors: list[Array | None] = []
+        for tile in block.tiles:
+            raw = written[tile.first_row - block.first_row :][: tile.raw.shape[0]]
+            row_factors.append(self._merge_tile(ops, piece, tile, changes))
+            ops.narrow(tile.values, dtype, raw, tile.work)
+        sizes = self._buffer("_sizes", written.nbytes).view(dtype.raw).reshape(written.shape)
+        if cast.magnitudes(written, dtype, sizes):
+            self._refuse_nonfinite(piece.step, piece.region, block, written)
+        if len(changes) == 1 and changes[0].product is not None:
+            factors = [ops.host(f) for f in row_factors if f is not None]
+            row_factor = np.concatenate(factors) if factors else None
+            self._refine(piece, block, changes[0], written, row_factor, sizes)
+
+    def _merge_compiled(
+        self, piece: Merge, block: _Block, loaded: LoadedChange, written: NDArray[Any]
+    ) -> None:
+        """Merge a block of bfloat16 rows with the compiled kernel."""
+        merged = _compiled(block, loaded, written)
+        if merged.undefined.size and self._settings.zero_norm == "refuse":
+            raise _undefined(piece.step, "rows", self._zero_rows(piece, [loaded]))
+        if merged.nonfinite:
+            self._refuse_nonfinite(piece.step, piece.region, block, written)
+        if merged.doubtful is None or merged.doubtful.size:
+            sizes = self._buffer("_sizes", written.nbytes).view(np.uint16).reshape(written.shape)
+            if merged.doubtful is None:
+                cast.magnitudes(written, piece.step.dtype, sizes)
+            row_factor = merged.row_factor
+            self._refine(piece, block, loaded, written, row_factor, sizes, merged.doubtful)
+        if self._settings.zero_norm == "keep-base":
+            written[merged.undefined] = block.raw[merged.undefined]
+            if loaded.undefined_columns is not None:
+                columns = loaded.undefined_columns
+                written[:, columns] = block.raw[:, columns]
 
     def _merge_tile(
         self, ops: Arithmetic, piece: Merge, tile: Tile, changes: list[LoadedChange]
@@ -230,29 +271,20 @@ class Worker:
 
     def _refine(
         self,
-        ops: Arithmetic,
         piece: Merge,
         block: _Block,
-        changes: list[LoadedChange],
+        loaded: LoadedChange,
         written: NDArray[Any],
+        row_factor: NDArray[np.float64] | None,
         sizes: NDArray[Any],
-        row_factors: list[Array | None],
+        found: NDArray[np.integer[Any]] | None = None,
     ) -> None:
-        """Compute the cancelled elements of a block again, in float64."""
-        if len(changes) != 1 or changes[0].product is None:
-            return
-        factors = [ops.host(f) for f in row_factors if f is not None]
-        recompute_cancelled(
-            written,
-            block.raw,
-            piece.step.source.dtype,
-            changes[0].product,
-            block.first_row,
-            np.concatenate(factors) if factors else None,
-            changes[0].column_factor_host,
-            sizes,
-            self._buffer("_spare", written.size),
-        )
+        """Compute the cancelled elements of a block again, in float64; find them if need be."""
+        assert loaded.product is not None, "Bug: nothing was added"
+        about = (loaded.product, block.first_row, row_factor, loaded.column_factor_host)
+        if found is None:
+            found = doubtful(sizes, *about, self._buffer("_spare", written.size))
+        recompute(written, block.raw, piece.step.source.dtype, *about, found)
 
     def _tiles(self, step: Step, region: Region, first: int, last: int) -> Iterator[Tile]:
         """Read rows [first, last) and yield them tile by tile, widened."""
@@ -270,29 +302,38 @@ class Worker:
             stored = self._buffer("_stored", (stop - start) * columns * itemsize)
             step.source.source.read((region.start + start * columns) * itemsize, stored)
             raw = stored.view(step.source.dtype.raw).reshape(stop - start, columns)
-            yield _Block(raw, start, self._tiles_of(lane, raw, step.source.dtype, start, size))
+            yield _Block(raw, start, self._tiles_of(lane, step, region, raw, start, size))
 
     def _tiles_of(
-        self, lane: _Lane, raw: NDArray[Any], dtype: DType, start: int, size: int
+        self, lane: _Lane, step: Step, region: Region, raw: NDArray[Any], start: int, size: int
     ) -> Iterator[Tile]:
+        dtype = step.source.dtype
         for row in range(0, raw.shape[0], size):
             part = raw[row : row + size]
-            values, work = lane.arrays(*part.shape)
+            count = 4 if region.composed else 2
+            values, work, *spare = lane.arrays(part.shape[0], part.shape[1], count)
             lane.ops.widen(part, dtype, values)
-            yield Tile(values, work, part, dtype, start + row)
+            spares = (spare[0], spare[1]) if spare else None
+            yield Tile(values, work, part, dtype, start + row, spares)
 
     def _zero_rows(self, piece: Merge, changes: list[LoadedChange]) -> NDArray[np.intp]:
         """Return all rows of the region whose norm is zero although their magnitude is not."""
         found, ops = [], self._lane(piece.step).ops
+        if changes[0].panels is not None:
+            for block in self._blocks(piece.step, piece.region, 0, piece.region.rows):
+                merged = _compiled(block, changes[0], np.empty_like(block.raw))
+                found.append(merged.undefined + block.first_row)
+            return np.concatenate(found)
         for tile in self._tiles(piece.step, piece.region, 0, piece.region.rows):
             for loaded in changes:
+                own = alone(ops, tile, loaded) if loaded.change.own_norm else None
                 add_delta(ops, tile, loaded)
                 if loaded.change.over == "row":
                     assert loaded.magnitude is not None, "Bug: a norm without a magnitude"
-                    squares = ops.row_squares(tile.values)
+                    squares = ops.row_squares(tile.values if own is None else own)
                     _, undefined = factor(ops.xp, loaded.magnitude[tile.rows], squares, 0.0)
                     found.append(np.flatnonzero(ops.host(undefined)) + tile.first_row)
-        return np.concatenate(found)
+        return np.unique(np.concatenate(found))
 
     def _refuse_nonfinite(
         self, step: Step, region: Region, block: _Block, raw: NDArray[Any]
@@ -325,6 +366,48 @@ class Worker:
         return buffer[:nbytes]
 
 
+def _column_values(
+    ops: Arithmetic, tile: Tile, changes: list[LoadedChange], position: int
+) -> Array:
+    """Return V of the change at a position, whose columns are to be summed up."""
+    loaded = changes[position]
+    if loaded.change.own_norm:
+        return alone(ops, tile, loaded)
+    for earlier in changes[: position + 1]:
+        add_delta(ops, tile, earlier)
+    return tile.values
+
+
+def _compiled(block: _Block, loaded: LoadedChange, written: NDArray[Any]) -> fused.Merged:
+    """Run the compiled kernel on a block."""
+    assert loaded.panels is not None, "Bug: not loaded for the kernel"
+    change, exact, count = loaded.change, loaded.product, block.raw.shape[0]
+    rows = slice(block.first_row, block.first_row + count)
+    by_row = change.over == "row" and loaded.magnitude is not None
+    return fused.merge(
+        block.raw,
+        written,
+        loaded.factors[0][rows] if loaded.factors else np.empty((count, 0), np.float32),
+        loaded.panels,
+        mode="none" if not by_row else "given" if change.magnitude_is_factor else "norm",
+        magnitude=loaded.magnitude[rows] if loaded.magnitude is not None and by_row else None,
+        eps=change.eps,
+        column_factor=loaded.column_factor_host,
+        error=exact.error[rows] if exact is not None else None,
+    )
+
+
+def _for_kernel(step: Step, region: Region, ops: Arithmetic) -> bool:
+    """Return whether a region's merge is what the compiled kernel does; working in float32."""
+    return (
+        ops.compiled
+        and step.source.dtype is step.dtype is BF16
+        and len(region.changes) == 1
+        and not region.composed
+        and region.changes[0].kind in ("lora", "dora", "magnitude")
+    )
+
+
 def _with_column_factor(
     ops: Arithmetic, loaded: LoadedChange, scale: NDArray[np.float64]
 ) -> LoadedChange:
@@ -341,6 +424,10 @@ def _precision_of(operand: Operand, at_least: Any) -> Any:
     """Return what holds an operand exactly, or as well as float64 can."""
     wide = operand.combine is not None or any(ref.dtype is F64 for ref in operand.refs)
     return np.float64 if wide else at_least
+
+
+def _no_rank(columns: int) -> NDArray[np.float32]:
+    return np.empty((0, columns), np.float32)
 
 
 def _is_power_of_two(value: float) -> bool:

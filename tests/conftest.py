@@ -2,6 +2,10 @@
 
 import os
 
+import pytest
+
+from dora_export import fused
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -13,3 +17,12 @@ def pytest_collection_modifyitems(config, items):
     nightly = [item for item in items if item.get_closest_marker("nightly")]
     config.hook.pytest_deselected(items=nightly)
     items[:] = [item for item in items if item not in nightly]
+
+
+@pytest.fixture(params=["compiled", "numpy"])
+def either_kernel(request, monkeypatch):
+    """Run a test with the compiled kernel and without it."""
+    if request.param == "numpy":
+        monkeypatch.setenv(fused.SWITCH, "numpy")
+    elif not fused.available():
+        pytest.skip("built without a C compiler")

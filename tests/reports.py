@@ -179,7 +179,7 @@ def hostile():
     }
     paths = [Path(name or ".") for name in HOSTILE]
     return right(
-        base=paths[0], adapter=paths[1], merged=paths[2], maker=HOSTILE[0], method=HOSTILE[1],
+        base=paths[0], adapters=(paths[1],), merged=paths[2], maker=HOSTILE[0], method=HOSTILE[1],
         tiers=tuple(TierResult("ledger", True, name, 0.0, figures) for name in HOSTILE),
         findings=found, tensors=results, notes=HOSTILE,
     )  # fmt: skip

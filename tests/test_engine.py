@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dora_export
-from dora_export import engine, worker
+from dora_export import engine, fused, worker
 from dora_export.arithmetic_torch import TorchArithmetic
 from tests import oracle
 
@@ -83,6 +83,7 @@ def case(tmp_path_factory):
     return folder, exact(base, adapter)
 
 
+@pytest.mark.usefixtures("either_kernel")
 @pytest.mark.parametrize("options", [
     {"threads": 2}, {"threads": 5}, {"block_bytes": 1}, {"block_bytes": 300_000},
     {"block_bytes": 64 << 20}, {"threads": 3, "block_bytes": 777_777},
@@ -188,6 +189,7 @@ def test_first_failure_of_a_worker_stops_the_others_and_is_raised(case, tmp_path
             raise RuntimeError("tile three")
         return None
 
+    monkeypatch.setenv(fused.SWITCH, "numpy")
     monkeypatch.setattr(worker, "merge_tile", merge_tile)
     with pytest.raises(RuntimeError, match="tile three"):
         dora_export.merge(

@@ -216,7 +216,7 @@ def test_another_alpha_gives_another_model(tmp_path):
     written = load_file(tmp_path / "out/model.safetensors")
     assert oracle.ulps(written["1.weight"], exact(state, "1", alpha=2.5)) <= 1
     manifest = json.loads((tmp_path / "out/dora_export.json").read_text())
-    assert manifest["adapter"]["settings"]["alpha"] == [2.5]
+    assert manifest["adapters"][0]["settings"]["alpha"] == [2.5]
 
 
 def test_single_layer_saved_alone_is_merged(tmp_path):

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 import dora_export
+from dora_export import fused
 from dora_export.adapters.model import Adapter
 from dora_export.checkpoints import open_checkpoint
 from dora_export.engine import Engine, Resources
@@ -103,6 +104,18 @@ def test_merge_is_within_an_ulp_of_the_oracle(cases, module, base, adapter, dora
     exact = models.merged_weight(made, made.layer(module))
     # Where W and s B A cancel, float32's error is a larger part of what is left.
     assert_right(got, exact, share=module != "cancelled")
+
+
+@method
+@adapter_dtype
+def test_merge_by_numpy_is_within_an_ulp_of_the_oracle(cases, tmp_path, monkeypatch, adapter, dora):
+    """As where no compiler built the kernel."""
+    monkeypatch.setenv(fused.SWITCH, "numpy")
+    made = cases.made("bf16", adapter, dora)
+    got = merged(made.base, made.adapter, tmp_path / "out")
+    for layer in made.layers:
+        exact = models.merged_weight(made, layer)
+        assert_right(got[layer.tensor], exact, share=layer.module != "cancelled")
 
 
 @method
@@ -526,6 +539,7 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 axes = pytest.mark.parametrize("axis", ["out", "in"])
 
 
+@pytest.mark.usefixtures("either_kernel")
 @shapes
 @axes
 @every_dtype
@@ -536,6 +550,7 @@ def test_normal_form_has_one_magnitude_per_output_or_input(tmp_path, shape, axis
     assert oracle.misrounded(exactly, changed(terms, axis=axis)) == 0
 
 
+@pytest.mark.usefixtures("either_kernel")
 @axes
 @pytest.mark.parametrize("shape", [(48, 40), (40, 40)], ids=str)
 def test_normal_form_sees_a_transposed_weight_the_right_way_round(tmp_path, shape, axis):
@@ -546,12 +561,14 @@ def test_normal_form_sees_a_transposed_weight_the_right_way_round(tmp_path, shap
         assert oracle.ulps(torch.from_numpy(changed(terms, "oi", axis)).bfloat16(), exact) > 10
 
 
+@pytest.mark.usefixtures("either_kernel")
 @pytest.mark.parametrize("shape", [(700, 1536), (33, 1), (1, 33), (3, 200_003)], ids=str)
 def test_in_axis_norm_runs_over_all_rows_of_a_column(tmp_path, shape):
     bench, update, terms = case(tmp_path, shape, "in")
     assert_right(bench.merge(update)["x.weight"], changed(terms, axis="in"))
 
 
+@pytest.mark.usefixtures("either_kernel")
 @shapes
 @axes
 def test_normal_form_adds_eps_to_the_norm(tmp_path, shape, axis):
@@ -561,6 +578,7 @@ def test_normal_form_adds_eps_to_the_norm(tmp_path, shape, axis):
     assert oracle.ulps(got, changed(terms, axis=axis)) > 3
 
 
+@pytest.mark.usefixtures("either_kernel")
 @shapes
 @axes
 def test_normal_form_scales_rows_of_the_base_alone(tmp_path, shape, axis):
@@ -585,6 +603,7 @@ def test_strength_zero_gives_the_base(tmp_path):
     np.testing.assert_array_equal(oracle.float64(got), terms[0])
 
 
+@pytest.mark.usefixtures("either_kernel")
 @axes
 @pytest.mark.parametrize("layout", ["oi", "io"])
 def test_index_changes_one_slice_of_a_stack(tmp_path, axis, layout):
@@ -598,6 +617,7 @@ def test_index_changes_one_slice_of_a_stack(tmp_path, axis, layout):
     assert torch.equal(got[[0, 1, 3]], stack[[0, 1, 3]])
 
 
+@pytest.mark.usefixtures("either_kernel")
 @axes
 def test_rows_changes_one_part_of_a_fused_weight(tmp_path, axis):
     bench, update, (_, A, B, m) = case(tmp_path, (16, 24), axis)
@@ -689,6 +709,7 @@ def zero_case(folder, axis, magnitude):
 zero_precision = pytest.mark.parametrize("precision", ["float32", "float64"])
 
 
+@pytest.mark.usefixtures("either_kernel")
 @axes
 @zero_precision
 def test_zero_norm_with_zero_magnitude_gives_zeros(tmp_path, axis, precision):
@@ -698,6 +719,7 @@ def test_zero_norm_with_zero_magnitude_gives_zeros(tmp_path, axis, precision):
     assert (got[zero] == 0).all()
 
 
+@pytest.mark.usefixtures("either_kernel")
 @zero_precision
 @pytest.mark.parametrize(("axis", "what"), [("out", "rows"), ("in", "columns")])
 def test_zero_norm_with_a_magnitude_is_refused(tmp_path, axis, what, precision):
@@ -707,6 +729,7 @@ def test_zero_norm_with_a_magnitude_is_refused(tmp_path, axis, what, precision):
         bench.merge(update, precision=precision)
 
 
+@pytest.mark.usefixtures("either_kernel")
 @axes
 @zero_precision
 def test_zero_norm_becomes_zeros_on_request(tmp_path, axis, precision):
@@ -716,6 +739,7 @@ def test_zero_norm_becomes_zeros_on_request(tmp_path, axis, precision):
     assert (got[zero] == 0).all()
 
 
+@pytest.mark.usefixtures("either_kernel")
 @axes
 @zero_precision
 def test_zero_norm_keeps_the_base_on_request(tmp_path, axis, precision):
@@ -726,6 +750,7 @@ def test_zero_norm_keeps_the_base_on_request(tmp_path, axis, precision):
     assert_right(got[others], exact[others])
 
 
+@pytest.mark.usefixtures("either_kernel")
 @zero_precision
 def test_zero_row_of_the_base_stays_zero(tmp_path, precision):
     bench, update, (W, A, B, m) = case(tmp_path, (48, 40))

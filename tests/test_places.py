@@ -77,7 +77,7 @@ def test_inputs_of_any_name_are_read(at, name):
     published(at / "out")
     assert {k: v for k, v in small.entries(at).items() if not k.startswith("out")} == before
     manifest = json.loads((at / "out" / "dora_export.json").read_text(encoding="utf-8"))
-    assert (manifest["base"]["path"], manifest["adapter"]["path"]) == (name, name)
+    assert (manifest["base"]["path"], manifest["adapters"][0]["path"]) == (name, name)
     report = dora_export.inspect(inputs[1], inputs[0])
     assert report.fits
     json.dumps(report.to_dict())

@@ -251,9 +251,8 @@ def square_layer_with_open_axis(at):
     return merge(at, "--alpha", "4", base="state.safetensors", adapters=())
 
 
-def two_adapters(at):
-    shutil.copytree(at / "adapter", at / "second")
-    return merge(at, adapters=("adapter", "second"))
+def an_adapter_twice(at):
+    return merge(at, adapters=("adapter", "adapter"))
 
 
 def no_adapter(at):
@@ -446,7 +445,7 @@ CASES = {
     "a base in float8": (as_dtype(torch.float8_e4m3fn), "F8_E4M3.*dequantise the base first"),
     "a base of integers only": (all_quantised, "dequantise the base first"),
     "a square layer with an open axis": (square_layer_with_open_axis, "--axis in or --axis out"),
-    "two adapters": (two_adapters, "Merge them one by one"),
+    "an adapter twice": (an_adapter_twice, "Leave it out once.*--weight"),
     "no adapter": (no_adapter, "merge BASE ADAPTER -o OUT"),
     "an adapter without a base": (adapter_alone, "merge BASE ADAPTER -o OUT"),
     "base and adapter swapped": (bases_swapped, "[Ee]xpected a PEFT folder|is the base|no weights"),

@@ -36,6 +36,7 @@ from dora_export.adapters.model import Adapter, ReadOptions
 from dora_export.checkpoints.folder import read_json
 from dora_export.errors import AdapterError, InputError, listing, shown
 from dora_export.storage import read_tensors
+from dora_export.storage.json_file import is_number, is_rank
 from dora_export.storage.paths import contained
 from dora_export.tensors import Operand, TensorRef
 from dora_export.update import Update
@@ -150,7 +151,7 @@ def _parse(path: Path, raw: Mapping[str, Any], options: ReadOptions) -> _Config:
             "the weights. Take them out if they do not."
         )
     rank = settings.get("rank")
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+    if not is_rank(rank):
         raise AdapterError(f"{path}: rank '{shown(rank)}'. Expected a positive whole number.")
     trainer = "mlx-vlm, early" if early_vlm else "mlx-lm or mlx-vlm"
     return _Config(kind, rank, _scaling(path, settings, rank, options), trainer, base_name)
@@ -160,9 +161,7 @@ def _scaling(path: Path, settings: Mapping[str, Any], rank: int, options: ReadOp
     """Return the factor on the product; with ``--alpha``, alpha / rank."""
     for name in ("scale", "alpha"):
         value = settings.get(name, 1.0)
-        if not isinstance(value, int | float) or isinstance(value, bool) or (
-            not math.isfinite(value) or value == 0
-        ):  # fmt: skip
+        if not is_number(value) or value == 0:
             raise AdapterError(f"{path}: {name} '{shown(value)}'. Expected a number other than 0.")
     scale, alpha = settings.get("scale"), settings.get("alpha")
     if scale is not None and alpha in (None, rank):

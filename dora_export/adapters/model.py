@@ -24,6 +24,9 @@ class ReadOptions:
     magnitude_is_normalised: bool | None = None
     base_is_residual: bool = False
     recompute_init: bool = False
+    moe_b_layout: Literal["peft", "unsloth"] | None = None
+    moe_transposed: bool | None = None
+    trained_in: str | None = None
 
 
 class Reading(TypedDict, total=False):
@@ -42,6 +45,14 @@ class Reading(TypedDict, total=False):
         base_is_residual: The base is the residual model that this PEFT adapter was trained on,
             where its initialisation changed the base (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ).
         recompute_init: The base is the original one; compute from it what PiSSA or OLoRA left.
+        moe_b_layout: In what order B holds the columns of stacked experts: all experts' of the
+            first rank, then of the next ("peft"), or all ranks of the first expert, then of the
+            next ("unsloth"); None: as the files tell, else refuse.
+        moe_transposed: Whether ``B A`` lies transposed over stacked experts whose matrices are
+            square, where the shape cannot tell; None: by PEFT's version and the model's class,
+            else refuse.
+        trained_in: "fp32", "bf16" or "fp16": type of LyCORIS' parameters while training, whose eps
+            its forward adds to norms; None: as the metadata says, else the type they are stored in.
     """
 
     adapter_format: str | None
@@ -52,6 +63,9 @@ class Reading(TypedDict, total=False):
     magnitude_is_normalised: bool | None
     base_is_residual: bool
     recompute_init: bool
+    moe_b_layout: Literal["peft", "unsloth"] | None
+    moe_transposed: bool | None
+    trained_in: str | None
 
 
 @dataclass(frozen=True)
@@ -74,6 +88,7 @@ class Adapter:
         whole_families: Layers that differ in their number only are adapted all or none, so a gap
             means that tensors are missing.
         square_io: Whether square weights are stored ``(in, out)``, as far as the adapter says.
+        square_experts_transposed: What the user says of square slices of stacked parameters.
         not_for: Model types (config.json) whose checkpoints store what the adapter replaces in
             another way than its trainer did, and how.
         doubtful_magnitudes: Tools divide magnitudes of this format by the norms beforehand without
@@ -99,6 +114,7 @@ class Adapter:
     saved_embeddings: frozenset[str] = frozenset()
     whole_families: bool = False
     square_io: bool | None = None
+    square_experts_transposed: bool | None = None
     not_for: Mapping[str, str] = field(default_factory=dict)
     doubtful_magnitudes: bool = False
     naming: Literal["paths", "flat"] = "paths"

@@ -13,7 +13,6 @@ visual_instruction_tuning/peft/src/peft/tuners/dora.py (class Linear), utils/sav
 
 from __future__ import annotations
 
-import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -25,6 +24,7 @@ from dora_export.adapters.model import Adapter, ReadOptions
 from dora_export.checkpoints.folder import read_json
 from dora_export.errors import AdapterError, InputError, listing, shown
 from dora_export.storage import read_tensors
+from dora_export.storage.json_file import is_number
 from dora_export.storage.paths import contained
 from dora_export.tensors import Operand, TensorRef
 from dora_export.update import Update
@@ -121,8 +121,7 @@ def _scaling(path: Path, config: Mapping[str, Any], options: ReadOptions) -> flo
         problems.append(f"bias '{shown(config['bias'])}': its code does not save the magnitudes")
     rank, alpha = config.get("r"), config.get("lora_alpha")
     for name, value in (("r", rank), ("lora_alpha", alpha)):
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or value <= 0:  # type: ignore[arg-type,operator]
+        if not is_number(value) or value <= 0:
             problems.append(f"{name} '{shown(value)}': expected a positive number")
     if problems:
         raise AdapterError(f"{path}: cannot be merged:{listing(problems)}")

@@ -7,16 +7,17 @@ src/peft/config.py (PeftConfigMixin), src/peft/utils/other.py (get_pattern_key).
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dora_export.adapters import peft_init, peft_variants
 from dora_export.adapters.model import ReadOptions
+from dora_export.adapters.patterns import first_matches
 from dora_export.adapters.peft_variants import Blocks
 from dora_export.errors import AdapterError, listing, shown
+from dora_export.storage.json_file import is_number, is_rank
 
 # Fields that say nothing about the merged weights, or are checked against the tensors elsewhere.
 NO_EFFECT = frozenset(
@@ -31,11 +32,11 @@ ADALORA_TRAINING = frozenset(
 APPLIED = frozenset(
     """r lora_alpha use_rslora rank_pattern alpha_pattern use_dora bias lora_bias modules_to_save
     trainable_token_indices ensure_weight_tying fan_in_fan_out init_lora_weights loftq_config
-    layer_replication use_bdlora use_qalora qalora_group_size""".split()
+    layer_replication use_bdlora use_qalora qalora_group_size
+    target_parameters lora_B_layout unsloth_fused_expert_lora""".split()
 )
 REFUSED = {
     "megatron_config": "the layers were split over devices; gather them in Megatron first",
-    "target_parameters": "LoRA on bare parameters (fused experts) is not supported",
     "alora_invocation_tokens": "the adapter is switched on by tokens, which weights cannot do",
     "arrow_config": "the adapter is routed per token, which weights cannot do",
     "kasa_config": "KaSA truncated the base by SVD before training",
@@ -74,12 +75,17 @@ class PeftConfig:
         ensure_weight_tying: Tied ends were trained as one.
         fan_in_fan_out: What the file says of layouts; a hint only, PEFT does not keep it true.
         base_name: Base model by the trainer's name for it.
+        target_parameters: Ends of the paths of bare parameters with LoRA.
+        target_modules: Ends of the paths of modules with LoRA, a regular expression for whole
+            paths, or None.
         masks: AdaLoRA: module path -> ranks kept, of its ``r``; None: another method.
         block_diagonal: BD-LoRA's blocks, or None.
         group_size: QA-LoRA: inputs that A sees the mean of; None: another method.
         layer_replication: Ranges ``[start, stop)`` of the base's layers that make up the model's.
         changed_base: Initialisation that changed the base before training, or None.
         recomputed: What it left of the base is computed, instead of given as the base.
+        ranks: Module path -> rank, once ``for_modules`` has held the patterns against the modules.
+        alphas: Module path -> alpha, likewise.
     """
 
     r: int
@@ -95,12 +101,41 @@ class PeftConfig:
     ensure_weight_tying: bool
     fan_in_fan_out: bool
     base_name: str | None
+    target_parameters: tuple[str, ...] = ()
+    target_modules: tuple[str, ...] | str | None = None
+
     masks: Mapping[str, int] | None = None
     block_diagonal: Blocks | None = None
     group_size: int | None = None
     layer_replication: tuple[tuple[int, int], ...] = ()
     changed_base: str | None = None
     recomputed: bool = False
+    ranks: Mapping[str, int] | None = None
+    alphas: Mapping[str, float] | None = None
+
+    def for_modules(self, path: Path, modules: Collection[str]) -> PeftConfig:
+        """Return the config with the rank and alpha of each of these modules.
+
+        Args:
+            path: The file, for messages.
+            modules: Their paths in the wrapped model.
+
+        Raises:
+            AdapterError: A pattern is no regular expression, or takes too much time.
+        """
+        ranks = first_matches(path, "rank_pattern", self.rank_pattern, modules)
+        alphas = first_matches(path, "alpha_pattern", self.alpha_pattern, modules)
+        return replace(
+            self,
+            # PEFT looks the module itself up where no pattern matches it.
+            ranks={m: self.rank_pattern.get(ranks.get(m, m), self.r) for m in modules},
+            alphas={m: self.alpha_pattern.get(alphas.get(m, m), self.alpha) for m in modules},
+        )  # fmt: skip
+
+    @property
+    def all_linear(self) -> bool:
+        """Whether every linear layer is targeted, whatever its name."""
+        return isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear"
 
     @property
     def method(self) -> str:
@@ -125,13 +160,15 @@ class PeftConfig:
         """Return the rank of a module, by its path in the wrapped model."""
         if self.masks is not None:
             return self.masks.get(module, self.r)
-        return self.rank_pattern.get(_pattern_key(self.rank_pattern, module), self.r)
+        assert self.ranks is not None, "Bug: for_modules() comes first"
+        return self.ranks[module]
 
     def module_alpha(self, module: str) -> float:
         """Return lora_alpha of a module."""
         if self.masks is not None:
             return self.alpha
-        return self.alpha_pattern.get(_pattern_key(self.alpha_pattern, module), self.alpha)
+        assert self.alphas is not None, "Bug: for_modules() comes first"
+        return self.alphas[module]
 
     def scaling(self, module: str) -> float:
         """Return the factor on B A: alpha / rank, or alpha / sqrt(rank) for rslora.
@@ -186,6 +223,8 @@ def parse(path: Path, raw: Mapping[str, Any], options: ReadOptions = READ_AS_IT_
         ensure_weight_tying=bool(raw.get("ensure_weight_tying")),
         fan_in_fan_out=bool(raw.get("fan_in_fan_out")),
         base_name=raw.get("base_model_name_or_path") or None,
+        target_parameters=tuple(raw.get("target_parameters") or ()),
+        target_modules=_target_modules(raw),
         masks=peft_variants.kept_ranks(masks) if adalora else None,
         block_diagonal=peft_variants.blocks(raw),
         group_size=raw.get("qalora_group_size", 16) if raw.get("use_qalora") else None,
@@ -193,6 +232,11 @@ def parse(path: Path, raw: Mapping[str, Any], options: ReadOptions = READ_AS_IT_
         changed_base=peft_init.changed(raw),
         recomputed=options.recompute_init,
     )
+
+
+def _target_modules(raw: Mapping[str, Any]) -> tuple[str, ...] | str | None:
+    targets = raw.get("target_modules")
+    return tuple(map(str, targets)) if isinstance(targets, list) else targets and str(targets)
 
 
 def _method(path: Path, raw: Mapping[str, Any]) -> str:
@@ -234,15 +278,13 @@ def _type_problems(raw: Mapping[str, Any]) -> list[str]:
             continue
         for key, value in pattern.items():
             problems += check(f"{name}[{shown(key)}]", value)
-            try:
-                re.compile(key)
-            except re.error as error:
-                problems.append(f"{name}: {shown(key)} is not a regular expression: {error}")
     if (raw.get("bias") or "none") not in ("none", "all", "lora_only"):
         problems.append(f"bias: expected none, all or lora_only, got {shown(raw.get('bias'))}")
     saved = raw.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(s, str) for s in saved):
         problems.append(f"modules_to_save: expected a list of names, got {shown(saved)}")
+    if raw.get("target_parameters"):
+        problems += _parameter_problems(raw)
     if not isinstance(raw.get("base_model_name_or_path") or "", str):
         problems.append("base_model_name_or_path: expected a name")
     try:
@@ -252,14 +294,27 @@ def _type_problems(raw: Mapping[str, Any]) -> list[str]:
     return problems
 
 
+def _parameter_problems(raw: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with the fields that tell parameters from modules."""
+    problems = []
+    parameters, modules = raw["target_parameters"], raw.get("target_modules")
+    if not isinstance(parameters, list) or not all(isinstance(p, str) for p in parameters):
+        problems.append(f"target_parameters: expected a list of names, got {shown(parameters)}")
+    if not (modules is None or isinstance(modules, str)) and (
+        not isinstance(modules, list) or not all(isinstance(m, str) for m in modules)
+    ):
+        problems.append(f"target_modules: expected names or a pattern, got {shown(modules)}")
+    return problems
+
+
 def _rank_problems(name: str, value: object) -> list[str]:
-    if type(value) is int and value > 0:
+    if is_rank(value):
         return []
     return [f"{name}: expected a positive integer, got {shown(value)}"]
 
 
 def _alpha_problems(name: str, value: object) -> list[str]:
-    if type(value) not in (int, float) or not math.isfinite(value):  # type: ignore[arg-type]
+    if not is_number(value):
         return [f"{name}: expected a finite number other than 0, got {shown(value)}"]
     if value == 0:
         return [f"{name}: 0, so the adapter would have no effect. Check how it was saved"]
@@ -276,11 +331,3 @@ def _token_indices(value: Any) -> dict[str | None, tuple[int, ...]]:
             raise ValueError(indices)
         found[module] = tuple(indices)
     return found
-
-
-def _pattern_key(patterns: Mapping[str, Any], module: str) -> str:
-    """Return the first pattern that matches a module path, else the path itself, as PEFT does."""
-    for pattern in patterns:
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return pattern
-    return module

@@ -15,7 +15,6 @@ torchtune/models/convert_weights.py, torchtune/training/checkpointing/_checkpoin
 
 from __future__ import annotations
 
-import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -27,6 +26,7 @@ from dora_export.adapters.model import Adapter, ReadOptions
 from dora_export.checkpoints.folder import read_json
 from dora_export.errors import AdapterError, listing, shown
 from dora_export.storage import PICKLED, read_tensors
+from dora_export.storage.json_file import is_number
 from dora_export.storage.paths import contained
 from dora_export.tensors import Operand, TensorRef
 from dora_export.update import RowOrder, Update
@@ -207,8 +207,8 @@ def _alpha(file: Path, rank: int, options: ReadOptions) -> float:
             f"{file}: alpha is not in this file, and no {CONFIG} lies beside it. "
             "Pass --alpha with lora_alpha of the training."
         )
-    if not math.isfinite(alpha) or alpha == 0:
-        raise AdapterError(f"{file}: alpha {alpha}: expected a finite number other than 0.")
+    if not is_number(alpha) or alpha == 0:
+        raise AdapterError(f"{file}: alpha {shown(alpha)}: expected a finite number other than 0.")
     return float(alpha)
 
 

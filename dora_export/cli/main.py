@@ -87,6 +87,14 @@ def cli() -> None:
     "--strength", type=float, default=1.0, show_default=True, help="W + STRENGTH * (W' - W)."
 )
 @click.option(
+    "--weight",
+    "weights",
+    type=float,
+    multiple=True,
+    metavar="X",
+    help="Strength of one adapter, in their order. Once per adapter, or never (1 each).",
+)
+@click.option(
     "--zero-norm",
     type=click.Choice(["refuse", "zero", "keep-base"]),
     default="refuse",
@@ -118,7 +126,7 @@ def cli() -> None:
 def merge(
     base: str, adapter: tuple[str, ...], output: Path, as_json: bool, dry_run: bool, **options: Any
 ) -> None:
-    """Merge ADAPTER into BASE and publish plain weights as a folder.
+    """Merge ADAPTER (or several, in order) into BASE and publish plain weights as a folder.
 
     BASE and ADAPTER are folders, files or hub ids. A file that holds its own base (a state dict of
     LinearWithDoRAMerged layers) needs no ADAPTER. A merge that was interrupted is resumed by the
@@ -168,6 +176,14 @@ def merge(
 @click.option("--dtype", help="bf16, fp16 or fp32 that all weights should have.")
 @click.option("--strength", type=float, help="Strength that was merged with.")
 @click.option(
+    "--weight",
+    "weights",
+    type=float,
+    multiple=True,
+    metavar="X",
+    help="Weight that an adapter was merged with, in their order. Once per adapter.",
+)
+@click.option(
     "--zero-norm",
     type=click.Choice(["refuse", "zero", "keep-base"]),
     help="Rows without direction, as merge treated them.",
@@ -187,8 +203,8 @@ def verify(
 
     Compares every file, name and untouched byte, and every changed value with the exact one. Ends
     with 0 if all is right, 1 if something is wrong, 3 if something could not be checked. dtype,
-    strength and zero-norm default to what the merged model's manifest says. A base that holds its
-    own adapter needs no ADAPTER.
+    strength, weights and zero-norm default to what the merged model's manifest says. A base that
+    holds its own adapter needs no ADAPTER.
     """
     from dora_export import api  # noqa: PLC0415
     from dora_export.cli import text  # noqa: PLC0415

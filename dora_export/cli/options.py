@@ -41,6 +41,21 @@ def adapter_options(command: F) -> F:
             is_flag=True,
             help="BASE is the original; compute what PiSSA or OLoRA left of it.",
         ),
+        click.option(
+            "--moe-b-layout",
+            type=click.Choice(["peft", "unsloth"]),
+            help="Order of B's columns for stacked experts, where the files do not tell.",
+        ),
+        click.option(
+            "--moe-transposed/--no-moe-transposed",
+            default=None,
+            help="B A lies transposed over square slices of stacked experts, or does not.",
+        ),
+        click.option(
+            "--trained-in",
+            type=click.Choice(["fp32", "bf16", "fp16"]),
+            help="Type that LyCORIS trained in, where magnitudes may have been rounded on saving.",
+        ),
         click.option("--adapter-format", metavar="NAME", help="Format, where more than one fits."),
         click.option(
             "--map-prefix",

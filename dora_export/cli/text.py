@@ -124,8 +124,10 @@ def merge_summary(report: MergeReport, output: Path) -> str:
     head = f"{done} {count(counts.get('merged', 0), f'{report.method} tensor')} ({kind})"
     rest = [f"{counts[s]} {s}" for s in ("replaced", "added", "cast", "unchanged") if s in counts]
     ignored = f", {len(report.ignored)} ignored" if report.ignored else ""
+    each = zip(report.adapters, report.weights, strict=True) if len(report.adapters) > 1 else ()
     lines = [
         click.style(head, bold=True),
+        *(f"  {i}. {shown(path, PATH)}, weight {w:g}" for i, (path, w) in enumerate(each, 1)),
         f"  adapter tensors used {report.adapter_tensors_used}/{report.adapter_tensors}{ignored}"
         f" · base tensors {', '.join(rest) or 'all merged'} · names {report.names}",
         f"  {report.dtypes[0]} -> {report.dtypes[1]}, math {report.precision} or better"
@@ -175,6 +177,7 @@ def inspect_summary(report: InspectReport) -> str:
         ("trainer", str(facts.get("trainer", ""))),
         ("axis", str(facts.get("axis", ""))),
         ("begun with", str(facts.get("begun with", ""))),
+        ("experts", str(facts.get("experts", ""))),
         ("rank", numbers["rank"]),
         ("alpha", numbers["alpha"] + (" (rslora)" if facts.get("rslora") else "")),
         ("scaling", numbers["scaling"]),

@@ -12,16 +12,18 @@ import codecs
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 
 from dora_export import limits
 from dora_export.errors import InputError, shown
 from dora_export.storage.paths import contained
 
 CHUNK = 1 << 16
-BLANK = re.compile(r"[ \t\r\n]*")
+BLANKS = " \t\r\n"
+BLANK = re.compile(f"[{BLANKS}]*")
 
 
 class _TwiceError(ValueError):
@@ -94,6 +96,16 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
                 values = f"{shown(value, 40)} and {shown(found[name], 40)}"
                 raise _TwiceError(f"{shown(name)}: {values}")
     return found
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Return whether a value is a number that a float can hold: no NaN, no infinity, no bool."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
+
+
+def is_rank(value: object) -> TypeGuard[int]:
+    """Return whether a value is a whole number that can be a rank."""
+    return type(value) is int and 0 < value <= limits.RANK
 
 
 def _deeper_than(value: Any, depth: int) -> bool:
@@ -222,10 +234,11 @@ class JsonReader:
             # A number may go on behind the end of what has been read.
             if end == len(self._text) and self._more(most_chars):
                 continue
-            if end - self._at > most_chars:
+            chars, self._at = end - self._at, end
+            if chars > most_chars:
                 raise self._malformed(f"an entry of more than {most_chars} characters")
-            self._at = end
-            if _deeper_than(found, limits.JSON_DEPTH):
+            # Each level takes two characters.
+            if chars > 2 * limits.JSON_DEPTH and _deeper_than(found, limits.JSON_DEPTH):
                 raise self._malformed("not JSON: nested too deeply")
             return found
 
@@ -241,6 +254,8 @@ class JsonReader:
     def _next(self) -> str:
         """Return the next character that is no blank, or nothing at the end."""
         while True:
+            if (sign := self._text[self._at : self._at + 1]) and sign not in BLANKS:
+                return sign
             self._at = BLANK.match(self._text, self._at).end()  # type: ignore[union-attr]
             if self._at < len(self._text):
                 return self._text[self._at]

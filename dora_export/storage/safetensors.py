@@ -153,30 +153,38 @@ def is_text(names: Iterable[str]) -> bool:
 
 
 def _tensor(path: Path, name: str, entry: Any, start: int, size: int) -> TensorRef:
-    where = f"{path}: tensor '{shown(name)}'"
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
-        raise InputError(f"{where}: no dtype, shape and data_offsets. Malformed.") from error
+        raise _wrong(path, name, "no dtype, shape and data_offsets. Malformed.") from error
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise InputError(f"{where}: dtype {shown(dtype)} is not known. Known: {', '.join(DTYPES)}.")
+        known = ", ".join(DTYPES)
+        raise _wrong(path, name, f"dtype {shown(dtype)} is not known. Known: {known}.")
     numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
     if len(numbers) - 2 > limits.DIMENSIONS or not all(
         type(n) is int and 0 <= n < 1 << 63 for n in numbers
     ):
-        raise InputError(f"{where}: shape {shown(shape)} or offsets are not sizes. Malformed.")
+        raise _wrong(path, name, f"shape {shown(shape)} or offsets are not sizes. Malformed.")
     ref = TensorRef(name, DTYPES[dtype], tuple(shape), FileRange(path, start + begin, end - begin))
     if end - begin != ref.nbytes:
-        raise InputError(
-            f"{where}: expected {ref.nbytes} bytes for {ref.shape} {dtype}, got {end - begin}. "
-            "The file is malformed; download it again."
+        raise _wrong(
+            path,
+            name,
+            f"expected {ref.nbytes} bytes for {ref.shape} {dtype}, got {end - begin}. "
+            "The file is malformed; download it again.",
         )
     if start + end > size:
-        raise InputError(
-            f"{where}: its bytes end at {start + end}, the file has {size}. "
-            "The file is truncated; download it again."
+        raise _wrong(
+            path,
+            name,
+            f"its bytes end at {start + end}, the file has {size}. "
+            "The file is truncated; download it again.",
         )
     return ref
+
+
+def _wrong(path: Path, name: str, what: str) -> InputError:
+    return InputError(f"{path}: tensor '{shown(name)}': {what}")
 
 
 def _check_contiguous(path: Path, refs: Sequence[TensorRef], start: int, size: int) -> None:

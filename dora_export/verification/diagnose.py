@@ -108,7 +108,7 @@ def take(exact: Exact, ref: TensorRef, lines: NDArray[np.int64]) -> Sample:
     simple = simple and not first.change.magnitude_is_factor
     magnitude = first.magnitude[lines] if simple and first.magnitude is not None else None
     if exact.by_column:
-        group = exact.parts[exact.region.column_change or 0].change.group
+        group = exact.parts[exact.region.column_changes[0]].change.group
         columns = (lines[:, None] * group + np.arange(group)).ravel()
         base, values = exact.columns(columns)
         product = exact.product(slice(None), columns)

@@ -80,8 +80,9 @@ class Exact:
 
     @property
     def by_column(self) -> bool:
-        """Whether norms run down stored columns."""
-        return self.region.column_change is not None
+        """Whether all norms run down stored columns, so that whole columns can be had."""
+        norms = [c.over for c in self.region.changes if c.over and not c.magnitude_is_factor]
+        return "column" in norms and "row" not in norms
 
     @property
     def rank(self) -> int:
@@ -91,9 +92,13 @@ class Exact:
 
     def with_factors(self) -> Exact:
         """Return this with the factors of its columns computed: one pass over all rows."""
-        position = self.region.column_change
-        if position is None or self.parts[position].factor is not None:
-            return self
+        parts = list(self.parts)
+        for position in self.region.column_changes:
+            if parts[position].factor is None:
+                parts[position] = self._with_factor(position)
+        return Exact(self.source, self.region, self.settings, tuple(parts))
+
+    def _with_factor(self, position: int) -> Part:
         part = self.parts[position]
         squares = np.zeros(self.region.columns)
         for rows in self.blocks():
@@ -103,10 +108,8 @@ class Exact:
         group = part.change.group
         norm = np.sqrt(squares.reshape(-1, group).sum(axis=1))
         factor, kept = _factor(part.magnitude, norm, part.change.eps, self.settings)
-        done = Part(part.change, part.factors, part.magnitude,
+        return Part(part.change, part.factors, part.magnitude,
                     np.repeat(factor, group), np.repeat(kept, group))  # fmt: skip
-        return Exact(self.source, self.region, self.settings,
-                     (*self.parts[:position], done, *self.parts[position + 1 :]))  # fmt: skip
 
     def blocks(self, elements: int = BLOCK_ELEMENTS) -> Iterator[slice]:
         """Yield consecutive rows whose float64 values are about ``elements``."""
@@ -143,31 +146,59 @@ class Exact:
         self, base: Floats, rows: slice | NDArray[Any], columns: slice | NDArray[Any]
     ) -> Floats:
         values = base
-        for position in range(len(self.parts)):
-            values = self._applied(position, values, base, rows, columns)
+        for first, last in self._groups():
+            before = values
+            for position in range(first, last):
+                start = base if first == 0 else before
+                values = self._applied(position, values, start, base, rows, columns)
+            weight = self.parts[first].change.weight
+            if weight != 1.0:
+                values = before + weight * (values - before)
         if self.settings.strength != 1.0:
             values = base + self.settings.strength * (values - base)
         return values
 
+    def _groups(self) -> Iterator[tuple[int, int]]:
+        """Yield where each adapter's changes begin and end."""
+        first = 0
+        for last in range(1, len(self.parts) + 1):
+            adapters = {p.change.adapter for p in self.parts[first : last + 1]}
+            if last == len(self.parts) or len(adapters) > 1:
+                yield first, last
+                first = last
+
     def _directions(self, base: Floats, rows: slice, stop: int) -> Floats:
         """Return ``V`` of some rows: what the change at ``stop`` divides by its norm."""
         values = base
-        for position in range(stop):
-            values = self._applied(position, values, base, rows, slice(None))
+        if not self.parts[stop].change.own_norm:
+            for position in range(stop):
+                values = self._applied(position, values, base, base, rows, slice(None))
         return _with_product(self.parts[stop], values, rows, slice(None))
 
     def _applied(
         self,
         position: int,
         values: Floats,
+        start: Floats,
         base: Floats,
         rows: slice | NDArray[Any],
         columns: slice | NDArray[Any],
     ) -> Floats:
+        """Return the values after one change.
+
+        Args:
+            position: Of the change.
+            values: What the changes before it left.
+            start: What its adapter started from: lines without direction keep it.
+            base: The base's values, which an own norm is of.
+            rows: Which rows these are.
+            columns: Which columns.
+        """
         part = self.parts[position]
         if part.magnitude is not None:
+            own = _with_product(part, base, rows, columns) if part.change.own_norm else None
             values = _with_product(part, values, rows, columns)
-            return _normalised(part, values, base, rows, columns, self.settings)
+            return _normalised(part, values, own, start, rows, columns, self.settings)
         if part.change.kind in ("lora", "dora"):
             return _with_product(part, values, rows, columns)
         if part.whole is not None:
@@ -247,11 +278,14 @@ def _with_product(
 def _normalised(
     part: Part,
     values: Floats,
-    base: Floats,
+    own: Floats | None,
+    start: Floats,
     rows: slice | NDArray[Any],
     columns: slice | NDArray[Any],
     settings: Settings,
 ) -> Floats:
+    """Return ``values`` times ``m / ||own||``; ``own`` is ``values`` where it is None."""
+    measured = values if own is None else own
     assert part.magnitude is not None, "Bug: only called with magnitudes"
     change = part.change
     if change.magnitude_is_factor:
@@ -259,20 +293,20 @@ def _normalised(
             return values * part.magnitude[rows][:, None]
         return values * np.repeat(part.magnitude, change.group)[columns]
     if change.over == "row":
-        norm = np.sqrt(np.einsum("ij,ij->i", values, values))
+        norm = np.sqrt(np.einsum("ij,ij->i", measured, measured))
         factor, kept = _factor(part.magnitude[rows], norm, change.eps, settings)
         factor, kept = factor[:, None], kept[:, None]
     elif part.factor is not None and part.kept is not None:
         factor, kept = part.factor[columns][None], part.kept[columns][None]
     else:
         picked = np.arange(part.magnitude.size * change.group)[columns]
-        squares = np.einsum("ij,ij->j", values, values).reshape(-1, change.group).sum(axis=1)
+        squares = np.einsum("ij,ij->j", measured, measured).reshape(-1, change.group).sum(axis=1)
         m = part.magnitude[picked[:: change.group] // change.group]
         factor, kept = _factor(m, np.sqrt(squares), change.eps, settings)
         factor = np.repeat(factor, change.group)[None]
         kept = np.repeat(kept, change.group)[None]
     result = values * factor
-    return np.where(kept, base, result) if kept.any() else result
+    return np.where(kept, start, result) if kept.any() else result
 
 
 def _factor(

@@ -110,7 +110,7 @@ class VerifyReport:
 
     Attributes:
         base: The base model.
-        adapter: The adapter, as the user named it.
+        adapters: The adapters, as the user named them.
         merged: The merged model.
         level: "fast" or "full".
         maker: Who wrote the merged model, as far as its files say, e.g. "dora-export 0.1.0".
@@ -124,7 +124,7 @@ class VerifyReport:
     """
 
     base: Path
-    adapter: Path
+    adapters: tuple[Path, ...]
     merged: Path
     level: Level
     maker: str
@@ -164,7 +164,7 @@ class VerifyReport:
         return {
             **content,
             "base": str(self.base),
-            "adapter": str(self.adapter),
+            "adapters": [str(path) for path in self.adapters],
             "merged": str(self.merged),
             "verdict": self.verdict,
             "findings": [f.to_dict() for f in self.findings],

@@ -127,8 +127,9 @@ def class_of(plan: Plan) -> ModelClass:
 
 def _task(plan: Plan) -> Any:
     """Return the task that a PEFT adapter was trained for, or None."""
-    config = plan.adapter.folder / "adapter_config.json" if plan.adapter.folder else None
-    return read_json(config).get("task_type") if config is not None and config.is_file() else None
+    configs = [a.folder / "adapter_config.json" for a in plan.adapters if a.folder]
+    tasks = (read_json(config).get("task_type") for config in configs if config.is_file())
+    return next((task for task in tasks if task), None)
 
 
 def load(folder: Path, cls: ModelClass, dtype: torch.dtype) -> Loaded:

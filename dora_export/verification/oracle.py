@@ -269,15 +269,15 @@ def _measure(exact: Exact, ref: TensorRef, level: Level, name: str) -> tuple[Mea
             tally.add(rows, base, values, merged)
         return tally.measurement(), exact
     seed = zlib.crc32(name.encode()) + region.start
-    change = region.column_change
-    if change is None:
+    if not exact.by_column:
+        exact = exact.with_factors()  # only where other norms run along rows: all of it is read
         lines = _sampled(region.rows, seed)
         base, values = exact.rows(lines)
         merged = read_rows(ref, region, lines)
         tally = _Tally(exact, ref.dtype, lines)
         tally.add(slice(0, len(lines)), base, values, merged)
         return tally.measurement(), exact
-    group = region.changes[change].group
+    group = region.changes[region.column_changes[0]].group
     lines = _sampled(region.columns // group, seed)
     columns = (lines[:, None] * group + np.arange(group)).ravel()
     base, values = exact.columns(columns)
@@ -360,7 +360,7 @@ class _Tally:
         """
         terms = np.abs(base) + self.exact.product_size(rows, self.columns)
         part = next((p for p in self.exact.parts if p.magnitude is not None), None)
-        if part is not None and part.factor is not None:
+        if part is not None and part.factor is not None and len(self.exact.parts) == 1:
             terms *= np.abs(part.factor[self.columns])
         elif part is not None:
             product = self.exact.product(rows, self.columns)
@@ -387,7 +387,12 @@ class _Tally:
         squares = self.column_norm.reshape(-1, group).sum(axis=1) if by_column else self.row_norm
         lines = self.columns[::group] // group if by_column else self.rows
         ratios = None
-        if part is not None and part.magnitude is not None and not part.change.magnitude_is_factor:
+        if (
+            part is not None
+            and part.magnitude is not None
+            and not part.change.magnitude_is_factor
+            and not part.change.own_norm  # several magnitudes have no one ratio
+        ):
             norm = np.sqrt(squares)
             ratios = part.magnitude[lines][norm > 0] / norm[norm > 0]
         return Measurement(lines, excess, self.misrounded, self.not_finite, self.elements,

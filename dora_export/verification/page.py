@@ -137,7 +137,8 @@ def _compared(report: VerifyReport) -> list[Element]:
     memory = "" if report.peak_rss_bytes is None else f", {size(report.peak_rss_bytes)} of memory"
     pairs: list[tuple[str, Child]] = [
         ("base", el("span", _path(report.base), class_="path")),
-        ("adapter", el("span", _path(report.adapter), f" ({shown(report.method)})", class_="path")),
+        *(("adapter", el("span", _path(path), class_="path")) for path in report.adapters),
+        ("method", shown(report.method)),
         ("merged", el("span", _path(report.merged), class_="path")),
         ("written by", shown(report.maker, 300)),
         ("level", read[report.level]),

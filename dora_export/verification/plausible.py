@@ -35,11 +35,16 @@ def refuse_implausible(plan: Plan) -> None:
         PlanError: The median magnitude is far from the median norm; or the base holds what the
             adapter began with although it should be the residual, or does not though it should.
     """
-    _refuse_other_base(plan)
-    if not plan.adapter.doubtful_magnitudes:
-        return
-    found = [(step, region) for step in plan.steps for region in regions(step)
-             if len(region.changes) == 1 and region.changes[0].over == "row"]  # fmt: skip
+    for position, adapter in enumerate(plan.adapters):
+        _refuse_other_base(plan, position)
+        if adapter.doubtful_magnitudes:
+            _refuse_implausible(plan, position)
+
+
+def _refuse_implausible(plan: Plan, position: int) -> None:
+    path = plan.adapters[position].path
+    found = [(step, alone) for step in plan.steps for region in regions(step)
+             if (alone := _alone(region, position)) is not None]  # fmt: skip
     every = -(-len(found) // TENSORS) or 1
     pairs = [pair for f in found[::every]
              for pair in _magnitudes_and_norms(*f, plan.settings)]  # fmt: skip
@@ -51,20 +56,26 @@ def refuse_implausible(plan: Plan) -> None:
         return
     if 1 / NEAR <= size <= NEAR:
         raise PlanError(
-            f"{plan.adapter.path}: magnitudes around {size:.3g} for rows of norm "
+            f"{path}: magnitudes around {size:.3g} for rows of norm "
             f"{float(np.median(norm)):.3g}: they look divided by the norms already, as "
             "TensorRT-LLM wants them. Pass --magnitude-is-normalised if they are, "
             "--magnitude-is-not-normalised if they were trained so."
         )
     if not 1 / FAR <= ratio <= FAR:
         raise PlanError(
-            f"{plan.adapter.path}: magnitudes are around {ratio:.2g} times the norms of the rows "
+            f"{path}: magnitudes are around {ratio:.2g} times the norms of the rows "
             "they belong to. Check that this is the base it was trained on; pass "
             "--magnitude-is-not-normalised to merge it all the same."
         )
 
 
-def _refuse_other_base(plan: Plan) -> None:
+def _alone(region: Region, position: int) -> Region | None:
+    """Return a region as one adapter alone would change it, if by one norm along its rows."""
+    own = tuple(c for c in region.changes if c.adapter == position)
+    return replace(region, changes=own) if len(own) == 1 and own[0].over == "row" else None
+
+
+def _refuse_other_base(plan: Plan, position: int) -> None:
     """Refuse the original base in the place of the residual, and the reverse.
 
     Both begin with a projection P of the original W. PiSSA takes ``s B0 A0 = P W``: the original
@@ -72,15 +83,20 @@ def _refuse_other_base(plan: Plan) -> None:
     ``s B0 A0`` the original holds ``1 / s`` and the residual ``1 / s - 1``. What the base holds of
     ``s B A`` is nearer to one of the two.
     """
-    found = [(step, region) for step in plan.steps for region in regions(step)
-             if any(c.delta is not None for c in region.changes)]  # fmt: skip
-    recomputed = any(c.function is not None for _, region in found for c in region.changes)
-    init = plan.adapter.residual_init or ""
+    adapter = plan.adapters[position]
+    found = [
+        (step, region, [c for c in region.changes if c.adapter == position])
+        for step in plan.steps
+        for region in regions(step)
+    ]
+    found = [(s, r, own) for s, r, own in found if any(c.delta is not None for c in own)]
+    computed = [c.function for *_, own in found for c in own if isinstance(c.function, Residual)]
+    recomputed, init = bool(computed), computed[0].init if computed else adapter.residual_init or ""
     if not recomputed and not init.startswith(("pissa", "olora")):
         return
     held = size = middle = 0.0
-    for step, region in found[:: -(-len(found) // TENSORS) or 1]:
-        changes = tuple(c for c in region.changes if c.delta is not None)
+    for step, region, own in found[:: -(-len(found) // TENSORS) or 1]:
+        changes = tuple(c for c in own if c.delta is not None)
         exact = Exact.open(step.source, replace(region, changes=changes), plan.settings)
         rows = np.unique(np.linspace(0, region.rows - 1, ROWS).astype(np.intp))
         product = exact.product(rows, slice(None))
@@ -88,28 +104,22 @@ def _refuse_other_base(plan: Plan) -> None:
         squares = float(np.vdot(product, product))
         held += float(np.vdot(exact.base(rows), product))
         size += squares
-        middle += squares * (1 / changes[0].scaling - 0.5 if _is_olora(plan) else 0.5)
+        middle += squares * (1 / changes[0].scaling - 0.5 if init == "olora" else 0.5)
     share = f"{held / size:.0%}" if size else "nothing"
     if recomputed and held < middle:
         raise PlanError(
-            f"{plan.adapter.path}: this base holds {share} of the adapter's product, too little "
+            f"{adapter.path}: this base holds {share} of the adapter's product, too little "
             "for the original one. If this is the residual base "
             "already, pass --base-is-residual in the place of --recompute-init; else it is not "
             "the base that the adapter was begun on."
         )
     if not recomputed and held > middle:
         raise PlanError(
-            f"{plan.adapter.path}: this base holds {share} of the adapter's product, so it "
+            f"{adapter.path}: this base holds {share} of the adapter's product, so it "
             f"looks like the original one, not like what {init} left of it. Give the "
             "residual base that was saved"
             + (", or pass --recompute-init instead." if init in ("pissa", "olora") else ".")
         )
-
-
-def _is_olora(plan: Plan) -> bool:
-    functions = (c.function for s in plan.steps for c in s.changes if c.function is not None)
-    init = next((f.init for f in functions if isinstance(f, Residual)), None)
-    return (init or plan.adapter.residual_init) == "olora"
 
 
 def _magnitudes_and_norms(

@@ -113,8 +113,8 @@ def check_manifest(plan: Plan, subject: Subject) -> tuple[Finding, ...]:
     told = _object(manifest.get("changed"))
     said = {n: _object(entry).get("status") for n, entry in told.items()}
     problems = [
-        *_other_files("base", manifest, _base_files(plan)),
-        *_other_files("adapter", manifest, plan.adapter.files),
+        *_other_files("base", manifest.get("base"), _base_files(plan)),
+        *_other_adapters(plan, manifest),
     ]
     if manifest.get("tensors") != dict(planned):
         problems.append(f"tensors: {_counts(manifest.get('tensors'))}, here {_counts(planned)}")
@@ -287,9 +287,23 @@ def _template_of(files: Mapping[str, Path]) -> Any:
 # --- the manifest
 
 
-def _other_files(what: str, manifest: Mapping[str, Any], paths: tuple[Path, ...]) -> list[str]:
+def _other_adapters(plan: Plan, manifest: Mapping[str, Any]) -> list[str]:
+    """Return how the adapters that went in differ from those given, in their order."""
+    told = manifest.get("adapters")
+    entries = told if isinstance(told, list) else []
+    if len(entries) != len(plan.adapters):
+        return [f"adapters: {len(entries)} went in, here are {len(plan.adapters)}"]
+    alone = len(entries) == 1
+    return [
+        problem
+        for i, (entry, adapter) in enumerate(zip(entries, plan.adapters, strict=True), 1)
+        for problem in _other_files("adapter" if alone else f"adapter {i}", entry, adapter.files)
+    ]
+
+
+def _other_files(what: str, told_of: Any, paths: tuple[Path, ...]) -> list[str]:
     """Return how the files that went in differ from those given, by name, size and digest."""
-    entries = _object(manifest.get(what)).get("files")
+    entries = _object(told_of).get("files")
     told = {e.get("name"): e for e in (entries if isinstance(entries, list) else ())
             if isinstance(e, dict)}  # fmt: skip
     problems = []

@@ -269,10 +269,10 @@ class _Run:
         Raises:
             Unsupported: The base does not load.
         """
-        folder = plan.adapter.folder
-        if plan.adapter.format != "peft" or folder is None:
+        folders = [a.folder for a in plan.adapters if a.format == "peft" and a.folder is not None]
+        if len(folders) != len(plan.adapters):
             return Opinion(said="not asked: the adapter is of another format")
-        if plan.settings.strength != 1.0:
+        if plan.settings.strength != 1.0 or set(plan.weights) != {1.0}:
             return Opinion(said="not asked: it has no strength other than 1")
         if not models.is_installed("peft"):
             return Opinion(said="not asked: not installed")
@@ -286,7 +286,12 @@ class _Run:
             try:
                 if rows is not None:
                     model.resize_token_embeddings(rows, mean_resizing=False)
-                model = PeftModel.from_pretrained(model, folder).to(precision).eval()
+                model = PeftModel.from_pretrained(model, folders[0])
+                for i, folder in enumerate(folders[1:], 1):
+                    model.load_adapter(folder, f"adapter_{i}")
+                if len(folders) > 1:
+                    model.base_model.set_adapter(list(model.peft_config))
+                model = model.to(precision).eval()
             except Exception as error:
                 # PEFT raises whatever it meets; all of it means that there is no second opinion.
                 return Opinion(said=f"fails: {type(error).__name__}: {shown(error, 300)}")

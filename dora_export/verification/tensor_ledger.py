@@ -168,7 +168,7 @@ def _names(book: _Book) -> None:
         "tensors_missing": sorted(shown(n) for n in missing),
         "tensors_extra": sorted(shown(n) for n in extra),
         "tensors_lost_with_files": sorted(shown(n) for n in lost),
-        "adapter_tensors": len(plan.adapter.tensors),
+        "adapter_tensors": len(plan.adapter_tensors),
     }
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -97,6 +98,9 @@ class Term:
         norm: What the sum is multiplied by and divided by, or None.
         value: Values of the weight's shape that are added, or that replace it, or None.
         replaces: Whether ``value`` replaces.
+        adapter: Which of several adapters it belongs to.
+        weight: Of all that this adapter does.
+        own_norm: ``norm`` is that of the base and this product alone.
     """
 
     left: Tensor | None = None
@@ -105,6 +109,9 @@ class Term:
     norm: Norm | None = None
     value: Tensor | None = None
     replaces: bool = False
+    adapter: int = 0
+    weight: float = 1.0
+    own_norm: bool = False
 
     def to(self, dtype: torch.dtype) -> Term:
         """Return the term rounded to another precision."""
@@ -148,7 +155,8 @@ def _term(step: Step, position: int, settings: Settings) -> Term:
         whole = functions.exact(change.function, base, step.source.dtype)
         return Term(value=torch.from_numpy(whole).reshape(shape), replaces=True)
     if change.value is not None:
-        return Term(value=_value(step, change), replaces=change.kind != "add")
+        value = _value(step, change)
+        return _of(change, Term(value=value, replaces=change.kind != "add"))
     left = right = norm = None
     if change.delta is not None:
         if not isinstance(change.delta, Product):
@@ -161,7 +169,12 @@ def _term(step: Step, position: int, settings: Settings) -> Term:
         norm = _norm(step, position, left, right, settings)
     if left is not None:
         left = _padded(left, first, rows, 0.0)
-    return Term(left, right, change.scaling, norm)
+    return _of(change, Term(left, right, change.scaling, norm))
+
+
+def _of(change: Change, term: Term) -> Term:
+    """Return a term as part of what one of several adapters does."""
+    return replace(term, adapter=change.adapter, weight=change.weight, own_norm=change.own_norm)
 
 
 def _norm(
@@ -217,19 +230,29 @@ def values(step: Step, settings: Settings, dtype: torch.dtype) -> Tensor:
     """
     base = stored(step.source).to(dtype)
     result = base.clone()
-    for change in step.changes:
-        assert change.value is not None, "Bug: a product among stored values"
-        part = result[change.start : change.stop].view(change.rows, change.columns)
-        value = stored(change.value).to(dtype).view(-1, change.columns)
-        if change.kind == "rows":
-            part[list(change.row_indices)] = value
-        elif change.kind == "add":
-            part += change.scaling * value
-        else:
-            part[:] = value
+    for _, group in groupby(step.changes, key=lambda c: c.adapter):
+        own = list(group)
+        before = result.clone() if own[0].weight != 1.0 else result
+        for change in own:
+            _put(result, change, dtype)
+        if own[0].weight != 1.0:
+            result = before + own[0].weight * (result - before)
     if settings.strength != 1.0:
         result = base + settings.strength * (result - base)
     return result.reshape(step.shape)
+
+
+def _put(result: Tensor, change: Change, dtype: torch.dtype) -> None:
+    """Add the stored values of a change to a flat tensor, or put them into it."""
+    assert change.value is not None, "Bug: a product among stored values"
+    part = result[change.start : change.stop].view(change.rows, change.columns)
+    value = stored(change.value).to(dtype).view(-1, change.columns)
+    if change.kind == "rows":
+        part[list(change.row_indices)] = value
+    elif change.kind == "add":
+        part += change.scaling * value
+    else:
+        part[:] = value
 
 
 def _value(step: Step, change: Change) -> Tensor:
@@ -261,14 +284,15 @@ def _squares(step: Step, position: int, left: Tensor | None, right: Tensor | Non
 
 
 def _before(step: Step, position: int, first: int, last: int) -> Tensor:
-    """Return rows of a change's matrix as the changes before it leave them, float64.
+    """Return rows of a change's matrix as a norm sees them without its own product, float64.
 
-    Those before a norm on the same rows can only have replaced them: the plan allows no other.
+    Other adapters' changes do not count. Those before a norm on the same rows can only have
+    replaced them: the plan allows no other.
     """
     change = step.changes[position]
     start, stop = (change.start + row * change.columns for row in (first, last))
     source = step.source
-    for earlier in step.changes[:position]:
+    for earlier in () if change.own_norm else step.changes[:position]:
         if earlier.kind == "replace" and earlier.value is not None:
             source = earlier.value
         elif earlier.start < stop and start < earlier.stop:
@@ -377,7 +401,7 @@ class Parts:
         """Return the parts with norms as their own precision gives them, not rounded float64."""
         changes, W = [], self.base
         for term in self.terms:
-            changes.append(term.measured(W))
+            changes.append(term.measured(self.base if term.own_norm else W))
             W = term.value if term.replaces and term.value is not None else W
         return replace(self, terms=tuple(changes))
 
@@ -390,12 +414,26 @@ class Parts:
         return y
 
     def _after(self, count: int, use: Use, x: Tensor) -> Tensor:
-        """Return the result with the first ``count`` changes.
+        """Return the result with the first ``count`` changes, weights of whole adapters included.
 
         A factor applies to all that came before it, so each change wraps the ones before.
         """
         if count == 0:
             return use.plain(x, self.base)
+        weight, adapter = self.terms[count - 1].weight, self.terms[count - 1].adapter
+        last = count == len(self.terms) or self.terms[count].adapter != adapter
+        if weight == 1.0 or not last:
+            return self._with(count, use, x)
+        before = self._after(self._first(count), use, x)
+        return before + weight * (self._with(count, use, x) - before)
+
+    def _first(self, count: int) -> int:
+        """Return where the changes of the adapter of change ``count - 1`` begin."""
+        adapter = self.terms[count - 1].adapter
+        return next(i for i, term in enumerate(self.terms) if term.adapter == adapter)
+
+    def _with(self, count: int, use: Use, x: Tensor) -> Tensor:
+        """Return the result with change ``count - 1`` put onto those before it."""
         term = self.terms[count - 1]
         if term.value is not None:
             y = use.plain(x, term.value)
@@ -408,7 +446,8 @@ class Parts:
             return y
 
         def base(x: Tensor) -> Tensor:
-            return use.plain(x, self.base)
+            first = self._first(count)  # lines without direction keep what this adapter found
+            return self._after(first, use, x) if first else use.plain(x, self.base)
 
         if term.norm is None:
             return changed(x)

@@ -27,7 +27,10 @@ HASH_CHUNK = 1 << 20
 # Of a base file no digest is known before all of it is read. Its size, its time and this much of it
 # tell one model from another: training changes almost every weight.
 SAMPLES, SAMPLE_BYTES = 16, 4096
-OPTIONS = {"max_shard_bytes": "--max-shard-size"}  # where option and setting differ in name
+OPTIONS = {
+    "max_shard_bytes": "--max-shard-size",
+    "weights": "--weight",
+}  # where option and setting differ in name
 
 
 def job(plan: Plan, resources: Resources, digests: Mapping[Path, str]) -> Job:
@@ -36,7 +39,7 @@ def job(plan: Plan, resources: Resources, digests: Mapping[Path, str]) -> Job:
     Args:
         plan: The plan.
         resources: Its device counts, since a GPU adds in another order.
-        digests: SHA-256 of the adapter's files.
+        digests: SHA-256 of the adapters' files.
 
     Raises:
         InputError: A base file cannot be read.
@@ -49,10 +52,12 @@ def job(plan: Plan, resources: Resources, digests: Mapping[Path, str]) -> Job:
     }
     for path in base_files(plan):
         identity[f"base {path.name}"] = _base_file(path)
-    for path, digest in digests.items():
-        identity[f"adapter {path.name}"] = f"sha256 {digest}"
-    for name, value in plan.adapter.facts.items():
-        identity[f"adapter's {name}"] = str(value)
+    for i, adapter in enumerate(plan.adapters, 1):
+        number = f" {i}" if len(plan.adapters) > 1 else ""
+        for path in adapter.files:
+            identity[f"adapter{number} {path.name}"] = f"sha256 {digests[path]}"
+        for name, value in adapter.facts.items():
+            identity[f"adapter{number}'s {name}"] = str(value)
     identity[DERIVED] = _plan_digest(plan)
     return Job(identity, {file.name: file.nbytes for file in plan.files})
 
@@ -63,12 +68,12 @@ def base_files(plan: Plan) -> list[Path]:
 
 
 def adapter_digests(plan: Plan) -> dict[Path, str]:
-    """Return the SHA-256 of each of the adapter's files.
+    """Return the SHA-256 of each of the adapters' files.
 
     Raises:
         InputError: A file cannot be read.
     """
-    return {path: _sha256(path) for path in plan.adapter.files}
+    return {path: _sha256(path) for path in plan.adapter_files}
 
 
 def known_digest(path: Path) -> str | None:

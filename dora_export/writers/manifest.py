@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 from collections import Counter
 from collections.abc import Mapping
@@ -19,12 +18,13 @@ from dora_export.engine import Resources
 from dora_export.errors import InputError, PlanError, shown
 from dora_export.naming import parse_map_prefix
 from dora_export.plan import Plan, Settings
+from dora_export.storage.json_file import is_number
 from dora_export.tensors import DTYPES
 from dora_export.writers.identity import base_files, known_digest
 from dora_export.writers.side_files import SideFile, licence
 from dora_export.writers.staging import MANIFEST
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 def refuse_merged_base(folder: Path | None, *, allow: bool) -> None:
@@ -35,11 +35,13 @@ def refuse_merged_base(folder: Path | None, *, allow: bool) -> None:
     """
     if folder is None or allow or not (folder / MANIFEST).is_file():
         return
-    said = read_json(folder / MANIFEST).get("adapter")
-    adapter = shown(said.get("path", "an adapter") if isinstance(said, dict) else "an adapter")
+    said = read_json(folder / MANIFEST).get("adapters")
+    entries = [a for a in said if isinstance(a, dict)] if isinstance(said, list) else []
+    names = ", ".join(str(a.get("path", "an adapter")) for a in entries) or "an adapter"
     raise PlanError(
-        f"{folder}: has {adapter} merged into it already ({MANIFEST}). Merge into the original "
-        "base, or pass --allow-merged-base if this adapter was trained on the merged model."
+        f"{folder}: has {shown(names)} merged into it already ({MANIFEST}). Merge into the "
+        "original base, or pass --allow-merged-base if this adapter was trained on the merged "
+        "model."
     )
 
 
@@ -65,8 +67,10 @@ def settings_of(
             f"{MANIFEST}: its options are not those of a merge. Remove it, and pass the options."
         )
     default = asdict(Settings())
+    if isinstance(stored["weights"], tuple) and set(stored["weights"]) == {1.0}:
+        stored["weights"] = ()
     taken = [
-        f"{key} {getattr(value, 'name', value)}"
+        f"{key} {_words(value)}"
         for key, value in stored.items()
         if given.get(key) is None and value != default[key]
     ]
@@ -75,17 +79,24 @@ def settings_of(
     return Settings(**chosen), notes
 
 
+def _words(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in value)
+    return str(getattr(value, "name", value))
+
+
 def _stored_settings(said: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the settings in a manifest that decide what the result is, or None if malformed."""
     dtype, strength = said.get("dtype"), said.get("strength", 1.0)
     rule, layout = said.get("zero_norm", "refuse"), said.get("fan_in_fan_out")
-    prefixes = said.get("map_prefix", [])
+    prefixes, weights = said.get("map_prefix", []), said.get("weights", [])
     sound = (
         (dtype is None or (isinstance(dtype, str) and dtype in DTYPES))
-        and type(strength) in (int, float)
-        and math.isfinite(strength)
+        and is_number(strength)
         and rule in ("refuse", "zero", "keep-base")
         and (layout is None or isinstance(layout, bool))
+        and isinstance(weights, list)
+        and all(is_number(w) for w in weights)
         and isinstance(prefixes, list)
         and all(isinstance(p, str) and "=" in p for p in prefixes)
     )
@@ -94,6 +105,7 @@ def _stored_settings(said: Mapping[str, Any]) -> dict[str, Any] | None:
     return {
         "dtype": None if dtype is None else DTYPES[dtype],
         "strength": float(strength),
+        "weights": tuple(map(float, weights)),
         "zero_norm": rule,
         "map_prefix": parse_map_prefix(prefixes),
         "fan_in_fan_out": layout,
@@ -112,7 +124,7 @@ def manifest(
         plan: The plan.
         resources: What the run used.
         side_files: What was taken over.
-        digests: SHA-256 of the adapter's files.
+        digests: SHA-256 of the adapters' files.
     """
     settings = plan.settings
     return {
@@ -122,19 +134,24 @@ def manifest(
             "path": plan.base.model_name,
             "files": [_weight_file(f) for f in base_files(plan)],
         },
-        "adapter": {
-            "path": plan.adapter.path.name,
-            "format": plan.adapter.format,
-            "files": [{**_weight_file(f), "sha256": d} for f, d in digests.items()],
-            "settings": dict(plan.adapter.facts),
-            "names": plan.rule,
-            "ignored": dict(plan.ignored),
-        },
+        "adapters": [
+            {
+                "path": adapter.path.name,
+                "format": adapter.format,
+                "weight": weight,
+                "files": [{**_weight_file(f), "sha256": digests[f]} for f in adapter.files],
+                "settings": dict(adapter.facts),
+                "names": rule,
+                "ignored": dict(adapter.ignored),
+            }
+            for adapter, weight, rule in zip(plan.adapters, plan.weights, plan.rules, strict=True)
+        ],
         "options": {
             "device": "cpu" if resources.on_cpu else "cuda",
             "dtype": settings.dtype.name if settings.dtype else None,
             "precision": settings.precision,
             "strength": settings.strength,
+            "weights": list(plan.weights),
             "zero_norm": settings.zero_norm,
             "map_prefix": [f"{old}={new}" for old, new in settings.map_prefix],
             "fan_in_fan_out": settings.fan_in_fan_out,
@@ -161,20 +178,34 @@ def as_json(content: dict[str, Any]) -> bytes:
 
 def model_card(plan: Plan) -> bytes:
     """Return a short model card that keeps the base's licence and says how the model was made."""
-    base, adapter = plan.base.model_name, plan.adapter.path.name
+    base, names = plan.base.model_name, [adapter.path.name for adapter in plan.adapters]
+    trained_on = dict.fromkeys(a.base_name for a in plan.adapters if a.base_name)
     front = [f"{key}: {value}" for key, value in licence(plan).items()]
-    front += [f"base_model: {plan.adapter.base_name}"] if plan.adapter.base_name else []
+    front += [f"base_model: {name}" for name in trained_on][:1]
     merged = sum(step.status == "merged" for step in plan.steps)
-    method = plan.adapter.facts.get("method", "LoRA")
+    methods = plan.method.split(", ")
     lines = [
-        "---", *front, "tags:", "- merged", f"- {str(method).lower()}", "---", "",
-        f"# {base} with {adapter}", "",
-        f"The weights of `{base}` with the {method} adapter `{adapter}` merged into {merged} of "
+        "---", *front, "tags:", "- merged", *(f"- {m.lower()}" for m in methods), "---", "",
+        f"# {base} with {', '.join(names)}", "",
+        f"The weights of `{base}` with {_adapters(plan)} merged into {merged} of "
         f"{sum(1 for _ in plan.steps)} tensors by dora-export {__version__}. No adapter is needed "
         f"to run it. `{MANIFEST}` lists what went in and what changed.", "",
-        "The terms of the base model and of the adapter apply.", "",
+        "The terms of the base model and of every adapter apply." if len(names) > 1
+        else "The terms of the base model and of the adapter apply.", "",
     ]  # fmt: skip
     return "\n".join(lines).encode("utf-8", "backslashreplace")
+
+
+def _adapters(plan: Plan) -> str:
+    """Return the adapters in words, with weights and order where there are several."""
+    found = [
+        f"the {adapter.facts.get('method', 'LoRA')} adapter `{adapter.path.name}`"
+        + (f" at weight {weight:g}" if weight != 1.0 else "")
+        for adapter, weight in zip(plan.adapters, plan.weights, strict=True)
+    ]
+    if len(found) == 1:
+        return found[0]
+    return f"{', '.join(found[:-1])} and {found[-1]}, in this order,"
 
 
 def _weight_file(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from dora_export import limits
 from dora_export.checkpoints.folder import read_json
-from dora_export.errors import InputError, shown
+from dora_export.errors import InputError, PlanError, shown
 from dora_export.machine import advice
 from dora_export.plan import Plan
 from dora_export.storage.paths import contained
@@ -63,6 +63,9 @@ def collect(plan: Plan) -> tuple[SideFile, ...]:
     From the base: everything but weights, other formats of the same model and hidden files;
     weights in sub-folders only where modules.json (sentence-transformers) makes them part of the
     model. From the adapter: tokenizer and chat template, which win over the base's.
+
+    Raises:
+        PlanError: Two adapters bring tokenizers that differ.
     """
     found: dict[str, SideFile] = {}
     written = {file.name for file in plan.files} | {plan.index_name}
@@ -70,7 +73,7 @@ def collect(plan: Plan) -> tuple[SideFile, ...]:
         for name, path in _walk(plan.base.folder):
             if name not in written and _belongs(name, path, plan.base.folder):
                 found[name] = SideFile(name, path, "base")
-    adapter = _adapter_tokenizer(plan.adapter.folder) if plan.adapter.folder else {}
+    adapter = _one_tokenizer([a.folder for a in plan.adapters if a.folder])
     if any(name in WHOLE_TOKENIZER for name in adapter):
         # One tokenizer, not a mix: the base's leave where the adapter has its own.
         found = {n: f for n, f in found.items() if n not in TOKENIZER or _is_template(n)}
@@ -185,6 +188,28 @@ def _modules(folder: Path) -> set[str]:
         [m.get("path") for m in modules if isinstance(m, dict)] if isinstance(modules, list) else []
     )
     return {path for path in paths if isinstance(path, str) and path}
+
+
+def _one_tokenizer(folders: list[Path]) -> dict[str, Path]:
+    """Return the tokenizer files of the adapters, which must agree where several have one."""
+    found = [(folder, _adapter_tokenizer(folder)) for folder in folders]
+    found = [(folder, files) for folder, files in found if files]
+    if not found:
+        return {}
+    first, chosen = found[0]
+    for folder, files in found[1:]:
+        other = sorted(n for n in {*chosen, *files} if not _same_file(chosen.get(n), files.get(n)))
+        if other:
+            raise PlanError(
+                f"{shown(folder, 400)}: brings another {shown(', '.join(other[:3]))} than "
+                f"{shown(first, 400)}, and the merged model has one tokenizer. Move the tokenizer "
+                "files of the adapter that is not to decide out of its folder."
+            )
+    return chosen
+
+
+def _same_file(one: Path | None, other: Path | None) -> bool:
+    return one is not None and other is not None and one.read_bytes() == other.read_bytes()
 
 
 def _adapter_tokenizer(folder: Path) -> dict[str, Path]:

@@ -1,0 +1,166 @@
+"""How a graph stores rows of a weight: as floats, or quantised by its own parameters.
+
+An encoding turns rows of values into the bytes of one or more stored tensors. The same function
+proves that a graph holds the base (the base's rows give its very bytes) and writes merged rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dora_export import cast
+from dora_export.tensors import F16, F64, Bytes, DType
+
+
+class Encoding(Protocol):
+    """How rows become bytes; every row by itself."""
+
+    @property
+    def source(self) -> DType:
+        """The type that rows come in: merged values are rounded to it, once."""
+
+    @property
+    def name(self) -> str:
+        """In words, for people and the manifest."""
+
+    def encode(self, rows: NDArray[Any]) -> tuple[Bytes, ...]:
+        """Return the bytes of rows, one array ``(rows, bytes)`` for each stored tensor.
+
+        Args:
+            rows: ``source.raw``, shape ``(rows, length)``.
+        """
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Floating-point numbers, rounded to nearest.
+
+    Attributes:
+        dtype: Their type.
+        inner: Axes of a line's elements, where the graph orders them in another way, with their
+            sizes: ``(sizes, order)``.
+    """
+
+    dtype: DType
+    inner: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+
+    @property
+    def source(self) -> DType:  # noqa: D102 - as in the Protocol
+        return self.dtype
+
+    @property
+    def name(self) -> str:  # noqa: D102
+        return self.dtype.name
+
+    def encode(self, rows: NDArray[Any]) -> tuple[Bytes, ...]:  # noqa: D102
+        if self.inner is not None:
+            sizes, order = self.inner
+            axes = (0, *(axis + 1 for axis in order))
+            rows = rows.reshape(-1, *sizes).transpose(axes).reshape(rows.shape)
+        return (_as_bytes(rows),)
+
+
+@dataclass(frozen=True)
+class NeverZero:
+    """float16 as onnxruntime's converter makes it: no value becomes zero or infinite.
+
+    Source: onnxruntime.transformers.float16, convert_np_to_float16.
+    """
+
+    @property
+    def source(self) -> DType:  # noqa: D102 - as in the Protocol
+        return F64
+
+    @property
+    def name(self) -> str:  # noqa: D102
+        return "F16, kept from zero"
+
+    def encode(self, rows: NDArray[Any]) -> tuple[Bytes, ...]:  # noqa: D102
+        values = rows.view(np.float64)
+        with np.errstate(over="ignore", under="ignore"):
+            raw = values.astype(np.float16).view(np.uint16)
+        lost = ((raw & 0x7FFF) == 0) & (values != 0)
+        large = ((raw & 0x7FFF) == F16.exponent_mask) & np.isfinite(values)
+        raw[lost] |= 1
+        raw[large] -= 1
+        return (_as_bytes(raw),)
+
+
+@dataclass(frozen=True)
+class NBits:
+    """onnxruntime's block-wise quantisation of MatMulNBits: rounded to nearest, row by row.
+
+    Source: onnxruntime.quantization.matmul_nbits_quantizer, DefaultWeightOnlyQuantizer.
+
+    Attributes:
+        bits: 4 or 8.
+        block: Elements of a row that share a scale.
+        symmetric: Whether there are no zero points.
+        values: The type that was quantised.
+        scales: The type of the scales.
+    """
+
+    bits: int
+    block: int
+    symmetric: bool
+    values: DType
+    scales: DType
+
+    @property
+    def source(self) -> DType:  # noqa: D102 - as in the Protocol
+        return self.values
+
+    @property
+    def name(self) -> str:  # noqa: D102
+        kind = "symmetric" if self.symmetric else "asymmetric"
+        return f"int{self.bits}, blocks of {self.block}, {kind}"
+
+    def encode(self, rows: NDArray[Any]) -> tuple[Bytes, ...]:
+        """Return packed values, scales, and zero points unless symmetric."""
+        from onnxruntime.quantization import matmul_nbits_quantizer as ort  # noqa: PLC0415 - slow
+
+        quantise = ort.quantize_matmul_8bits if self.bits == 8 else ort.quantize_matmul_4bits
+        count, length = rows.shape
+        blocks, packs = -(-length // self.block), 8 // self.bits
+        values = np.zeros((blocks * self.block, count), f"f{self.values.itemsize}")
+        values[:length] = rows.view(values.dtype).T
+        packed = np.zeros((count, blocks, self.block // packs), np.uint8)
+        scales = np.zeros((count, blocks), values.dtype)
+        zeros = np.zeros((count, -(-blocks // packs)), np.uint8)
+        quantise(packed, values, scales, zeros, self.block, count, length, self.symmetric)
+        stored = (packed.reshape(count, -1), _as_bytes(_narrowed(scales, self.scales)))
+        return stored if self.symmetric else (*stored, zeros)
+
+
+def _narrowed(values: NDArray[Any], dtype: DType) -> NDArray[Any]:
+    raw = np.empty(values.shape, dtype.raw)
+    work = values.copy()
+    cast.narrow(work, dtype, raw, np.empty_like(work))
+    return raw
+
+
+def _as_bytes(rows: NDArray[Any]) -> Bytes:
+    return np.ascontiguousarray(rows).view(np.uint8).reshape(rows.shape[0], -1)
+
+
+def converted(raw: NDArray[Any], source: DType, target: DType) -> NDArray[Any]:
+    """Return stored elements in another type, rounded once; the same array if it is the same.
+
+    Args:
+        raw: ``source.raw``.
+        source: How they are stored.
+        target: How they shall be.
+    """
+    if source is target:
+        return raw
+    wide = np.float64 if F64 in (source, target) else np.float32
+    values = cast.widened(np.ascontiguousarray(raw), source, wide)
+    if target.itemsize == values.itemsize:
+        return values.view(target.raw)
+    out = np.empty(raw.shape, target.raw)
+    cast.narrow(values, target, out, np.empty_like(values))
+    return out

@@ -1,0 +1,211 @@
+"""Stored tensors seen as lines of equal length: the rows or the columns of a matrix.
+
+A line of a graph's tensor holds one row of a base tensor, wherever an exporter has put it. Reading
+and writing go by ranges of lines, so that no tensor is ever held whole.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dora_export.errors import InputError
+from dora_export.machine import advice
+from dora_export.onnx.graph_file import StoredTensor
+from dora_export.tensors import Bytes, FileRange, HeldBytes, PickedColumns, TensorRef
+
+# Offset of the first byte within the tensor, distance between rows of bytes, rows of bytes.
+Strided = tuple[int, int, Bytes]
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Equal panels of a stored tensor, each a matrix whose rows or columns are the lines.
+
+    Attributes:
+        tensor: The stored tensor; ``panels * rows * columns`` elements.
+        itemsize: Bytes of one element here (bytes themselves may be the elements).
+        panels: Matrices, one after the other (experts); mostly 1.
+        rows: Rows of one matrix.
+        columns: Columns of one matrix.
+        by_column: Whether columns are the lines, as in ``x @ W`` with ``W`` of (in, out).
+    """
+
+    tensor: StoredTensor
+    itemsize: int
+    panels: int
+    rows: int
+    columns: int
+    by_column: bool = False
+
+    @property
+    def count(self) -> int:
+        """Number of lines."""
+        return self.panels * (self.columns if self.by_column else self.rows)
+
+    @property
+    def length(self) -> int:
+        """Elements of one line."""
+        return self.rows if self.by_column else self.columns
+
+    def read(self, first: int, last: int) -> Bytes:
+        """Return the lines ``[first, last)`` as bytes, shape ``(last - first, line bytes)``.
+
+        Raises:
+            InputError: The file ends too early or cannot be read.
+        """
+        source = self.tensor.source
+        assert source is not None, f"Bug: {self.tensor.name} has no bytes"
+        if not self.by_column:
+            each = self.columns * self.itemsize
+            out = np.empty((last - first, each), np.uint8)
+            source.read(first * each, out)
+            return out
+        parts = [
+            _transposed(_columns(self, source, panel, start, stop), self.itemsize)
+            for panel, start, stop in self._panels(first, last)
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def placed(self, first: int, block: Bytes) -> Iterator[Strided]:
+        """Yield where the bytes of some lines go.
+
+        Args:
+            first: The first of the lines.
+            block: Their bytes, shape ``(lines, line bytes)``.
+        """
+        if not self.by_column:
+            yield first * block.shape[1], block.nbytes, block.reshape(1, -1)
+            return
+        done = 0
+        for panel, start, stop in self._panels(first, first + block.shape[0]):
+            count = stop - start
+            turned = _transposed(block[done : done + count], self.itemsize)
+            at = (panel * self.rows * self.columns + start) * self.itemsize
+            if count == self.columns:
+                yield at, turned.nbytes, turned.reshape(1, -1)
+            else:
+                yield at, self.columns * self.itemsize, turned
+            done += count
+
+    def _panels(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
+        """Yield panel, first and last column of the parts of a range of lines."""
+        while first < last:
+            panel, column = divmod(first, self.columns)
+            stop = min(self.columns, column + last - first)
+            yield panel, column, stop
+            first += stop - column
+
+
+def _columns(
+    lines: Lines, source: FileRange | HeldBytes, panel: int, start: int, stop: int
+) -> Bytes:
+    """Return columns of a panel as they are stored, shape ``(rows, bytes)``."""
+    item, columns = lines.itemsize, lines.columns
+    out = np.empty((lines.rows, (stop - start) * item), np.uint8)
+    at = (panel * lines.rows * columns + start) * item
+    if stop - start == columns:
+        source.read(at, out)
+    else:
+        gather(source, at + np.arange(lines.rows) * (columns * item), out)
+    return out
+
+
+def _transposed(block: Bytes, itemsize: int) -> Bytes:
+    """Return the transpose of elements given as bytes, contiguous."""
+    raw = f"u{itemsize}"
+    turned = np.ascontiguousarray(block.view(raw).T)
+    return turned.view(np.uint8).reshape(turned.shape[0], -1)
+
+
+def gather(
+    source: FileRange | HeldBytes | PickedColumns, offsets: NDArray[Any], out: Bytes
+) -> None:
+    """Read equally long pieces of bytes, one row of ``out`` for each offset.
+
+    Raises:
+        InputError: The file ends too early or cannot be read.
+    """
+    if not isinstance(source, FileRange):
+        for row, offset in zip(out, offsets.tolist(), strict=True):
+            source.read(offset, row)
+        return
+    length = out.shape[1]
+    try:
+        descriptor = os.open(source.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        try:
+            read = _reader(descriptor)
+            for row, offset in zip(out, (offsets + source.start).tolist(), strict=True):
+                if read(row.data, offset) != length:
+                    raise InputError(
+                        f"{source.path}: ends before byte {offset + length}. The file changed "
+                        "while it was read; copy it again."
+                    )
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise InputError(
+            f"{source.path}: cannot be read: {error.strerror}. {advice(error)}"
+        ) from error
+
+
+def _reader(descriptor: int) -> Callable[[memoryview, int], int]:
+    if hasattr(os, "preadv"):
+        return lambda view, offset: os.preadv(descriptor, [view], offset)
+
+    def read(view: memoryview, offset: int) -> int:  # macOS before 11, Windows
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        found = os.read(descriptor, len(view))
+        view[: len(found)] = found
+        return len(found)
+
+    return read
+
+
+@dataclass(frozen=True, eq=False)
+class GatheredBytes(HeldBytes):
+    """A base tensor's elements, in its own order, read from the lines of a graph's tensors.
+
+    Attributes:
+        rows: Number of rows of the base tensor that there are.
+        row_bytes: Bytes of one row.
+        fetch: Returns rows ``[first, last)`` as bytes, shape ``(last - first, row_bytes)``.
+    """
+
+    rows: int = 0
+    row_bytes: int = 1
+    fetch: Callable[[int, int], Bytes] = lambda first, last: np.empty((last - first, 1), np.uint8)
+
+    @classmethod
+    def of(
+        cls, path: Path, rows: int, row_bytes: int, fetch: Callable[[int, int], Bytes]
+    ) -> GatheredBytes:
+        """Return what reads through ``fetch``."""
+        return cls(path, np.empty(0, np.uint8), rows, row_bytes, fetch)
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes."""
+        return self.rows * self.row_bytes
+
+    def read(self, start: int, out: Bytes) -> None:
+        """Fill ``out`` with the bytes from ``start``; reads the whole rows that they lie in."""
+        first, last = start // self.row_bytes, -(-(start + out.size) // self.row_bytes)
+        begin = start - first * self.row_bytes
+        found = self.fetch(first, last).reshape(-1)
+        np.copyto(out.reshape(-1), found[begin : begin + out.size])
+
+
+def rows_of(ref: TensorRef, length: int, first: int, last: int) -> NDArray[Any]:
+    """Return rows of a base tensor as stored, ``length`` elements each, shape ``(rows, length)``.
+
+    Raises:
+        InputError: The file ends too early or cannot be read.
+    """
+    return ref.raw(first * length, last * length).reshape(last - first, length)

@@ -1,0 +1,49 @@
+"""One call in a process of its own: what it said, how long it took, how much memory at the most."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+SCRIPT = """
+import json, re, resource, sys, time
+from pathlib import Path
+import dora_export.api
+from dora_export.errors import DoraExportError
+{imports}
+
+def peak():
+    return int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) * 1024
+
+resource.setrlimit(resource.RLIMIT_AS, ({space}, {space}))
+Path("/proc/self/clear_refs").write_text("5")  # VmHWM counts from here
+before, started = peak(), time.monotonic()
+try:
+    {call}
+    said = ""
+except DoraExportError as error:
+    said = str(error)
+print(json.dumps([said, time.monotonic() - started, peak() - before]))
+"""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a call did: its refusal (or nothing), seconds, and bytes beyond what was imported."""
+
+    said: str
+    seconds: float
+    peak: int
+
+
+def measured(call, *, imports="", space=4 << 30, seconds=60):
+    """Run a statement; fails if it ends in anything but success or a refusal."""
+    script = SCRIPT.format(call=call, imports=imports, space=space)
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=seconds,
+        check=False, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    return Measured(*json.loads(result.stdout.splitlines()[-1]))
