@@ -133,13 +133,13 @@ def memory_bound(plan: Plan, resources: Resources, tile_elements: int) -> int:
 def _loaded_bytes(change: Change, region: Region, working: int) -> int:
     operands = [*(change.delta.operands if change.delta is not None else ())]
     operands += [change.magnitude] if change.magnitude is not None else []
-    # each is read, widened and laid out anew; only the last copy stays
+    # each is read, widened and laid out anew, for the kernel and as exactly as it is stored
     stored = sum(ref.nbytes for o in operands for ref in o.refs)
     stored += sum(ref.size * 8 for o in operands if o.combine for ref in o.refs)
     wide = sum(int(np.prod(o.shape)) for o in operands) * working
     value = change.value.size * working if change.value and change.kind == "rows" else 0
     norms = region.columns * 8 * 66 if change.over == "column" else 0
-    return stored + 2 * wide + value + norms
+    return stored + 5 * wide + value + norms
 
 
 def check_adapter(plan: Plan) -> None:
