@@ -23,6 +23,7 @@ from dora_export.formula import LoadedChange
 from dora_export.machine import start
 from dora_export.pieces import Batch, ColumnSquares, Copy, Merge, Piece, Region, cut, regions
 from dora_export.plan import Plan
+from dora_export.tensors import PICKED_BYTES, PickedColumns
 from dora_export.update import Change
 from dora_export.worker import ArithmeticFactory, Sink, Worker, working_precision
 
@@ -135,6 +136,9 @@ def _loaded_bytes(change: Change, region: Region, working: int) -> int:
     operands += [change.magnitude] if change.magnitude is not None else []
     # each is read, widened and laid out anew, for the kernel and as exactly as it is stored
     stored = sum(ref.nbytes for o in operands for ref in o.refs)
+    sources = [ref.source for o in operands for ref in o.refs]
+    picked = [s.columns * s.itemsize for s in sources if isinstance(s, PickedColumns)]
+    stored += max((max(PICKED_BYTES, row) for row in picked), default=0)
     stored += sum(ref.size * 8 for o in operands if o.combine for ref in o.refs)
     wide = sum(int(np.prod(o.shape)) for o in operands) * working
     value = change.value.size * working if change.value and change.kind == "rows" else 0

@@ -250,7 +250,7 @@ def plan_merge(base: Checkpoint, adapters: Adapter | Sequence[Adapter], settings
             f"these adapters cannot be merged together:{listing(conflicts)}\nLeave one of them out."
         )
     for adapter, one in zip(adapters, placed, strict=True):
-        targets = {one.rule(u.target) for u in adapter.updates if u.kind != "replace"}
+        targets = {u.target for u in one.tied.updates if u.kind != "replace"}
         _check_families(base, adapter, targets)
     files = _files(base, by_target, tied, settings)
     for adapter in adapters:
@@ -284,11 +284,16 @@ def _placed(
 ) -> _Placed:
     _check_model_type(base, adapter)
     tying.refuse_unknown(base, adapter.updates)  # before names are: such heads are never stored
-    stacked = experts.stacks(base) if any(u.index is not None for u in adapter.updates) else {}
-    rule = _rule(base, adapter, settings, stacked)
-    updates = [_renamed(u, rule).taken(position, weight, "") for u in adapter.updates]
-    saved = frozenset(rule(t) for t in adapter.saved_embeddings)
-    placed = experts.placed(updates, stacked, base)
+    targets = [u.target for u in adapter.updates if u.kind != "replace"]
+    targets = targets or [u.target for u in adapter.updates]
+    absent_head = tying.head_of(base, targets)
+    known = experts.KnownNames(base, [absent_head] if absent_head else [])
+    required = [t for t in targets if t != absent_head] or targets
+    rule = _rule(base, adapter, settings, known, required)
+    updates = [_renamed(u, rule, known).taken(position, weight, "") for u in adapter.updates]
+    saved = frozenset(known.own(rule(t)) for t in adapter.saved_embeddings)
+    placed = experts.placed(updates, known, base, whole=adapter.whole_families,
+                            transposed=adapter.square_experts_transposed)  # fmt: skip
     return _Placed(rule, tying.Trained(adapter.ensure_weight_tying, placed, saved))
 
 
@@ -314,23 +319,26 @@ def plan_unchanged(base: Checkpoint, settings: Settings) -> Plan:
 
 
 def _rule(
-    base: Checkpoint, adapter: Adapter, settings: Settings, stacked: Iterable[str]
+    base: Checkpoint,
+    adapter: Adapter,
+    settings: Settings,
+    known: experts.KnownNames,
+    required: Sequence[str],
 ) -> naming.Rule:
     if adapter.naming == "flat":
         every = [u.target for u in adapter.updates]
         return naming.find_flat_rule(every, base.tensors, settings.map_prefix, adapter.base_name)
-    targets = [u.target for u in adapter.updates if u.kind != "replace"]
-    targets = targets or [u.target for u in adapter.updates]
-    absent_head = tying.head_of(base, targets)
-    required = [t for t in targets if t != absent_head] or targets
-    names = [*base.tensors, *stacked, *([absent_head] if absent_head else [])]
     return naming.find_rule(
-        list(dict.fromkeys(required)), names, settings.map_prefix, adapter.base_name
+        list(dict.fromkeys(required)),
+        known,
+        settings.map_prefix,
+        adapter.base_name,
+        base.model_types,
     )
 
 
-def _renamed(update: Update, rule: naming.Rule) -> Update:
-    return replace(update, target=rule(update.target))
+def _renamed(update: Update, rule: naming.Rule, known: experts.KnownNames) -> Update:
+    return replace(update, target=known.own(rule(update.target)))
 
 
 def _check_model_type(base: Checkpoint, adapter: Adapter) -> None:

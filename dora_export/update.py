@@ -18,6 +18,10 @@ Kind = Literal["lora", "dora", "magnitude", "add", "replace", "rows"]
 Layout = Literal["oi", "io"]
 Axis = Literal["out", "in"]
 Over = Literal["row", "column"]
+# How B A lies over a slice of a stacked parameter, where its shape leaves that open: as the class
+# holds it; transposed (PEFT before 0.19); transposed if the class says is_transposed (since); or
+# one of the last two, not said which.
+Orientation = Literal["straight", "transposed", "by class", "by version"]
 # Row orders of trainers that fuse or permute what a checkpoint stores otherwise (row_orders.py).
 RowOrder = Literal[
     "torchtune", "torchtune-peft", "torchtune-peft?",
@@ -183,6 +187,8 @@ class Update:
         row_order: How the adapter orders the rows of B and m, where that is not the checkpoint's
             order and depends on the base (its heads, its model type); the plan resolves it. None:
             the checkpoint's own.
+        orientation: How ``B A`` lies over a stacked parameter, where the adapter was trained on a
+            parameter of its class and not on a module; None: on a module, ``(out, in)``.
         scales_bias: The trainer's forward multiplies the layer's bias by ``m / ||V||`` as well. A
             base with such a bias is refused.
         adapter: Position of its adapter among those of a plan, which sets it; and the next one.
@@ -208,6 +214,7 @@ class Update:
     delta: Hadamard | Kronecker | Dense | None = None
     magnitude_is_factor: bool = False
     row_order: RowOrder | None = None
+    orientation: Orientation | None = None
     scales_bias: bool = False
     adapter: int = 0
     weight: float = 1.0

@@ -11,7 +11,7 @@ PACKAGE = Path(dora_export.__file__).parent
 FLOORS = (
     "_version errors limits words",
     "machine",
-    "tensors inputs flat_names",
+    "tensors inputs flat_names conventions expert_names",
     "cast update",
     "storage refine",
     "fused",

@@ -31,11 +31,11 @@ ADALORA_TRAINING = frozenset(
 APPLIED = frozenset(
     """r lora_alpha use_rslora rank_pattern alpha_pattern use_dora bias lora_bias modules_to_save
     trainable_token_indices ensure_weight_tying fan_in_fan_out init_lora_weights loftq_config
-    layer_replication use_bdlora use_qalora qalora_group_size""".split()
+    layer_replication use_bdlora use_qalora qalora_group_size
+    target_parameters lora_B_layout unsloth_fused_expert_lora""".split()
 )
 REFUSED = {
     "megatron_config": "the layers were split over devices; gather them in Megatron first",
-    "target_parameters": "LoRA on bare parameters (fused experts) is not supported",
     "alora_invocation_tokens": "the adapter is switched on by tokens, which weights cannot do",
     "arrow_config": "the adapter is routed per token, which weights cannot do",
     "kasa_config": "KaSA truncated the base by SVD before training",
@@ -81,6 +81,9 @@ class PeftConfig:
         ensure_weight_tying: Tied ends were trained as one.
         fan_in_fan_out: What the file says of layouts; a hint only, PEFT does not keep it true.
         base_name: Base model by the trainer's name for it.
+        target_parameters: Ends of the paths of bare parameters with LoRA.
+        target_modules: Ends of the paths of modules with LoRA, a regular expression for whole
+            paths, or None.
         masks: AdaLoRA: module path -> ranks kept, of its ``r``; None: another method.
         block_diagonal: BD-LoRA's blocks, or None.
         group_size: QA-LoRA: inputs that A sees the mean of; None: another method.
@@ -102,6 +105,9 @@ class PeftConfig:
     ensure_weight_tying: bool
     fan_in_fan_out: bool
     base_name: str | None
+    target_parameters: tuple[str, ...] = ()
+    target_modules: tuple[str, ...] | str | None = None
+
     masks: Mapping[str, int] | None = None
     block_diagonal: Blocks | None = None
     group_size: int | None = None
@@ -127,6 +133,11 @@ class PeftConfig:
             ranks={m: self.rank_pattern.get(ranks.get(m, m), self.r) for m in modules},
             alphas={m: self.alpha_pattern.get(alphas.get(m, m), self.alpha) for m in modules},
         )  # fmt: skip
+
+    @property
+    def all_linear(self) -> bool:
+        """Whether every linear layer is targeted, whatever its name."""
+        return isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear"
 
     @property
     def method(self) -> str:
@@ -207,11 +218,18 @@ def parse(path: Path, raw: Mapping[str, Any]) -> PeftConfig:
         ensure_weight_tying=bool(raw.get("ensure_weight_tying")),
         fan_in_fan_out=bool(raw.get("fan_in_fan_out")),
         base_name=raw.get("base_model_name_or_path") or None,
+        target_parameters=tuple(raw.get("target_parameters") or ()),
+        target_modules=_target_modules(raw),
         masks=peft_variants.kept_ranks(masks) if adalora else None,
         block_diagonal=peft_variants.blocks(raw),
         group_size=raw.get("qalora_group_size", 16) if raw.get("use_qalora") else None,
         layer_replication=peft_variants.ranges(raw),
     )
+
+
+def _target_modules(raw: Mapping[str, Any]) -> tuple[str, ...] | str | None:
+    targets = raw.get("target_modules")
+    return tuple(map(str, targets)) if isinstance(targets, list) else targets and str(targets)
 
 
 def _method(path: Path, raw: Mapping[str, Any]) -> str:
@@ -270,12 +288,27 @@ def _type_problems(raw: Mapping[str, Any]) -> list[str]:
     saved = raw.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(s, str) for s in saved):
         problems.append(f"modules_to_save: expected a list of names, got {shown(saved)}")
+    if raw.get("target_parameters"):
+        problems += _parameter_problems(raw)
     if not isinstance(raw.get("base_model_name_or_path") or "", str):
         problems.append("base_model_name_or_path: expected a name")
     try:
         _token_indices(raw.get("trainable_token_indices"))
     except (TypeError, ValueError):
         problems.append("trainable_token_indices: expected token ids, or module names with ids")
+    return problems
+
+
+def _parameter_problems(raw: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with the fields that tell parameters from modules."""
+    problems = []
+    parameters, modules = raw["target_parameters"], raw.get("target_modules")
+    if not isinstance(parameters, list) or not all(isinstance(p, str) for p in parameters):
+        problems.append(f"target_parameters: expected a list of names, got {shown(parameters)}")
+    if not (modules is None or isinstance(modules, str)) and (
+        not isinstance(modules, list) or not all(isinstance(m, str) for m in modules)
+    ):
+        problems.append(f"target_modules: expected names or a pattern, got {shown(modules)}")
     return problems
 
 

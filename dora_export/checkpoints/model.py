@@ -63,6 +63,19 @@ class Checkpoint:
                 return part.removeprefix("models--").replace("--", "/")
         return self.path.absolute().name
 
+    @property
+    def model_types(self) -> tuple[str, ...]:
+        """``model_type`` of config.json and of its text part, as far as they say."""
+        text = self.config.get("text_config")
+        inner = text.get("model_type") if isinstance(text, dict) else None
+        return tuple(str(t) for t in (self.config.get("model_type"), inner) if t is not None)
+
+    def setting(self, name: str) -> Any:
+        """Return a value of config.json's text part, else of config.json itself, else None."""
+        text = self.config.get("text_config")
+        inner = text.get(name) if isinstance(text, dict) else None
+        return inner if inner is not None else self.config.get(name)
+
     @cached_property
     def tensors(self) -> dict[str, TensorRef]:
         """All tensors by name."""

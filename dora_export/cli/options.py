@@ -32,6 +32,16 @@ def adapter_options(command: F) -> F:
             help="Magnitudes were divided by the norms (TensorRT-LLM), or were not.",
         ),
         click.option(
+            "--moe-b-layout",
+            type=click.Choice(["peft", "unsloth"]),
+            help="Order of B's columns for stacked experts, where the files do not tell.",
+        ),
+        click.option(
+            "--moe-transposed/--no-moe-transposed",
+            default=None,
+            help="B A lies transposed over square slices of stacked experts, or does not.",
+        ),
+        click.option(
             "--trained-in",
             type=click.Choice(["fp32", "bf16", "fp16"]),
             help="Type that LyCORIS trained in, where magnitudes may have been rounded on saving.",
