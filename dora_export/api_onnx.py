@@ -60,6 +60,7 @@ def export_onnx(
     prompts: Sequence[str] = (),
     allow_mismatch: bool = False,
     allow_merged_base: bool = False,
+    allow_missing: Iterable[str] = (),
     strength: float = 1.0,
     zero_norm: ZeroNorm = "refuse",
     map_prefix: Iterable[str] = (),
@@ -88,7 +89,9 @@ def export_onnx(
             measured noise of the graph's dtype.
         prompts: Texts to run both on; none: generated inputs.
         allow_mismatch: Publish a graph that fails the comparison all the same.
-        allow_merged_base: As in ``merge``.
+        allow_merged_base: As in ``merge``; for ``into`` as well.
+        allow_missing: Names of tensors or modules that the adapter changes and that ``into`` may
+            lack, since its exporter left them out.
         strength: As in ``merge``.
         zero_norm: As in ``merge``.
         map_prefix: As in ``merge``.
@@ -120,19 +123,21 @@ def export_onnx(
     plans = _plans(base, adapter, ReadOptions(**reading), settings, each=adapters)
     if adapter is not None:
         manifest.refuse_merged_base(plans[0].base.folder, allow=allow_merged_base)
-    beside = _side_files(plans[0])
+    beside = _side_files(plans[0], into)
     leftover = find_leftover(target)
     place.check_way(target, [*(f.name for f in beside), MANIFEST, f"{MERGED}/model.safetensors"])
     inputs = {"base": plans[0].base.path}
     inputs |= {f"adapter {a.path.name}": a.path for p in plans for a in p.adapters}
+    inputs |= {} if into is None else {"graph": Path(into)}
     place.check_place(target, inputs, force=force, leftover=leftover)
-    place.check_space(target, 2 * plans[0].output_bytes, leftover)  # merged weights, and the graph
+    if way != "into":  # which checks for itself what the graph needs
+        place.check_space(target, 2 * plans[0].output_bytes, leftover)  # merged weights, the graph
     # Two exports need not give the same bytes, so none goes on with another's.
     job = Job({FORMAT_LABEL: FORMAT, "dora-export": __version__, "run": uuid.uuid4().hex}, {})
     with staged(target, job, force=force) as stage:
         request = Request(
             plans, stage.folder, options, Path(into) if into is not None else None, threads,
-            progress, on_stage,
+            progress, on_stage, tuple(allow_missing), allow_merged_base,
         )  # fmt: skip
         made = _make(way, request, base, adapter, settings, reading, allow_merged_base)
         on_stage("writing side files")
@@ -191,9 +196,14 @@ def _plans(
     return (api._plan(base, adapter, options, settings)[0],)
 
 
-def _side_files(plan: Plan) -> tuple[side_files.SideFile, ...]:
+def _side_files(plan: Plan, into: PathLike | None) -> tuple[side_files.SideFile, ...]:
     """Return what goes along with a graph: tokenizer, config and their like."""
-    return side_files.collect(plan)
+    found = side_files.collect(plan)
+    if into is None:
+        return found
+    from dora_export.onnx import into as re_weighted  # noqa: PLC0415 - as in _make()
+
+    return re_weighted.beside(Path(into), found)
 
 
 def _make(
@@ -246,9 +256,11 @@ def _verified(
 ) -> VerifyReport:
     from dora_export.verification.graph import check_graph  # noqa: PLC0415 - loads torch
 
-    tiers: list[TierResult] = []
+    tiers: list[TierResult] = [*made.tiers]
     findings: list[Finding] = []
     for one in made.parity:
+        if one.needs_budget and budget is None:
+            continue
         graph = stage.folder / one.graph
         tier, found = check_graph(
             one.plan, graph, runner=one.runner(graph) if one.runner else None,
@@ -296,9 +308,10 @@ def _write_manifest(
     content = manifest.manifest(plan, Resources("cpu", None, None), beside, adapter_digests(plan))
     content["onnx"] = {
         "way": way,
-        "options": options_said(options),
+        "options": {} if way == "into" else options_said(options),
         **made.facts,
-        "files": files.digests(stage.folder, made.graphs),
+        # a re-weighted graph has the digests of what it held in its proof
+        "files": {} if way == "into" else files.digests(stage.folder, made.graphs),
         "parity": None if report is None else {
             "verdict": report.verdict,
             "tiers": [{"summary": t.summary, "figures": t.figures} for t in report.tiers],

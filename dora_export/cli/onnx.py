@@ -28,6 +28,12 @@ OPTIONS = ("task", "dtype", "opset", "fuse", "batch", "pooling", "quantize", "bl
     help="Give this graph of the base the merged weights; nothing is traced.",
 )
 @click.option(
+    "--allow-missing",
+    multiple=True,
+    metavar="NAME",
+    help="A tensor or module that GRAPH lacks on purpose. Repeatable.",
+)
+@click.option(
     "--adapters", is_flag=True, help="One graph of the base, ADAPTERs swapped at run time."
 )
 @click.option("--task", help="What the model is for. Default: by its config.")

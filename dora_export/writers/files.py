@@ -181,6 +181,27 @@ class FileSink:
         self._put(target, offset, view)
         self._finish(target, offset, offset + len(view))
 
+    def put(self, file: int, offset: int, stride: int, rows: NDArray[np.uint8]) -> None:
+        """Put rows of bytes into an output file, ``stride`` bytes apart; ``finish`` tells of them.
+
+        Raises:
+            OutputError: The disk is full, or writing fails.
+        """
+        self._check_sync()
+        target = self._files[file]
+        try:
+            descriptor = target.open()
+            with target.lock:
+                for row in np.ascontiguousarray(rows):
+                    self._put_at(descriptor, offset, row.data)
+                    offset += stride
+        except OSError as error:
+            raise refusal(target.path, error) from error
+
+    def finish(self, file: int, offset: int, nbytes: int) -> None:
+        """Note that all bytes of a range have been put into place."""
+        self._finish(self._files[file], offset, offset + nbytes)
+
     def copy(self, file: int, offset: int, source: FileRange) -> None:
         """Put a range of another file into an output file.
 
@@ -204,15 +225,18 @@ class FileSink:
         self._finish(target, offset, offset + source.nbytes)
 
     def _put(self, target: _File, offset: int, view: memoryview) -> None:
-        done = 0
         try:
             descriptor = target.open()
             # The kernel lets one writer into a file at a time and lets others spin: queue here.
             with target.lock:
-                while done < len(view):
-                    done += _pwrite(descriptor, view[done:], offset + done)
+                self._put_at(descriptor, offset, view)
         except OSError as error:
             raise refusal(target.path, error) from error
+
+    def _put_at(self, descriptor: int, offset: int, view: memoryview) -> None:
+        done = 0
+        while done < len(view):
+            done += _pwrite(descriptor, view[done:], offset + done)
 
     def _finish(self, target: _File, start: int, stop: int) -> None:
         if target.finish(start, stop):

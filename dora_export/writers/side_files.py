@@ -83,6 +83,22 @@ def collect(plan: Plan) -> tuple[SideFile, ...]:
     return tuple(found[name] for name in sorted(found))
 
 
+def in_folder(folder: Path, *, replaced_by: Mapping[str, SideFile]) -> tuple[SideFile, ...]:
+    """Return what belongs beside a model that is not a base folder's own, e.g. a graph's.
+
+    Args:
+        folder: Its folder.
+        replaced_by: The adapter's tokenizer, in whose place no part of another one is taken.
+    """
+    found = {name: SideFile(name, path, "base") for name, path in _walk(folder)
+             if _belongs(name, path, folder)}  # fmt: skip
+    if any(name in WHOLE_TOKENIZER for name in replaced_by):
+        found = {n: f for n, f in found.items() if n not in TOKENIZER or _is_template(n)}
+    if any(_is_template(n) for n in replaced_by):
+        found = {n: f for n, f in found.items() if not _is_template(n)}
+    return tuple(found[name] for name in sorted(found))
+
+
 def write(plan: Plan, files: tuple[SideFile, ...], folder: Path) -> None:
     """Write the side files, config.json edited and the index file made anew.
 
