@@ -141,7 +141,7 @@ def export_onnx(
         )  # fmt: skip
         made = _make(way, request, base, adapter, settings, reading, allow_merged_base)
         on_stage("writing side files")
-        plan = replace(plans[0], index=None, config_edits=dict(plans[0].config_edits))
+        plan = replace(plans[0], indexes={}, config_edits=dict(plans[0].config_edits))
         side_files.write(plan, beside, stage.folder)
         report = None
         if verify:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dora_export.adapters.model import Adapter
@@ -22,13 +22,13 @@ class _Evidence:
     """What decides about square weights.
 
     Attributes:
-        model_type: Of config.json, or None.
+        model_type: Of the model's config.json, by tensor; None where there is none.
         biases: Module name -> layouts that the biases of its weights that are not square show.
         factors: Module name -> layouts that the adapter's A and B show for such weights.
         square_io: What the adapter says of its layers, one word for all of them.
     """
 
-    model_type: str | None
+    model_type: Callable[[str], str | None]
     biases: Mapping[str, set[Layout]]
     factors: Mapping[str, set[Layout]]
     square_io: bool
@@ -60,7 +60,7 @@ def with_layouts(
         return tuple(updates)
     told = [u for u in open_ if u.target in shapes and u.target not in square]
     evidence = _Evidence(
-        checkpoint.config.get("model_type"),
+        lambda tensor: checkpoint.config_of(tensor).get("model_type"),
         _by_biases(checkpoint),
         _by_module((u.target, u.layout_by_shape(shapes[u.target])) for u in told),
         bool(adapter.square_io),
@@ -69,7 +69,8 @@ def with_layouts(
     def decided(update: Update) -> Layout:
         if fan_in_fan_out is not None:
             return "io" if fan_in_fan_out else "oi"
-        return _square_layout(_module(update.target), evidence)
+        model_type = evidence.model_type(update.target)
+        return _square_layout(_module(update.target), model_type, evidence)
 
     return tuple(
         replace(u, layout=decided(u)) if u.target in square and u.layout is None else u
@@ -81,11 +82,11 @@ def _square(shape: tuple[int, ...]) -> bool:
     return len(shape) == 2 and shape[0] == shape[1]
 
 
-def _square_layout(module: str, evidence: _Evidence) -> Layout:
+def _square_layout(module: str, model_type: str | None, evidence: _Evidence) -> Layout:
     conv1d_name = module in CONV1D_MODULES
-    if evidence.model_type in CONV1D_MODELS:
+    if model_type in CONV1D_MODELS:
         return "io" if conv1d_name else "oi"
-    if evidence.model_type is not None and not conv1d_name:
+    if model_type is not None and not conv1d_name:
         return "oi"
     kin = {m for m in (*evidence.biases, *evidence.factors) if (m in CONV1D_MODULES) == conv1d_name}
     for names in ({module}, kin):

@@ -241,10 +241,7 @@ def write(plan: Plan, matches: Sequence[Match], layout: Layout, request: Request
             if request.progress is not None:
                 request.progress(done, total)
 
-    paths = [request.folder / name for name in layout.names]
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with FileSink(paths, layout.sizes) as sink:
+    with FileSink(request.folder, layout.names, layout.sizes) as sink:
         writer = Rewriter(layout, sink, matches)
         writer.copy()
         on_bytes(sum(c.nbytes for c in layout.copied))

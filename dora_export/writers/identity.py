@@ -52,7 +52,7 @@ def job(plan: Plan, resources: Resources, digests: Mapping[Path, str]) -> Job:
         **{_option(name): value for name, value in _settings(plan)},
     }
     for path in base_files(plan):
-        identity[f"base {path.name}"] = _base_file(path)
+        identity[f"base {plan.base.relative(path)}"] = _base_file(path)
     for i, adapter in enumerate(plan.adapters, 1):
         number = f" {i}" if len(plan.adapters) > 1 else ""
         for path in adapter.files:
