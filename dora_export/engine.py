@@ -144,7 +144,7 @@ def _function_bytes(change: Change, region: Region) -> int:
 def _loaded_bytes(change: Change, region: Region, working: int) -> int:
     operands = [*(change.delta.operands if change.delta is not None else ())]
     operands += [change.magnitude] if change.magnitude is not None else []
-    # each is read, widened and laid out anew; only the last copy stays
+    # each is read, widened and laid out anew, for the kernel and as exactly as it is stored
     stored = sum(ref.nbytes for o in operands for ref in o.refs)
     sources = [ref.source for o in operands for ref in o.refs]
     picked = [s.columns * s.itemsize for s in sources if isinstance(s, PickedColumns)]
@@ -154,7 +154,7 @@ def _loaded_bytes(change: Change, region: Region, working: int) -> int:
     value = change.value.size * working if change.value and change.kind == "rows" else 0
     norms = region.columns * 8 * 66 if change.over == "column" else 0
     whole = region.rows * region.columns * 8 if change.function is not None else 0
-    return stored + 2 * wide + value + norms + whole
+    return stored + 5 * wide + value + norms + whole
 
 
 def check_adapter(plan: Plan) -> None:

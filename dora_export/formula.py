@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dora_export import refine
+from dora_export import fused, refine
 from dora_export.arithmetic import Arithmetic, Array
 from dora_export.tensors import DType
 from dora_export.update import Change, Dense, Hadamard, Kronecker, Product
@@ -37,7 +37,7 @@ class LoadedChange:
         product: The factors of a product as exactly as they are stored, on the host, where float32
             may not do for the sum; else None.
         whole: Working precision, ``(rows, columns)``: what kind "function" makes of the matrix.
-        panels: The right factor as the compiled kernel takes it, where that does the merge.
+        kernel: The product as the compiled kernel takes it, where that does the merge.
         column_factor: ``m / (norm + eps)`` per column, once it is known.
         column_factor_host: The same in float64 on the host.
         undefined_columns: Columns with a zero norm and a magnitude other than zero.
@@ -50,7 +50,7 @@ class LoadedChange:
     stored: Callable[[int, int], NDArray[Any]] | None = None
     product: refine.Product | None = None
     whole: Array | None = None
-    panels: NDArray[np.float32] | None = None
+    kernel: fused.Factors | None = None
     column_factor: Array | None = None
     column_factor_host: NDArray[np.float64] | None = None
     undefined_columns: NDArray[np.intp] | None = None
