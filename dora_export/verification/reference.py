@@ -73,7 +73,10 @@ def numbers(plan: Plan) -> Numbers:
 
 
 def _has_product(step: Step) -> bool:
-    return any(c.delta is not None or c.magnitude is not None for c in step.changes)
+    return any(
+        c.delta is not None or c.magnitude is not None or c.function is not None
+        for c in step.changes
+    )
 
 
 class Reference:
