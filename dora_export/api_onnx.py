@@ -236,7 +236,8 @@ def _make(
         request.on_stage("merging")
         api.merge(
             base, adapter, merged, dtype=request.options.dtype, strength=settings.strength,
-            weights=settings.weights, zero_norm=settings.zero_norm, fan_in_fan_out=settings.fan_in_fan_out,
+            weights=settings.weights, zero_norm=settings.zero_norm,
+            fan_in_fan_out=settings.fan_in_fan_out,
             map_prefix=[f"{old}={new}" for old, new in settings.map_prefix],
             allow_merged_base=allow_merged_base, threads=request.threads,
             progress=request.progress, **reading,
