@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dora_export.cli import text
+from dora_export.errors import shown
 from dora_export.onnx.model import GraphReport
 from dora_export.words import size
 
@@ -19,7 +20,7 @@ def summary(report: GraphReport, output: Path) -> str:
         lines.append("  not compared with the unmerged model")
     else:
         lines += text.verify_summary(report.verified).splitlines()
-    lines += [f"  note: {note}" for note in report.notes]
+    lines += [f"  note: {shown(note, text.NOTE)}" for note in report.notes]
     peak = f" · peak memory {size(report.peak_rss_bytes)}" if report.peak_rss_bytes else ""
     lines.append(f"  {size(total)} in {len(report.files)} files{peak} · {report.seconds:.1f} s")
     lines.append(f"-> {output}/")

@@ -9,11 +9,12 @@ from random import Random
 from dora_export.writers.journal import encode
 
 NUMBERS = [0, 1, -1, 2, 7, 255, 2**31, 2**53 + 1, 2**63 - 1, 2**63, 2**64, -(2**63), 10**30,
-           10**400, 0.5, -0.0, 1e308, 5e-324, float("nan"), float("inf"), -float("inf")]  # fmt: skip
-TEXTS = ["", ".", "..", "../secret", "/etc/passwd", "a/b", "C:x", "\0", "\n", "\x1b[31m", "\u202e",
-         "\ud800", "🦜", "x" * 300, "weight", ".weight", "model.weight", "(a+)+b", "(", "^.*$", "none",
-         "true", "null", "LORA", "BF16", "F32", "I64", "cpu", "default", "q_proj", "0", "-1",
-         "__metadata__", "lora_A", "model.safetensors", "secret"]  # fmt: skip
+           10**400, 0.5, -0.0, 1e308, 5e-324, *map(float, ("nan", "inf", "-inf"))]  # fmt: skip
+TEXTS = ["", ".", "..", "../secret", "/etc/passwd", "a/b", "C:x", "\0", "\n", "\x1b[5m",
+         "\x1b]0;x\x07", "\u202e", "\ud800", "🦜", "x" * 300, "weight", ".weight", "model.weight",
+         "(a+)+b", "(", "^.*$", "none", "true", "null", "LORA", "BF16", "F32", "I64", "cpu",
+         "default", "q_proj", "0", "-1", "__metadata__", "lora_A", "model.safetensors",
+         "secret"]  # fmt: skip
 OTHERS = [None, True, False, [], {}, [[]], [None], {"": None}, {"a": {"b": []}}]
 
 

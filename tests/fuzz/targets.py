@@ -1,10 +1,13 @@
 """What is fed: seeds by folder of the corpus, and the call that reads them."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+import torch  # noqa: F401 - here, not within a watched call
 
 import dora_export
 from dora_export import api
@@ -21,6 +24,7 @@ from tests import small
 HERE = Path(__file__).parent
 CORPUS = HERE / "corpus"
 FIXTURES = HERE.parent / "fixtures"
+STYLES = re.compile("\x1b\\[(0|1|2|31|32|33)m")  # those of our own
 OUTPUTS = ("out", ".out.dora_export-partial", ".out.dora_export-replaced")
 
 
@@ -46,12 +50,14 @@ class Target:
 
 
 def adapter_of(folder):
-    return next(p for p in (folder / "adapter", folder / "adapter.safetensors") if p.exists())
+    folder_of_one = folder / "adapter"
+    return folder_of_one if folder_of_one.exists() else folder / "adapter.safetensors"
 
 
 def told(lines):
     """A report must not carry what a terminal obeys."""
-    assert all(c.isprintable() or c == "\n" for c in lines), f"unprintable in {lines!a:.300}"
+    odd = next((c for c in STYLES.sub("", lines) if not (c.isprintable() or c == "\n")), None)
+    assert odd is None, f"unprintable {odd!a} in {lines!a}"
 
 
 def with_alpha(call):
@@ -66,9 +72,7 @@ def with_alpha(call):
 
 def inspect(folder):
     base = folder / "base" if (folder / "base").exists() else None
-    report = with_alpha(
-        partial(dora_export.inspect, adapter_of(folder), base, allow_pickle=True)
-    )
+    report = with_alpha(partial(dora_export.inspect, adapter_of(folder), base, allow_pickle=True))
     told(text.inspect_summary(report))
     json.dumps(report.to_dict())
 
