@@ -254,12 +254,17 @@ def _swappable(request: Request) -> Made:
     settings = replace(request.plan.settings, dtype=OUTPUT_WORDS[request.options.dtype])
     bare = replace(request, plans=(plan_unchanged(request.plan.base, settings),))
     trace.check(bare)
-    made = trace.make(bare, _as_stored(bare, request.folder / MERGED))
+    made = trace.make(bare, _folder(bare))
     shutil.rmtree(request.folder / MERGED, ignore_errors=True)
     slotted = swappable.make(request, request.folder / made.graphs[0])
     return replace(
         slotted, facts={**made.facts, **slotted.facts}, notes=(*made.notes, *slotted.notes)
     )
+
+
+def _folder(request: Request) -> Path:
+    assert request.plan.base.folder is not None, "Bug: trace.check() wants a folder"
+    return request.plan.base.folder
 
 
 def _verified(

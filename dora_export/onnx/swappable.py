@@ -214,7 +214,8 @@ def _write(
     file.export_adapter(str(path))
     _settle(path)
     table = folder / FOLDER / f"{bundle.name}.npz"
-    np.savez(str(table), **arrays)  # type: ignore[arg-type] - its stub takes no array by name
+    # numpy's stub takes no array by name
+    np.savez(str(table), **arrays)  # type: ignore[arg-type]
     _settle(table)
     back = ort.AdapterFormat.read_adapter(str(path)).get_parameters()
     lost = [n for n, a in arrays.items() if n not in back or not np.array_equal(back[n].numpy(), a)]
