@@ -47,6 +47,8 @@ def with_layouts(
     of Conv1D layers; weights of the same name that are not square, by their biases or by the
     adapter's factors; the same of all Conv1D names, or of all others; what the adapter says.
 
+    What a function makes of a weight is laid as the product beside it, else by the same evidence.
+
     Args:
         updates: Under the checkpoint's names.
         shapes: Of the base tensors.
@@ -56,7 +58,7 @@ def with_layouts(
     """
     open_ = [u for u in updates if u.layout is None and u.added is not None]
     square = {u.target for u in open_ if _square(shapes.get(u.target, ()))}
-    if not square:
+    if not square and all(u.function is None for u in updates):
         return tuple(updates)
     told = [u for u in open_ if u.target in shapes and u.target not in square]
     evidence = _Evidence(
@@ -72,9 +74,17 @@ def with_layouts(
         model_type = evidence.model_type(update.target)
         return _square_layout(_module(update.target), model_type, evidence)
 
-    return tuple(
+    laid = [
         replace(u, layout=decided(u)) if u.target in square and u.layout is None else u
         for u in updates
+    ]
+    known = {u.target: u.layout or u.layout_by_shape(shapes[u.target])
+             for u in laid if u.added is not None and u.target in shapes}  # fmt: skip
+    return tuple(
+        replace(u, layout=known.get(u.target) or decided(u))
+        if u.function is not None and u.layout is None and len(shapes.get(u.target, ())) == 2
+        else u
+        for u in laid
     )
 
 

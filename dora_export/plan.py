@@ -352,7 +352,7 @@ def _shapes(base: Checkpoint, tied: tying.Tying) -> dict[str, tuple[int, ...]]:
 
 
 def _by_target(updates: Iterable[Update]) -> dict[str, list[Update]]:
-    order = {"replace": 0, "rows": 1, "lora": 2, "dora": 2, "magnitude": 2, "add": 3}
+    order = {"replace": 0, "rows": 1, "function": 2, "lora": 3, "dora": 3, "magnitude": 3, "add": 4}
     groups: dict[str, list[Update]] = defaultdict(list)
     for update in updates:
         groups[update.target].append(update)
@@ -367,6 +367,9 @@ def _problems(
     replaced = [u.value for u in group if u.kind == "replace"]
     for adapter in dict.fromkeys(u.adapter for u in group):
         yield from _contradictions(name, [u for u in group if u.adapter == adapter])
+    whole = [u.function.what for u in group if u.function is not None]
+    if whole and len({u.adapter for u in group}) > 1:
+        yield f"{shown(name)}: {whole[0]}, which has no meaning beside another adapter's update"
     effective = replaced[0] if replaced else ref
     if ref is None and (like := _longer_names(name, base)):
         yield (
@@ -415,6 +418,9 @@ def _contradictions(name: str, group: Sequence[Update]) -> Iterator[str]:
         yield f"{shown(name)}: replaced {len(replaced)} times"
     if products and any(u.kind == "rows" for u in group):
         yield f"{shown(name)}: trained tokens and LoRA on one tensor have no defined order"
+    whole = [u.function.what for u in group if u.function is not None]
+    if len(whole) > 1 or (whole and any(u.kind in ("replace", "rows") for u in group)):
+        yield f"{shown(name)}: {whole[0]}, and something else changes all of it"
     for i, update in enumerate(products):
         clash = [o for o in products[:i] if update.meets(o) and (update.normalises or o.normalises)]
         if clash:

@@ -129,10 +129,27 @@ class Worker:
         precision = working_precision(step, self._settings)
         ops = self._lane(step).ops
         loaded = [self._load(ops, change, precision) for change in region.changes]
+        loaded = [self._with_whole(ops, step, region, change) for change in loaded]
         if precision == "float32" and _for_kernel(step, region, ops):
             kernel = fused.Factors.of(loaded[0].product, region.rows, region.columns)
             loaded[0] = replace(loaded[0], kernel=kernel)
         return loaded
+
+    def _with_whole(
+        self, ops: Arithmetic, step: Step, region: Region, loaded: LoadedChange
+    ) -> LoadedChange:
+        """Return the change with what its function makes of the whole matrix, if it has one."""
+        function = loaded.change.function
+        if function is None:
+            return loaded
+        stop = region.start + region.rows * region.columns
+        raw = step.source.raw(region.start, stop)
+        W = cast.widened(raw, step.source.dtype, np.float64)
+        try:
+            values = function.value(W.reshape(region.rows, region.columns), step.source.dtype)
+        except ArithmeticRefusal as refusal:
+            raise ArithmeticRefusal(f"{shown(step.name)}: {refusal}") from refusal
+        return replace(loaded, whole=ops.put(np.ascontiguousarray(values)))
 
     def _load(self, ops: Arithmetic, change: Change, precision: Precision) -> LoadedChange:
         wide = np.float64 if precision == "float64" else np.float32

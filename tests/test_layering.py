@@ -13,7 +13,7 @@ FLOORS = (
     "machine",
     "tensors inputs flat_names conventions expert_names",
     "cast update",
-    "storage refine",
+    "storage refine residual",
     "fused",
     "arithmetic",
     "arithmetic_torch formula checkpoints",

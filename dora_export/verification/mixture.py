@@ -252,6 +252,8 @@ class Stacks:
         for stack in self.by_path.values():
             stack.reach()
 
-    def __iter__(self) -> Iterator[UnmergedStack]:
-        """Yield the stacks."""
-        return iter(self.by_path.values())
+    def cells(self) -> Iterator[Cell]:
+        """Yield every cell."""
+        for stack in self.by_path.values():
+            for cells in stack.cells.values():
+                yield from cells
