@@ -15,7 +15,7 @@ from dora_export import api, naming
 from dora_export._version import __version__
 from dora_export.adapters import Reading, ReadOptions
 from dora_export.checkpoints import locate, open_checkpoint
-from dora_export.engine import Resources
+from dora_export.engine import Engine, Resources
 from dora_export.errors import AdapterError, DoraExportError, listing, shown
 from dora_export.formula import ZeroNorm
 from dora_export.machine import faults_told
@@ -35,7 +35,7 @@ from dora_export.tensors import OUTPUT_WORDS
 from dora_export.verification.check import in_order
 from dora_export.verification.model import Finding, TierResult, VerifyReport
 from dora_export.writers import manifest, place, side_files
-from dora_export.writers.files import write_small
+from dora_export.writers.files import FileSink, write_small
 from dora_export.writers.identity import adapter_digests
 from dora_export.writers.journal import FORMAT, FORMAT_LABEL, Job
 from dora_export.writers.staging import MANIFEST, Stage, find_leftover, staged
@@ -62,6 +62,7 @@ def export_onnx(
     allow_merged_base: bool = False,
     allow_missing: Iterable[str] = (),
     strength: float = 1.0,
+    weights: Sequence[float] = (),
     zero_norm: ZeroNorm = "refuse",
     map_prefix: Iterable[str] = (),
     fan_in_fan_out: bool | None = None,
@@ -95,6 +96,7 @@ def export_onnx(
         allow_missing: Names of tensors or modules that the adapter changes and that ``into`` may
             lack, since its exporter left them out.
         strength: As in ``merge``.
+        weights: As in ``merge``.
         zero_norm: As in ``merge``.
         map_prefix: As in ``merge``.
         fan_in_fan_out: As in ``merge``.
@@ -118,6 +120,7 @@ def export_onnx(
     settings = Settings(
         dtype=OUTPUT_WORDS[options.dtype] if way == "trace" else None,
         strength=strength,
+        weights=tuple(weights),
         zero_norm=zero_norm,
         map_prefix=naming.parse_map_prefix(map_prefix),
         fan_in_fan_out=fan_in_fan_out,
@@ -228,12 +231,13 @@ def _make(
     trace.check(request)  # before minutes of work
     merged = request.folder / MERGED
     if adapter is None:
-        folder = request.plan.base.folder
+        folder = _as_stored(request, merged)
     else:
         request.on_stage("merging")
         api.merge(
             base, adapter, merged, dtype=request.options.dtype, strength=settings.strength,
-            zero_norm=settings.zero_norm, fan_in_fan_out=settings.fan_in_fan_out,
+            weights=settings.weights, zero_norm=settings.zero_norm,
+            fan_in_fan_out=settings.fan_in_fan_out,
             map_prefix=[f"{old}={new}" for old, new in settings.map_prefix],
             allow_merged_base=allow_merged_base, threads=request.threads,
             progress=request.progress, **reading,
@@ -254,7 +258,7 @@ def _swappable(request: Request) -> Made:
     settings = replace(request.plan.settings, dtype=OUTPUT_WORDS[request.options.dtype])
     bare = replace(request, plans=(plan_unchanged(request.plan.base, settings),))
     trace.check(bare)
-    made = trace.make(bare, _folder(bare))
+    made = trace.make(bare, _as_stored(bare, request.folder / MERGED))
     shutil.rmtree(request.folder / MERGED, ignore_errors=True)
     slotted = swappable.make(request, request.folder / made.graphs[0])
     return replace(
@@ -262,9 +266,31 @@ def _swappable(request: Request) -> Made:
     )
 
 
-def _folder(request: Request) -> Path:
-    assert request.plan.base.folder is not None, "Bug: trace.check() wants a folder"
-    return request.plan.base.folder
+def _as_stored(request: Request, merged: Path) -> Path:
+    """Return a folder with a merged model's weights in the graph's dtype: its own, or a copy."""
+    plan = request.plan
+    assert plan.base.folder is not None, "Bug: trace.check() wants a folder"
+    held = all(name.name.endswith(".safetensors") for name in plan.base.sources)
+    if held and all(step.copies_bytes for step in plan.steps):
+        return plan.base.folder
+    request.on_stage(f"casting to {request.options.dtype}")
+    resources = Resources("cpu", request.threads, None)
+    merged.mkdir()
+    sizes = [file.nbytes for file in plan.files]
+    done = 0
+
+    def on_bytes(count: int) -> None:
+        nonlocal done
+        done += count
+        if request.progress is not None:
+            request.progress(done, plan.output_bytes)
+
+    with FileSink(merged, [file.name for file in plan.files], sizes) as sink:
+        for position, file in enumerate(plan.files):
+            sink.write_header(position, file.header)
+        Engine(plan, sink, resources, on_bytes).run()
+    side_files.write(plan, side_files.collect(plan), merged)
+    return merged
 
 
 def _verified(
@@ -287,6 +313,7 @@ def _verified(
         tier, found = check_graph(
             one.plan, graph, runner=one.runner(graph) if one.runner else None,
             outputs=one.outputs, budget=one.budget if budget is None else budget, prompts=prompts,
+            padding=one.padding, cls=one.cls,
         )  # fmt: skip
         tiers.append(tier)
         findings += found
