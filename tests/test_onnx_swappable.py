@@ -406,7 +406,7 @@ def test_adapters_of_a_real_model_are_held_against_its_unmerged_forward(llama, t
         into=llama / "graph/model.onnx", adapters=True,
     )  # fmt: skip
     assert (report.verdict, report.exit_code) == ("right", 0)
-    assert len([t for t in report.verified.tiers if t.name == "onnx"]) == 3  # base, one, two
+    assert len([t for t in report.verified.tiers if t.tier == "onnx"]) == 3  # base, one, two
 
 
 def test_a_forgotten_factor_is_found_before_anything_is_published(llama, tmp_path, monkeypatch):
