@@ -95,7 +95,7 @@ def test_options_reach_the_api(given):
     calls = given(reports.right())
     result = small.run(
         "verify", "b", "a", "m", "--level", "fast", "--forward", "--prompt", "one", "--prompt",
-        "two", "--dtype", "bf16", "--strength", "0.5", "--zero-norm", "zero", "--alpha", "4",
+        "two", "--dtype", "bf16", "--strength", "0.5", "--zero-norm", "zero", "--alpha", "4", "--weight", "0.25",
         "--no-fan-in-fan-out", "--threads", "3", "--axis", "in", "--map-prefix", "x=y",
         "--adapter-format", "peft", "--allow-pickle",
     )  # fmt: skip
