@@ -125,7 +125,7 @@ def resolve(
         base_name: What the adapter says it was trained on, for the message.
 
     Raises:
-        PlanError: Names are not in the base, or fit it in more than one way.
+        PlanError: Names are not in the base, fit it in more than one way, or mean one layer.
     """
     table = paths_by_flat_name(names, aliases)
     groups: dict[str, list[str]] = defaultdict(list)
@@ -142,7 +142,9 @@ def resolve(
         spelled |= {module: swap(module) for module in group}
         said.append(swap.what)
     _refuse_missing(spelled, table, base_name)
-    return FlatNames(_chosen(spelled, table), f"flattened, {', '.join(said)}")
+    paths = _chosen(spelled, table)
+    _refuse_shared(paths)
+    return FlatNames(paths, f"flattened, {', '.join(said)}")
 
 
 @dataclass(frozen=True)
@@ -205,6 +207,20 @@ def _chosen(spelled: Mapping[str, str], table: Table) -> dict[str, str]:
             f"Say which is meant, e.g. --map-prefix {shown(module)}={shown(paths[0])}"
         )
     return found
+
+
+def _refuse_shared(paths: Mapping[str, str]) -> None:
+    """Refuse two names for one layer, such as both text encoders' on a folder of one of them."""
+    by_path: dict[str, list[str]] = defaultdict(list)
+    for module, path in paths.items():
+        by_path[path].append(module)
+    shared = [f"{shown(p)}: {', '.join(map(shown, ms))}" for p, ms in by_path.items() if ms[1:]]
+    if shared:
+        raise PlanError(
+            f"several of the adapter's names mean one layer of this base:{listing(shared)}\n"
+            "Each is about another component of a pipeline: pass the folder or file that holds all "
+            "of them, or say with --map-prefix OLD=NEW where each belongs."
+        )
 
 
 def _refuse_missing(spelled: Mapping[str, str], table: Table, base_name: str | None) -> None:

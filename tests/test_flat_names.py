@@ -110,6 +110,17 @@ def test_missing_layers_are_listed_with_what_the_prefix_means():
         assert words in str(caught.value)
 
 
+def test_names_of_two_components_that_mean_one_layer_are_refused():
+    """Both text encoders' names on a folder that holds one of them."""
+    clip = ["text_model.layers.0.fc1.weight"]
+    names = ["lora_te1_text_model_layers_0_fc1", "lora_te2_text_model_layers_0_fc1"]
+    assert resolve(names[:1], clip).paths
+    with pytest.raises(PlanError, match="several of the adapter's names mean one layer") as caught:
+        resolve(names, clip)
+    assert f"text_model.layers.0.fc1: {', '.join(names)}" in str(caught.value)
+    assert "pass the folder or file that holds all of them" in str(caught.value)
+
+
 def test_names_that_fit_two_components_are_refused():
     names = ["unet.x.weight", "transformer.x.weight"]
     with pytest.raises(PlanError, match="more than one way") as caught:

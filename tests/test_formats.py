@@ -5,7 +5,15 @@ import torch
 from safetensors.torch import save_file
 
 from dora_export.adapters import FORMATS, ReadOptions, read_adapter
-from tests import small, test_megatron, test_merged_dora, test_nvlabs, test_small_trainers
+from tests import (
+    lycoris_models,
+    small,
+    test_lycoris_files,
+    test_megatron,
+    test_merged_dora,
+    test_nvlabs,
+    test_small_trainers,
+)
 from tests.fixtures import MLX, TORCHTUNE
 
 OPTIONS = ReadOptions(allow_pickle=True)
@@ -37,6 +45,24 @@ def linear_with_dora_merged(folder):
     return folder / "state.pt"
 
 
+def lycoris(case, dora, prefix):
+    def make(folder):
+        modules = lycoris_models.attach(lycoris_models.net(), case, dora)
+        save_file(lycoris_models.state(modules, prefix), folder / "adapter.safetensors")
+        return folder / "adapter.safetensors"
+
+    return make
+
+
+def comfyui(folder):
+    _, made = test_lycoris_files.layers("in")
+    tensors = test_lycoris_files.named(
+        made, "diffusion_model.", False, ".lora_B.weight", ".lora_A.weight"
+    )
+    save_file(tensors, folder / "adapter.safetensors")
+    return folder / "adapter.safetensors"
+
+
 def peft(folder):
     return small.write_pair(folder)[1]
 
@@ -53,6 +79,10 @@ CASES = {
     "mlx weights": (lambda f: MLX / "tied/adapter/adapters.safetensors", "mlx", {}),
     "nvlabs": (nvlabs, "nvlabs", {}),
     "megatron": (megatron, "megatron", {"alpha": 7.0}),
+    "kohya": (lycoris("locon tucker", None, "lora_unet"), "lycoris", {}),
+    "LyCORIS loha": (lycoris("loha", "in", "lycoris"), "lycoris", {}),
+    "LyCORIS lokr": (lycoris("lokr", "out", "lora_te1"), "lycoris", {}),
+    "ComfyUI": (comfyui, "lycoris", {}),
     "catid": (catid, "catid", {}),
     "qdora": (qdora, "qdora", {}),
     "linear": (linear_with_dora_merged, "linear-with-dora-merged", {"alpha": 4.0}),
@@ -72,5 +102,5 @@ def test_exactly_one_format_matches(case, tmp_path):
 
 def test_every_format_of_a_trainer_has_a_case():
     """Formats with fixtures of their own in this module; others bring their own cases."""
-    own = {"peft", "torchtune", "mlx", "nvlabs", "megatron", "catid", "qdora"}
+    own = {"peft", "torchtune", "mlx", "nvlabs", "megatron", "catid", "qdora", "lycoris"}
     assert own <= {expected for _, expected, _ in CASES.values()} & {f.name for f in FORMATS}

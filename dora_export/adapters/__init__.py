@@ -6,7 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from dora_export.adapters import catid, megatron, merged_dora, mlx, nvlabs, peft, qdora, torchtune
+from dora_export.adapters import (
+    catid,
+    lycoris,
+    megatron,
+    merged_dora,
+    mlx,
+    nvlabs,
+    peft,
+    qdora,
+    torchtune,
+)
 from dora_export.adapters.model import Adapter, Reading, ReadOptions
 from dora_export.errors import AdapterError, InputError
 
@@ -41,6 +51,12 @@ FORMATS = (
         "state dict of Megatron-Bridge or NeMo adapters",
         megatron.matches,
         megatron.read,
+    ),
+    AdapterFormat(
+        "lycoris",
+        "single file of LyCORIS, kohya, OneTrainer or ComfyUI",
+        lycoris.matches,
+        lycoris.read,
     ),
     AdapterFormat("qdora", "state dict of fsdp_qlora's QDoRA", qdora.matches, qdora.read),
     AdapterFormat("catid", "state dict of catid's DoRALayer modules", catid.matches, catid.read),

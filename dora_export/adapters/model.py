@@ -22,6 +22,7 @@ class ReadOptions:
     allow_pickle: bool = False
     torchtune_dora_fix: bool | None = None
     magnitude_is_normalised: bool | None = None
+    trained_in: str | None = None
 
 
 class Reading(TypedDict, total=False):
@@ -37,6 +38,8 @@ class Reading(TypedDict, total=False):
             of q and k in another order than the base's; None: where that shows, else ask.
         magnitude_is_normalised: Whether the magnitudes of this PEFT or NVlabs adapter were divided
             by the norms already, as TensorRT-LLM wants them; None: refuse what looks like it.
+        trained_in: "fp32", "bf16" or "fp16": type of LyCORIS' parameters while training, whose eps
+            its forward adds to norms; None: as the metadata says, else the type they are stored in.
     """
 
     adapter_format: str | None
@@ -45,6 +48,7 @@ class Reading(TypedDict, total=False):
     allow_pickle: bool
     torchtune_dora_fix: bool | None
     magnitude_is_normalised: bool | None
+    trained_in: str | None
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,11 @@ def adapter_options(command: F) -> F:
             default=None,
             help="Magnitudes were divided by the norms (TensorRT-LLM), or were not.",
         ),
+        click.option(
+            "--trained-in",
+            type=click.Choice(["fp32", "bf16", "fp16"]),
+            help="Type that LyCORIS trained in, where magnitudes may have been rounded on saving.",
+        ),
         click.option("--adapter-format", metavar="NAME", help="Format, where more than one fits."),
         click.option(
             "--map-prefix",

@@ -1,0 +1,543 @@
+"""Files of kohya, LyCORIS, OneTrainer and ComfyUI: names, spellings, axes, metadata, refusals.
+
+OneTrainer's and ComfyUI's files are written from their definitions: github.com/Nerogar/OneTrainer,
+modules/module/LoRAModule.py (DoRAModule.forward); github.com/comfyanonymous/ComfyUI,
+comfy/weight_adapter/lora.py (load) and comfy/lora.py (load_lora).
+"""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from lycoris import LycorisNetwork, create_lycoris
+from safetensors.torch import save_file
+from torch import nn
+
+import dora_export
+from dora_export.adapters import ReadOptions, read_adapter
+from dora_export.errors import AdapterError, InputError
+from tests import lycoris_models as models
+from tests import oracle, small
+from tests.trainers import RELATIVE, distance, inspected, merged, refused
+
+SHAPES = {"to_q": (16, 16), "ff.net_0": (24, 16), "proj_in": (16, 24)}
+PATHS = {name: f"blocks.0.{name}" for name in SHAPES}
+R, ALPHA = 2, 3.0
+
+
+def layers(dora=None, seed=0, dtype=torch.float32, shapes=SHAPES):
+    """Base weights, and per layer trained factors and magnitudes (2-D, as LyCORIS saves them)."""
+    torch.manual_seed(seed)
+    base, made = {}, {}
+    for name, (out, inner) in shapes.items():
+        W = (torch.randn(out, inner) * 0.2).to(dtype)
+        base[f"{PATHS.get(name, name)}.weight"] = W
+        made[name] = {"up": torch.randn(out, R) * 0.3, "down": torch.randn(R, inner) * 0.3}
+        if dora is not None:
+            m = W.float().norm(dim=1 if dora == "out" else 0, keepdim=True)
+            made[name]["dora_scale"] = m * (0.6 + 0.8 * torch.rand_like(m))
+    return base, made
+
+
+def wanted(base, made, dora=None, eps=2.0**-23, scaling=ALPHA / R):
+    """By the definition, in float64."""
+    found = {}
+    for name, t in made.items():
+        key = f"{PATHS.get(name, name)}.weight"
+        W, A, B = (oracle.float64(x) for x in (base[key], t["down"], t["up"]))
+        if dora is None:
+            found[key] = oracle.lora(W, A, B, scaling)
+        else:
+            m = oracle.float64(t["dora_scale"]).ravel()
+            axis = 1 if dora == "out" else 0
+            found[key] = oracle.dora(W, A, B, m, scaling, axis=axis, eps=eps)
+    return found
+
+
+def named(made, prefix="lora_unet_", flat=True, up=".lora_up.weight", down=".lora_down.weight",
+          alpha=ALPHA):  # fmt: skip
+    """The file's tensors in some spelling."""
+    found = {}
+    for name, t in made.items():
+        path = PATHS.get(name, name)
+        key = prefix + (path.replace(".", "_") if flat else path)
+        found |= {f"{key}{up}": t["up"], f"{key}{down}": t["down"]}
+        if alpha is not None:
+            found[f"{key}.alpha"] = torch.tensor(alpha)
+        if "dora_scale" in t:
+            found[f"{key}.dora_scale"] = t["dora_scale"]
+    return found
+
+
+def write(folder, base, tensors, metadata=None, component=""):
+    small.write_base(folder / "base", {f"{component}{n}": t for n, t in base.items()},
+                     config={"model_type": "net"})  # fmt: skip
+    save_file(tensors, folder / "adapter.safetensors", metadata)
+    return folder / "base", folder / "adapter.safetensors", folder / "out"
+
+
+def assert_near(got, want, component=""):
+    for key, exact in want.items():
+        assert distance(got[component + key], exact) <= RELATIVE, key
+
+
+# --- names ---
+
+
+def test_names_of_lycoris_own_wrapper_are_found(tmp_path):
+    model = models.net()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    LycorisNetwork.apply_preset({"target_name": [".*"]})
+    network = create_lycoris(model, 1.0, linear_dim=2, linear_alpha=3, algo="lokr",
+                             weight_decompose=True, train_norm=True)  # fmt: skip
+    network.apply_to()
+    torch.manual_seed(3)
+    for lora in network.loras:
+        models.train(lora) if lora.name == "kron" else nn.init.normal_(lora.w_norm)
+    base, adapter = models.write(tmp_path, before, dict(network.state_dict()))
+    got = merged(base, adapter, tmp_path / "out")
+    kinds = [lora for lora in network.loras if lora.name == "kron"]
+    assert len(kinds) == 9
+    for lora in kinds:
+        name = next(n for n, m in model.named_modules() if m is lora.org_module[0])
+        lora.org_forward = type(lora.org_module[0]).forward.__get__(lora.org_module[0])
+        used = oracle.float64(models.used_weight(lora))
+        weight = got[f"{name}.weight"]
+        assert distance(weight.flatten(1), used.reshape(len(used), -1)) <= RELATIVE, name
+    assert not torch.equal(got["norm_out.weight"], before["norm_out.weight"])
+
+
+@pytest.mark.parametrize(
+    ("prefix", "component"),
+    [
+        ("lora_unet_", "unet."), ("lora_unet_", ""), ("lora_unet_", "transformer."),
+        ("lora_transformer_", "transformer."), ("lycoris_", "transformer."), ("lycoris_", ""),
+        ("lora_te_", "text_encoder."), ("lora_te1_", "text_encoder."),
+        ("lora_te2_", "text_encoder_2."), ("lora_te3_", "text_encoder_3."),
+        ("lora_te3_", "text_encoder_2."),
+    ],
+)  # fmt: skip
+def test_prefixes_stand_for_components(prefix, component, tmp_path):
+    base, made = layers("out")
+    paths = write(tmp_path, base, named(made, prefix), component=component)
+    assert_near(merged(*paths), wanted(base, made, "out"), component)
+
+
+def test_several_components_in_one_file(tmp_path):
+    base, made = layers("in")
+    other, changed = layers(seed=1)
+    both = {f"unet.{n}": t for n, t in base.items()}
+    both |= {f"text_encoder.{n}": t for n, t in other.items()}
+    tensors = named(made, "lora_unet_") | named(changed, "lora_te1_")
+    paths = write(tmp_path, both, tensors)
+    got = merged(*paths)
+    assert_near(got, wanted(base, made, "in"), "unet.")
+    assert_near(got, wanted(other, changed), "text_encoder.")
+    shown = inspected(paths[1], "--base", paths[0])
+    assert "fits, 6 tensors would change" in shown
+
+
+def test_missing_component_is_refused_with_what_the_prefix_means(tmp_path):
+    base, made = layers()
+    paths = write(tmp_path, base, named(made) | named(layers(seed=1)[1], "lora_te2_x_y_"))
+    message = refused(*paths)
+    assert "3 of 6 adapter layers match this base" in message
+    assert "'lora_te2_' is the text_encoder_2" in message
+
+
+def test_names_of_two_components_for_one_layer_are_refused(tmp_path):
+    base, made = layers()
+    tensors = named(made, "lora_te1_") | named(layers(seed=1)[1], "lora_te2_")
+    assert "several of the adapter's names mean one layer" in refused(
+        *write(tmp_path, base, tensors)
+    )
+
+
+def test_underscore_names_that_two_layers_share_are_refused(tmp_path):
+    base, made = layers(shapes={"a.b_c": (8, 8)})
+    base["a_b.c.weight"] = base["a.b_c.weight"].clone()
+    paths = write(tmp_path, base, named(made))
+    message = refused(*paths)
+    assert "a.b_c or a_b.c" in message
+    assert "--map-prefix lora_unet_a_b_c=a.b_c" in message
+    got = merged(*paths, "--map-prefix", "lora_unet_a_b_c=a.b_c")
+    assert_near(got, wanted({"a.b_c.weight": base["a.b_c.weight"]}, made))
+    assert torch.equal(got["a_b.c.weight"], base["a_b.c.weight"])
+
+
+# --- spellings ---
+
+SPELLINGS = {
+    "kohya": ("lora_unet_", True, ".lora_up.weight", ".lora_down.weight"),
+    "dotted": ("diffusion_model.", False, ".lora_up.weight", ".lora_down.weight"),
+    "PEFT's": ("diffusion_model.", False, ".lora_B.weight", ".lora_A.weight"),
+    "PEFT's with the adapter": (
+        "diffusion_model.", False, ".lora_B.default.weight", ".lora_A.default.weight"),
+    "bare": ("diffusion_model.", False, ".lora_B", ".lora_A"),
+    "old diffusers": ("lora_unet_", True, "_lora.up.weight", "_lora.down.weight"),
+    "diffusers": ("lora_unet_", True, ".lora.up.weight", ".lora.down.weight"),
+    "transformers": (
+        "lora_unet_", True, ".lora_linear_layer.up.weight", ".lora_linear_layer.down.weight"),
+    "no prefix": ("", False, ".lora_B.weight", ".lora_A.weight"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_every_spelling_is_read(spelling, tmp_path):
+    prefix, flat, up, down = SPELLINGS[spelling]
+    base, made = layers("out")
+    paths = write(tmp_path, base, named(made, prefix, flat, up, down))
+    assert_near(merged(*paths), wanted(base, made, "out"))
+
+
+@pytest.mark.parametrize(
+    ("up", "down"),
+    [(".lora_up.weight", ".lora_down.weight"), (".lora_B.weight", ".lora_A.weight")],
+)
+def test_missing_alpha_means_the_rank_unless_told(up, down, tmp_path):
+    base, made = layers()
+    tensors = named(made, "diffusion_model.", False, up, down, alpha=None)
+    paths = write(tmp_path, base, tensors)
+    assert_near(merged(*paths), wanted(base, made, scaling=1.0))
+    got = merged(*paths[:2], tmp_path / "told", "--alpha", "3")
+    assert_near(got, wanted(base, made))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int64])
+def test_alpha_of_every_type_is_read(dtype, tmp_path):
+    base, made = layers()
+    tensors = named(made)
+    tensors = {k: t.to(dtype) if k.endswith("alpha") else t for k, t in tensors.items()}
+    assert_near(merged(*write(tmp_path, base, tensors)), wanted(base, made))
+
+
+def test_pickled_file_needs_to_be_allowed(tmp_path):
+    base, made = layers("in")
+    paths = write(tmp_path, base, named(made))
+    pickled = tmp_path / "adapter.pt"
+    torch.save(named(made), pickled)
+    assert "--allow-pickle" in refused(paths[0], pickled, paths[2])
+    got = merged(paths[0], pickled, paths[2], "--allow-pickle")
+    assert_near(got, wanted(base, made, "in"))
+
+
+def test_folder_of_one_file_is_that_file(tmp_path):
+    base, made = layers("in")
+    paths = write(tmp_path, base, named(made))
+    (tmp_path / "lora").mkdir()
+    moved = paths[1].rename(tmp_path / "lora" / "x.safetensors")
+    assert_near(merged(paths[0], moved.parent, paths[2]), wanted(base, made, "in"))
+
+
+# --- the axis (traps 1 and 4) ---
+
+
+@pytest.mark.parametrize("dora", ["out", "in"])
+def test_shape_of_dora_scale_tells_the_axis_even_of_square_layers(dora, tmp_path):
+    base, made = layers(dora)
+    paths = write(tmp_path, base, named(made))
+    got, want = merged(*paths), wanted(base, made, dora)
+    assert_near(got, want)
+    square = "blocks.0.to_q.weight"
+    other = wanted(base, {"to_q": made["to_q"]}, "in" if dora == "out" else "out")
+    assert distance(got[square], other[square]) > 0.05
+    shown = inspected(paths[1])
+    assert f"{dora}, by the shape of dora_scale (3 layers)" in shown
+    assert f"one per {dora}put" in shown
+    for words in ("lycoris", "kohya, LyCORIS or OneTrainer", "scaling      1.5"):
+        assert words in shown
+
+
+def test_flat_magnitudes_are_told_by_their_length_but_for_square_layers(tmp_path):
+    base, made = layers("in")
+    tensors = named(made)
+    tensors = {k: t.flatten() if k.endswith("dora_scale") else t for k, t in tensors.items()}
+    paths = write(tmp_path, base, tensors)
+    message = refused(*paths)
+    assert "blocks_0_to_q: dora_scale is (16,), which for a layer of 16 outputs and 16" in message
+    assert "Pass --axis out or --axis in" in message
+    assert "ff_net_0" not in message
+    assert_near(merged(*paths, "--axis", "in"), wanted(base, made, "in"))
+    assert "in, as given with --axis (1 layers)" in inspected(paths[1], "--axis", "in")
+    out = refused(*paths[:2], tmp_path / "other", "--axis", "out")
+    assert "--axis out: dora_scale is (16,), so it counts inputs. Leave it out" in out
+
+
+def test_axis_that_contradicts_the_shape_is_refused(tmp_path):
+    base, made = layers("out")
+    paths = write(tmp_path, base, named(made))
+    assert "counts outputs. Leave it out" in refused(*paths, "--axis", "in")
+
+
+@pytest.mark.parametrize(
+    ("shape", "dora", "scale"),
+    [((1, 12), "out", (1, 1)), ((1, 12), "in", (1, 12)),
+     ((12, 1), "out", (12, 1)), ((12, 1), "in", (1, 1))],
+)  # fmt: skip
+def test_one_output_or_input_is_told_apart_where_it_can_be(shape, dora, scale, tmp_path):
+    """ComfyUI takes (1, in) for outputs where there is one."""
+    base, made = layers(dora, shapes={"x": shape})
+    assert made["x"]["dora_scale"].shape == scale
+    paths = write(tmp_path, base, named(made))
+    assert_near(merged(*paths), wanted(base, made, dora))
+
+
+def test_one_output_and_one_input_is_ambiguous(tmp_path):
+    base, made = layers("out", shapes={"x": (1, 1)})
+    paths = write(tmp_path, base, named(made))
+    message = refused(*paths)
+    assert "can count outputs" in message
+    assert "--axis out or --axis in" in message
+    assert_near(merged(*paths, "--axis", "out"), wanted(base, made, "out"))
+
+
+def test_norm_is_that_of_the_updated_weight_as_comfyui_does_not_have_it(tmp_path):
+    base, made = layers("out")
+    got, want = merged(*write(tmp_path, base, named(made))), wanted(base, made, "out")
+    for name, t in made.items():
+        key = f"{PATHS[name]}.weight"
+        W = oracle.float64(base[key])
+        V = oracle.lora(W, oracle.float64(t["down"]), oracle.float64(t["up"]), ALPHA / R)
+        comfy = oracle.float64(t["dora_scale"]) * V / np.linalg.norm(W, axis=1, keepdims=True)
+        assert distance(got[key], comfy) > 0.05
+        assert distance(got[key], want[key]) <= RELATIVE
+
+
+def test_dora_scale_is_never_dropped(tmp_path):
+    """diffusers merges such a file as plain LoRA (trap 5); here every tensor must be used."""
+    base, made = layers("out")
+    paths = write(tmp_path, base, named(made))
+    got, plain = merged(*paths), wanted(base, made)
+    assert all(distance(got[key], exact) > 0.05 for key, exact in plain.items())
+    report = json.loads(small.run("merge", *paths[:2], "-o", tmp_path / "json", "--json").stdout)
+    assert report["adapter_tensors_used"] == report["adapter_tensors"] == 12
+
+
+@pytest.mark.parametrize("alpha", [1.0, 7.0])
+def test_scaling_is_alpha_over_rank_and_nothing_else(alpha, tmp_path):
+    """Trap 2: not alpha, not alpha over the root of the rank, not 1."""
+    base, made = layers()
+    got = merged(*write(tmp_path, base, named(made, alpha=alpha)))
+    assert_near(got, wanted(base, made, scaling=alpha / R))
+    for wrong in {alpha, alpha / R**0.5, 1.0} - {alpha / R}:
+        other = wanted(base, made, scaling=wrong)
+        assert all(distance(got[key], exact) > 0.01 for key, exact in other.items())
+
+
+# --- OneTrainer ---
+
+
+class OneTrainerDoRA(nn.Module):
+    """DoRAModule.forward: float32 throughout, in axis unless told, eps of float32."""
+
+    def __init__(self, layer, t, out_axis):
+        super().__init__()
+        self.layer, self.t, self.out_axis = layer, t, out_axis
+
+    def forward(self, x):
+        W, A, B = (a.float() for a in (self.layer.weight, self.t["down"], self.t["up"]))
+        WP = W + (B @ A) * (ALPHA / R)
+        eps = torch.finfo(WP.dtype).eps
+        if self.out_axis:
+            norm = WP.reshape(len(WP), -1).norm(dim=1, keepdim=True) + eps
+        else:
+            norm = WP.transpose(0, 1).norm(dim=1, keepdim=True).transpose(0, 1) + eps
+        return nn.functional.linear(x, self.t["dora_scale"].float() * (WP / norm))
+
+
+@pytest.mark.parametrize("config", [True, False])
+@pytest.mark.parametrize("dora", ["in", "out"])
+@pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16], ids=str)
+def test_onetrainer_normalises_in_float32_whatever_it_saves_in(saved, dora, config, tmp_path):
+    base, made = layers(dora)
+    made = {n: {k: v.to(saved) for k, v in t.items()} for n, t in made.items()}
+    metadata = {"ot_branch": "master", "ot_revision": "abc"}
+    if config:
+        metadata["ot_config"] = json.dumps(
+            {"peft_type": "LORA", "lora_decompose": True, "lora_decompose_norm_epsilon": True,
+             "lora_decompose_output_axis": dora == "out"})  # fmt: skip
+    paths = write(tmp_path, base, named(made, "lora_transformer_"), metadata, "transformer.")
+    got = merged(*paths)
+    for name, t in made.items():
+        key = f"{PATHS[name]}.weight"
+        layer = nn.Linear(*SHAPES[name][::-1], bias=False)
+        layer.weight.data = base[key]
+        forward = OneTrainerDoRA(layer, t, dora == "out")
+        with torch.no_grad():
+            used = forward(torch.eye(SHAPES[name][1])).T
+        assert distance(got[f"transformer.{key}"], oracle.float64(used)) <= RELATIVE
+    shown = inspected(paths[1])
+    assert "OneTrainer" in shown
+    assert f"{dora}, by the shape" in shown
+
+
+def test_onetrainer_without_eps_says_so(tmp_path):
+    base, made = layers("in")
+    base = {n: t * 1e-6 for n, t in base.items()}
+    made = {n: {k: v * 1e-3 for k, v in t.items()} for n, t in made.items()}
+    config = {"peft_type": "LORA", "lora_decompose": True, "lora_decompose_norm_epsilon": False}
+    metadata = {"ot_revision": "abc", "ot_config": json.dumps(config)}
+    got = merged(*write(tmp_path, base, named(made), metadata))
+    assert_near(got, wanted(base, made, "in", eps=0.0))
+    with_eps = wanted(base, made, "in")
+    assert all(distance(got[key], exact) > 10 * RELATIVE for key, exact in with_eps.items())
+
+
+# --- metadata ---
+
+
+def kohya(**arguments):
+    return {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps(arguments)}
+
+
+CONTRADICTIONS = {
+    "other algorithm": (kohya(algo="loha"), "says algo=loha, the tensors are LoRA"),
+    "dylora": (kohya(algo="dylora"), "algo=dylora"),
+    "unknown": (kohya(algo="ortho"), "algo=ortho, which is not supported"),
+    "not decomposed": (kohya(dora_wd="False"), "not decomposed, but there is dora_scale"),
+    "other axis": (kohya(dora_wd="True", wd_on_output="True"),
+                   "says magnitudes count outputs, their shapes say inputs"),
+    "OneTrainer's axis": (
+        {"ot_revision": "x", "ot_config": json.dumps(
+            {"peft_type": "LORA", "lora_decompose": True, "lora_decompose_output_axis": True})},
+        "count outputs, their shapes say inputs"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_metadata_that_contradicts_the_tensors_is_refused(case, tmp_path):
+    metadata, reason = CONTRADICTIONS[case]
+    base, made = layers("in")
+    message = refused(*write(tmp_path, base, named(made), metadata))
+    assert reason in message
+    assert "save them without metadata" in message
+
+
+def test_lost_magnitudes_are_noticed_by_the_metadata(tmp_path):
+    base, made = layers()
+    message = refused(*write(tmp_path, base, named(made), kohya(algo="locon", dora_wd="True")))
+    assert "decomposed (DoRA), but there is no dora_scale" in message
+    said = kohya(algo="locon", dora_wd="True", bypass_mode="True")
+    assert_near(merged(*write(tmp_path / "bypass", base, named(made), said)), wanted(base, made))
+
+
+def test_metadata_that_agrees_or_cannot_be_read_changes_nothing(tmp_path):
+    base, made = layers("in")
+    agreeing = kohya(algo="lora", dora_wd="True", wd_on_output="False", rs_lora="False")
+    for i, said in enumerate([agreeing, {"ss_network_args": "{broken"}, {"ss_network_args": "[]"}]):
+        paths = write(tmp_path / str(i), base, named(made), said)
+        assert_near(merged(*paths), wanted(base, made, "in"))
+    assert "LyCORIS in kohya sd-scripts" in inspected(tmp_path / "0/adapter.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("said", "eps"),
+    [({"ss_full_bf16": "True", "ss_full_fp16": "False"}, 2.0**-7),
+     ({"ss_full_bf16": "False", "ss_full_fp16": "False"}, 2.0**-23)],
+)  # fmt: skip
+def test_metadata_tells_the_type_trained_in(said, eps, tmp_path):
+    base, made = layers("out")
+    made = {n: {k: v.bfloat16() for k, v in t.items()} for n, t in made.items()}
+    got = merged(*write(tmp_path, base, named(made), kohya(algo="lora") | said))
+    assert_near(got, wanted(base, made, "out", eps=eps))
+    other = wanted(base, made, "out", eps=2.0**-30 if eps > 1e-3 else 2.0**-7)
+    assert all(distance(got[key], exact) > 10 * RELATIVE for key, exact in other.items())
+
+
+def test_fused_layers_trained_as_several_are_refused(tmp_path):
+    base, made = layers(shapes={"double_blocks.0.img_attn.qkv": (24, 8)})
+    said = {"ss_network_module": "networks.lora_flux",
+            "ss_network_args": json.dumps({"split_qkv": "True"})}  # fmt: skip
+    message = refused(*write(tmp_path, base, named(made), said))
+    assert "trained with split_qkv" in message
+    assert "Save it split" in message
+
+
+# --- refusals ---
+
+
+Q = "lora_unet_blocks_0_to_q"
+BROKEN = {
+    "up missing": (lambda t: t.pop(f"{Q}.lora_up.weight"), "lora_up missing"),
+    "ranks differ": (lambda t: t.update({f"{Q}.lora_up.weight": torch.ones(16, 5)}),
+                     "expected lora_up (out, rank)"),
+    "alpha of two": (lambda t: t.update({f"{Q}.alpha": torch.ones(2)}), "expected one number"),
+    "alpha infinite": (lambda t: t.update({f"{Q}.alpha": torch.tensor(float("inf"))}),
+                       "alpha is inf"),
+    "scale of neither": (lambda t: t.update({f"{Q}.dora_scale": torch.ones(5, 1)}),
+                         "the file does not belong together"),
+    "scale of both": (lambda t: t.update({f"{Q}.dora_scale": torch.ones(16, 16)}),
+                      "the file does not belong together"),
+    "scale without a weight": (
+        lambda t: [t.pop(f"{Q}.lora_{p}.weight") for p in ("up", "down")] and t.pop(f"{Q}.alpha"),
+        "dora_scale without anything that it belongs to"),
+    "two algorithms": (lambda t: t.update({f"{Q}.diff": torch.ones(16, 16)}),
+                       "holds LoRA and full"),
+    "two spellings": (lambda t: t.update({f"{Q}.lora_B.weight": torch.ones(16, R)}), "there twice"),
+    "norm with magnitudes": (
+        lambda t: t.update({"lora_unet_n.w_norm": torch.ones(4), "lora_unet_n.dora_scale":
+                            torch.ones(4)}), "dora_scale beside w_norm has no meaning"),
+    "unknown": (lambda t: t.update({f"{Q}.shift": torch.ones(3)}), "tensors of unknown meaning"),
+    "half of LoHa": (lambda t: t.update({"lora_unet_h.hada_w1_a": torch.ones(4, 2)}),
+                     "hada_w1_b, hada_w2_a, hada_w2_b missing"),
+    "half of LoKr": (lambda t: t.update({"lora_unet_h.lokr_w1": torch.ones(4, 2)}),
+                     "lokr_w2_a, lokr_w2_b missing"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_file_is_refused(case, tmp_path):
+    change, reason = BROKEN[case]
+    base, made = layers("out")
+    tensors = named(made)
+    change(tensors)
+    assert reason in refused(*write(tmp_path, base, tensors))
+
+
+NAMED = {
+    "GLoRA": "a1.weight", "IA3": "on_input", "OFT or BOFT": "oft_blocks", "OFT": "oft_diag",
+    "T-LoRA": "lambda_layer", "LoKr with a core on its first factor": "lokr_t1",
+    "a resized layer": "reshape_weight",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("algorithm", NAMED)
+def test_other_algorithms_are_refused_by_name(algorithm, tmp_path):
+    base, made = layers()
+    tensors = named(made) | {f"{Q}.{NAMED[algorithm]}": torch.ones(4, 4)}
+    message = refused(*write(tmp_path, base, tensors))
+    assert f"{algorithm}: " in message
+    assert "trainer's own tool" in message
+
+
+def test_options_that_the_file_answers_are_refused(tmp_path):
+    base, made = layers("out")
+    paths = write(tmp_path, base, named(made))
+    assert "alpha is in the file. Leave --alpha out" in refused(*paths, "--alpha", "2")
+    with pytest.raises(AdapterError, match="--trained-in int8: unknown"):
+        dora_export.load_adapter(paths[1], trained_in="int8")
+
+
+def test_embeddings_saved_along_are_named_and_left(tmp_path):
+    base, made = layers("in")
+    tensors = named(made) | {"bundle_emb.mine.string_to_param": torch.ones(2, 8)}
+    paths = write(tmp_path, base, tensors)
+    assert_near(merged(*paths), wanted(base, made, "in"))
+    assert "'bundle_emb.mine.string_to_param' ignored: an embedding" in inspected(paths[1])
+
+
+def test_layer_without_a_bias_refuses_one(tmp_path):
+    base, made = layers()
+    tensors = named(made) | {f"{Q}.diff_b": torch.ones(16)}
+    message = refused(*write(tmp_path, base, tensors))
+    assert "blocks.0.to_q.bias: not in the base; the layer has no bias to add to" in message
+
+
+def test_a_damaged_file_is_an_input_error(tmp_path):
+    _, made = layers()
+    path = tmp_path / "x.safetensors"
+    save_file(named(made), path)
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(InputError):
+        read_adapter(path, ReadOptions())
