@@ -95,9 +95,9 @@ def test_options_reach_the_api(given):
     calls = given(reports.right())
     result = small.run(
         "verify", "b", "a", "m", "--level", "fast", "--forward", "--prompt", "one", "--prompt",
-        "two", "--dtype", "bf16", "--strength", "0.5", "--zero-norm", "zero", "--alpha", "4", "--weight", "0.25",
+        "two", "--dtype", "bf16", "--strength", "0.5", "--zero-norm", "zero", "--alpha", "4",
         "--no-fan-in-fan-out", "--threads", "3", "--axis", "in", "--map-prefix", "x=y",
-        "--adapter-format", "peft", "--allow-pickle",
+        "--adapter-format", "peft", "--allow-pickle", "--weight", "0.25",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     ((args, options),) = calls
