@@ -315,6 +315,8 @@ class _Places:
         """
         if location in self.files:
             return
+        if not isinstance(location, str):  # protobuf gives text that is not UTF-8 as bytes
+            raise _Problem(f"its data is in {shown(location)}, which is no name of a file")
         pure = PurePosixPath(location)
         if (
             not location
