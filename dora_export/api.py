@@ -441,9 +441,10 @@ def _write(plan: Plan, stage: Stage, resources: Resources, progress: Progress | 
             if progress is not None:
                 progress(done, total)
 
-    paths = [stage.folder / file.name for file in plan.files]
+    names = [file.name for file in plan.files]
     held = [stage.held.get(file.name, Ranges()) for file in plan.files]
-    with FileSink(paths, [file.nbytes for file in plan.files], held, stage.record) as sink:
+    sizes = [file.nbytes for file in plan.files]
+    with FileSink(stage.folder, names, sizes, held, stage.record) as sink:
         for position, file in enumerate(plan.files):
             sink.write_header(position, file.header)
             on_bytes(len(file.header))

@@ -15,7 +15,7 @@ from dora_export import api, naming
 from dora_export._version import __version__
 from dora_export.adapters import Reading, ReadOptions
 from dora_export.checkpoints import locate, open_checkpoint
-from dora_export.engine import Resources
+from dora_export.engine import Engine, Resources
 from dora_export.errors import AdapterError, DoraExportError, listing, shown
 from dora_export.formula import ZeroNorm
 from dora_export.machine import faults_told
@@ -35,7 +35,7 @@ from dora_export.tensors import OUTPUT_WORDS
 from dora_export.verification.check import in_order
 from dora_export.verification.model import Finding, TierResult, VerifyReport
 from dora_export.writers import manifest, place, side_files
-from dora_export.writers.files import write_small
+from dora_export.writers.files import FileSink, write_small
 from dora_export.writers.identity import adapter_digests
 from dora_export.writers.journal import FORMAT, FORMAT_LABEL, Job
 from dora_export.writers.staging import MANIFEST, Stage, find_leftover, staged
@@ -60,7 +60,9 @@ def export_onnx(
     prompts: Sequence[str] = (),
     allow_mismatch: bool = False,
     allow_merged_base: bool = False,
+    allow_missing: Iterable[str] = (),
     strength: float = 1.0,
+    weights: Sequence[float] = (),
     zero_norm: ZeroNorm = "refuse",
     map_prefix: Iterable[str] = (),
     fan_in_fan_out: bool | None = None,
@@ -88,8 +90,11 @@ def export_onnx(
             measured noise of the graph's dtype.
         prompts: Texts to run both on; none: generated inputs.
         allow_mismatch: Publish a graph that fails the comparison all the same.
-        allow_merged_base: As in ``merge``.
+        allow_merged_base: As in ``merge``; for ``into`` as well.
+        allow_missing: Names of tensors or modules that the adapter changes and that ``into`` may
+            lack, since its exporter left them out.
         strength: As in ``merge``.
+        weights: As in ``merge``.
         zero_norm: As in ``merge``.
         map_prefix: As in ``merge``.
         fan_in_fan_out: As in ``merge``.
@@ -113,6 +118,7 @@ def export_onnx(
     settings = Settings(
         dtype=OUTPUT_WORDS[options.dtype] if way == "trace" else None,
         strength=strength,
+        weights=tuple(weights),
         zero_norm=zero_norm,
         map_prefix=naming.parse_map_prefix(map_prefix),
         fan_in_fan_out=fan_in_fan_out,
@@ -120,23 +126,25 @@ def export_onnx(
     plans = _plans(base, adapter, ReadOptions(**reading), settings, each=adapters)
     if adapter is not None:
         manifest.refuse_merged_base(plans[0].base.folder, allow=allow_merged_base)
-    beside = _side_files(plans[0])
+    beside = _side_files(plans[0], into)
     leftover = find_leftover(target)
     place.check_way(target, [*(f.name for f in beside), MANIFEST, f"{MERGED}/model.safetensors"])
     inputs = {"base": plans[0].base.path}
     inputs |= {f"adapter {a.path.name}": a.path for p in plans for a in p.adapters}
+    inputs |= {} if into is None else {"graph": Path(into)}
     place.check_place(target, inputs, force=force, leftover=leftover)
-    place.check_space(target, 2 * plans[0].output_bytes, leftover)  # merged weights, and the graph
+    if way != "into":  # which checks for itself what the graph needs
+        place.check_space(target, 2 * plans[0].output_bytes, leftover)  # merged weights, the graph
     # Two exports need not give the same bytes, so none goes on with another's.
     job = Job({FORMAT_LABEL: FORMAT, "dora-export": __version__, "run": uuid.uuid4().hex}, {})
     with staged(target, job, force=force) as stage:
         request = Request(
             plans, stage.folder, options, Path(into) if into is not None else None, threads,
-            progress, on_stage,
+            progress, on_stage, tuple(allow_missing), allow_merged_base,
         )  # fmt: skip
         made = _make(way, request, base, adapter, settings, reading, allow_merged_base)
         on_stage("writing side files")
-        plan = replace(plans[0], index=None, config_edits=dict(plans[0].config_edits))
+        plan = replace(plans[0], indexes={}, config_edits=dict(plans[0].config_edits))
         side_files.write(plan, beside, stage.folder)
         report = None
         if verify:
@@ -191,9 +199,14 @@ def _plans(
     return (api._plan(base, adapter, options, settings)[0],)
 
 
-def _side_files(plan: Plan) -> tuple[side_files.SideFile, ...]:
+def _side_files(plan: Plan, into: PathLike | None) -> tuple[side_files.SideFile, ...]:
     """Return what goes along with a graph: tokenizer, config and their like."""
-    return side_files.collect(plan)
+    found = side_files.collect(plan)
+    if into is None:
+        return found
+    from dora_export.onnx import into as re_weighted  # noqa: PLC0415 - as in _make()
+
+    return re_weighted.beside(Path(into), found)
 
 
 def _make(
@@ -218,12 +231,13 @@ def _make(
     trace.check(request)  # before minutes of work
     merged = request.folder / MERGED
     if adapter is None:
-        folder = request.plan.base.folder
+        folder = _as_stored(request, merged)
     else:
         request.on_stage("merging")
         api.merge(
             base, adapter, merged, dtype=request.options.dtype, strength=settings.strength,
-            zero_norm=settings.zero_norm, fan_in_fan_out=settings.fan_in_fan_out,
+            weights=settings.weights, zero_norm=settings.zero_norm,
+            fan_in_fan_out=settings.fan_in_fan_out,
             map_prefix=[f"{old}={new}" for old, new in settings.map_prefix],
             allow_merged_base=allow_merged_base, threads=request.threads,
             progress=request.progress, **reading,
@@ -233,6 +247,33 @@ def _make(
         return trace.make(request, folder)
     finally:
         shutil.rmtree(merged, ignore_errors=True)
+
+
+def _as_stored(request: Request, merged: Path) -> Path:
+    """Return a folder with a merged model's weights in the graph's dtype: its own, or a copy."""
+    plan = request.plan
+    assert plan.base.folder is not None, "Bug: trace.check() wants a folder"
+    held = all(name.name.endswith(".safetensors") for name in plan.base.sources)
+    if held and all(step.copies_bytes for step in plan.steps):
+        return plan.base.folder
+    request.on_stage(f"casting to {request.options.dtype}")
+    resources = Resources("cpu", request.threads, None)
+    merged.mkdir()
+    sizes = [file.nbytes for file in plan.files]
+    done = 0
+
+    def on_bytes(count: int) -> None:
+        nonlocal done
+        done += count
+        if request.progress is not None:
+            request.progress(done, plan.output_bytes)
+
+    with FileSink(merged, [file.name for file in plan.files], sizes) as sink:
+        for position, file in enumerate(plan.files):
+            sink.write_header(position, file.header)
+        Engine(plan, sink, resources, on_bytes).run()
+    side_files.write(plan, side_files.collect(plan), merged)
+    return merged
 
 
 def _verified(
@@ -246,13 +287,16 @@ def _verified(
 ) -> VerifyReport:
     from dora_export.verification.graph import check_graph  # noqa: PLC0415 - loads torch
 
-    tiers: list[TierResult] = []
+    tiers: list[TierResult] = [*made.tiers]
     findings: list[Finding] = []
     for one in made.parity:
+        if one.needs_budget and budget is None:
+            continue
         graph = stage.folder / one.graph
         tier, found = check_graph(
             one.plan, graph, runner=one.runner(graph) if one.runner else None,
             outputs=one.outputs, budget=one.budget if budget is None else budget, prompts=prompts,
+            padding=one.padding, cls=one.cls,
         )  # fmt: skip
         tiers.append(tier)
         findings += found
@@ -296,9 +340,10 @@ def _write_manifest(
     content = manifest.manifest(plan, Resources("cpu", None, None), beside, adapter_digests(plan))
     content["onnx"] = {
         "way": way,
-        "options": options_said(options),
+        "options": {} if way == "into" else options_said(options),
         **made.facts,
-        "files": files.digests(stage.folder, made.graphs),
+        # a re-weighted graph has the digests of what it held in its proof
+        "files": {} if way == "into" else files.digests(stage.folder, made.graphs),
         "parity": None if report is None else {
             "verdict": report.verdict,
             "tiers": [{"summary": t.summary, "figures": t.figures} for t in report.tiers],

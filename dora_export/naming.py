@@ -8,22 +8,12 @@ class it was saved from did. The two differ by one leading segment at most (tran
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field, replace
 
-from dora_export import flat_names
+from dora_export import conventions, flat_names
 from dora_export.errors import PlanError, shown
-
-# Text and vision parts of a multimodal model, as two conventions name them: checkpoints of one
-# age of transformers or MLX, and of another. Source: github.com/huggingface/transformers,
-# src/transformers/conversion_mapping.py; github.com/ml-explore/mlx-lm, mlx_lm/models/*.py.
-WRAPPED = (
-    ("language_model.model.", "model.language_model."),
-    ("language_model.lm_head.", "lm_head."),
-    ("vision_tower.", "model.vision_tower."),
-    ("multi_modal_projector.", "model.multi_modal_projector."),
-)
-SWAPS = (WRAPPED, tuple((new, old) for old, new in WRAPPED))
 
 
 @dataclass(frozen=True)
@@ -36,6 +26,8 @@ class Rule:
         add: Prefix put before every name.
         mapped: Prefixes replaced first, (old, new), the first that fits.
         modules: Whole module names, looked up before all else (flattened names).
+        first: What becomes of the name beforehand: another convention's.
+        then: The same, afterwards.
     """
 
     what: str
@@ -43,18 +35,21 @@ class Rule:
     add: str = ""
     mapped: tuple[tuple[str, str], ...] = ()
     modules: Mapping[str, str] = field(default_factory=dict)
+    first: Callable[[str], str] = str
+    then: Callable[[str], str] = str
 
     def __call__(self, name: str) -> str:
         """Return the checkpoint's name for an adapter's name."""
         module, dot, leaf = name.rpartition(".")
         if module in self.modules:
             return self.modules[module] + dot + leaf
+        name = self.first(name)
         for old, new in self.mapped:
             if name.startswith(old):
                 return new + name[len(old) :]
         if self.strip:
             name = name.removeprefix(self.strip)
-        return self.add + name
+        return self.then(self.add + name)
 
 
 def parse_map_prefix(options: Iterable[str]) -> tuple[tuple[str, str], ...]:
@@ -77,29 +72,31 @@ def find_rule(
     names: Collection[str],
     mapped: tuple[tuple[str, str], ...] = (),
     base_name: str | None = None,
+    model_types: tuple[object, ...] = (),
 ) -> Rule:
     """Return the rule that turns every target into a tensor name of the checkpoint.
 
     Tried in this order: names as they are; one segment added; the first segment taken away; the
-    parts of a multimodal model under their other names.
+    names of another convention (``conventions``); those with a segment added, or taken away.
     With ``mapped`` only that mapping is tried.
 
     Args:
         targets: Tensor names in the adapter's terms.
-        names: Tensor names of the checkpoint.
+        names: Tensor names of the checkpoint, or a set that knows by which others they go.
         mapped: Prefix replacements by the user.
         base_name: What the adapter says it was trained on, for the message.
+        model_types: Of the checkpoint's config.json and its text part.
 
     Raises:
-        PlanError: No rule resolves all targets, or two of the same kind do.
+        PlanError: No rule resolves all targets, or two of the same kind do, in different ways.
     """
-    known = frozenset(names)
+    known: AbstractSet[str] = names if isinstance(names, AbstractSet) else frozenset(names)
     if mapped:
         groups: list[list[Rule]] = [[Rule("--map-prefix", mapped=mapped)]]
     else:
-        groups = [[Rule("as they are")], _adding(targets, known), _stripping(targets), _swapping()]
+        groups = _groups(targets, known, model_types)
     for group in groups:
-        fitting = [rule for rule in group if all(rule(t) in known for t in targets)]
+        fitting = _distinct([r for r in group if all(r(t) in known for t in targets)], targets)
         if len(fitting) > 1:
             raise PlanError(
                 f"the adapter's names fit this base in more than one way: "
@@ -135,10 +132,34 @@ def find_flat_rule(
     return Rule(found.what, modules=found.paths)
 
 
-def _adding(targets: Sequence[str], known: frozenset[str]) -> list[Rule]:
-    ending = f".{targets[0]}" if targets else ""
-    prefixes = sorted(n.removesuffix(targets[0]) for n in known if targets and n.endswith(ending))
-    return [Rule(f"'{p}' added", add=p) for p in prefixes if p.count(".") == 1]
+def _groups(
+    targets: Sequence[str], known: AbstractSet[str], model_types: tuple[object, ...]
+) -> list[list[Rule]]:
+    adding, stripping = _adding(known), _stripping(targets)
+    others = tuple(conventions.renamings(model_types))
+    # A class of transformers may lack the segment of both conventions, or the checkpoint may.
+    prefixes = [*(r for r in _adding({*known, "model."}) if others), *stripping]
+    return [
+        [Rule("as they are")],
+        adding,
+        stripping,
+        [Rule(other.what, then=other) for other in others],
+        [replace(r, what=f"{r.what}, {o.what}", then=o) for r in prefixes for o in others],
+        [replace(r, what=f"{o.what}, {r.what}", first=o) for r in prefixes for o in others],
+    ]
+
+
+def _distinct(rules: list[Rule], targets: Sequence[str]) -> list[Rule]:
+    """Return the first of the rules that rename the targets alike."""
+    by_result: dict[tuple[str, ...], Rule] = {}
+    for rule in rules:
+        by_result.setdefault(tuple(rule(t) for t in targets), rule)
+    return list(by_result.values())
+
+
+def _adding(known: AbstractSet[str]) -> list[Rule]:
+    prefixes = sorted({f"{n.partition('.')[0]}." for n in known if "." in n})
+    return [Rule(f"'{p}' added", add=p) for p in prefixes]
 
 
 def _stripping(targets: Sequence[str]) -> list[Rule]:
@@ -146,12 +167,8 @@ def _stripping(targets: Sequence[str]) -> list[Rule]:
     return [Rule(f"'{p}' taken away", strip=p) for p in first]
 
 
-def _swapping() -> list[Rule]:
-    return [Rule(f"'{swap[0][0]}' as '{swap[0][1]}'", mapped=swap) for swap in SWAPS]
-
-
 def _no_rule(
-    targets: Sequence[str], known: frozenset[str], tried: list[Rule], base_name: str | None
+    targets: Sequence[str], known: AbstractSet[str], tried: list[Rule], base_name: str | None
 ) -> str:
     best = max(tried, key=lambda rule: sum(rule(t) in known for t in targets))
     missing = [t for t in targets if best(t) not in known]
@@ -168,14 +185,14 @@ def _no_rule(
     return f"{message}: {patterns}.{trained} {_hint(targets, known)}"
 
 
-def _hint(targets: Sequence[str], known: frozenset[str]) -> str:
+def _hint(targets: Sequence[str], known: AbstractSet[str]) -> str:
     old, new = _differing_prefixes(targets, known)
     if old is None or old == new:
         return "Check that this is the base it was trained on, or pass --map-prefix OLD=NEW."
     return f"If they are the same layers, pass --map-prefix {old}={new}"
 
 
-def _differing_prefixes(targets: Sequence[str], known: frozenset[str]) -> tuple[str | None, str]:
+def _differing_prefixes(targets: Sequence[str], known: AbstractSet[str]) -> tuple[str | None, str]:
     """Return what precedes the longest common ending of the first target and any tensor name.
 
     Of several such names, that whose prefix fits most targets: towers have layers of equal names.
@@ -195,7 +212,7 @@ def _differing_prefixes(targets: Sequence[str], known: frozenset[str]) -> tuple[
     return None, ""
 
 
-def _nearest_pattern(target: str, known: frozenset[str]) -> str:
+def _nearest_pattern(target: str, known: AbstractSet[str]) -> str:
     leaf = ".".join(target.split(".")[-2:])
     alike = sorted(n for n in known if n.endswith(leaf))
     numbered = sorted(n for n in known if re.search(r"\.\d+\.", n))

@@ -123,7 +123,7 @@ def _resolved(update: Update, shapes: Mapping[str, tuple[int, ...]], base: Check
 
 
 def _torchtune(update: Update, plain: Update, base: Checkpoint) -> Update:
-    model_type = _setting(base, "model_type")
+    model_type = base.setting("model_type")
     if update.row_order == "torchtune-peft?" and model_type not in (None, *PAIRED, *HALVED):
         return plain  # torchtune does not train it
     paired = _rotary_pairs(update, model_type)
@@ -179,7 +179,7 @@ def _megatron(update: Update, plain: Update, shape: tuple[int, ...], base: Check
             raise _not_fused(update, f"{2 * rows} (gate and up of {rows} rows each)", fused)
         arrange = OfGroups(1, 0, rows) if part == "gate" else OfGroups(1, rows, fused)
         return _cut(plain, arrange, rows)
-    model_type = _setting(base, "model_type")
+    model_type = base.setting("model_type")
     if model_type not in GROUPED:
         raise PlanError(
             f"{shown(update.target)}: how Megatron fuses q, k and v depends on the model, and "
@@ -220,9 +220,9 @@ def _not_fused(update: Update, expected: str, fused: int) -> PlanError:
 
 def _head_dim(update: Update, base: Checkpoint) -> int:
     """Return the rows of one attention head, by config.json."""
-    head = _setting(base, "head_dim")
+    head = base.setting("head_dim")
     if head is None:
-        hidden, heads = _setting(base, "hidden_size"), _setting(base, "num_attention_heads")
+        hidden, heads = base.setting("hidden_size"), base.setting("num_attention_heads")
         if isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
             head = hidden // heads
     assert update.up is not None, "Bug: rows in another order come with a product"
@@ -233,9 +233,3 @@ def _head_dim(update: Update, base: Checkpoint) -> int:
             f"{update.up.shape[0]} rows. Give the base as a folder with its config.json."
         )
     return head
-
-
-def _setting(base: Checkpoint, name: str) -> Any:
-    text = base.config.get("text_config")
-    inner = text.get(name) if isinstance(text, dict) else None
-    return inner if inner is not None else base.config.get(name)

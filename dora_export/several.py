@@ -95,12 +95,15 @@ def once(updates: Iterable[Update]) -> list[Update]:
         PlanError: They do.
     """
     found: list[list[Update]] = []
+    replacing: list[list[Update]] = []  # few, beside the many products of a mixture of experts
     for update in updates:
-        same = next((group for group in found if _repeats(update, group[0])), None)
-        if same is None:
-            found.append([update])
-        else:
+        same = next((group for group in replacing if _repeats(update, group[0])), None)
+        if same is not None:
             same.append(update)
+            continue
+        found.append([update])
+        if update.kind == "replace":
+            replacing.append(found[-1])
     return [group[0] if len(group) == 1 else _one(group) for group in found]
 
 

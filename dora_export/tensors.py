@@ -15,6 +15,7 @@ from dora_export.errors import InputError, shown
 from dora_export.machine import advice
 
 Bytes = NDArray[np.uint8]
+PICKED_BYTES = 1 << 20  # of whole rows read at once where columns are picked
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,56 @@ class HeldBytes:
 
 
 @dataclass(frozen=True, slots=True)
+class PickedColumns:
+    """Every ``step``-th column of a stored matrix, from ``first`` on: ``count`` of them.
+
+    Whole rows are read, a few at a time; only the picked columns stay.
+
+    Attributes:
+        source: The matrix, row-major.
+        itemsize: Bytes per element.
+        columns: Its columns.
+        first: First column picked.
+        step: Distance from one to the next.
+        count: How many.
+    """
+
+    source: FileRange | HeldBytes
+    itemsize: int
+    columns: int
+    first: int
+    step: int
+    count: int
+
+    @property
+    def path(self) -> Path:
+        """File that holds the matrix."""
+        return self.source.path
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes picked."""
+        return self.source.nbytes // self.columns * self.count
+
+    def read(self, start: int, out: Bytes) -> None:
+        """Fill ``out`` with the bytes from ``start`` of the picked matrix."""
+        wide, narrow = self.columns * self.itemsize, self.count * self.itemsize
+        flat, done = out.reshape(-1), 0
+        at_once = max(1, PICKED_BYTES // max(1, wide))
+        while done < flat.size:
+            row, skipped = divmod(start + done, narrow)
+            rows = min(at_once, -(-(skipped + flat.size - done) // narrow))
+            whole = np.empty(rows * wide, np.uint8)
+            self.source.read(row * wide, whole)
+            stop = self.first + self.step * self.count
+            cells = whole.reshape(rows, self.columns, self.itemsize)
+            picked = cells[:, self.first : stop : self.step].reshape(-1)[skipped:]
+            taken = min(picked.size, flat.size - done)
+            flat[done : done + taken] = picked[:taken]
+            done += taken
+
+
+@dataclass(frozen=True, slots=True)
 class TensorRef:
     """A stored tensor: name, dtype and shape cost nothing; bytes are read on request.
 
@@ -138,7 +189,7 @@ class TensorRef:
     name: str
     dtype: DType
     shape: tuple[int, ...]
-    source: FileRange | HeldBytes
+    source: FileRange | HeldBytes | PickedColumns
 
     @property
     def size(self) -> int:
@@ -164,8 +215,18 @@ class TensorRef:
             start = self.source.start + first * each
             source = FileRange(self.source.path, start, (last - first) * each)
         else:
+            assert isinstance(self.source, HeldBytes), "Bug: rows of picked columns"
             source = HeldBytes(self.source.path, self.source.data[first * each : last * each])
         return TensorRef(self.name, self.dtype, (last - first, *self.shape[1:]), source)
+
+    def columns(self, first: int, step: int, count: int) -> TensorRef:
+        """Return ``count`` columns of a matrix, from ``first`` on, ``step`` apart, as a tensor."""
+        rows, columns = self.shape
+        last = first + step * (count - 1)
+        assert 0 <= first <= last < columns, f"Bug: column {last} of {self.shape}"
+        assert not isinstance(self.source, PickedColumns), "Bug: columns of picked columns"
+        picked = PickedColumns(self.source, self.dtype.itemsize, columns, first, step, count)
+        return TensorRef(self.name, self.dtype, (rows, count), picked)
 
     def reshaped(self, *shape: int) -> TensorRef:
         """Return the same elements under another shape."""

@@ -188,6 +188,7 @@ def alternating(stacks):
 
 FUSED = {
     "qwen3_5_moe_text": (rows_fused, lambda t: t, lambda t: t.chunk(2, 1)),
+    "qwen3_moe": (rows_fused, lambda t: t, lambda t: t.chunk(2, 1)),
     "llama4_text": (columns_fused, lambda t: t.mT, lambda t: t.mT.chunk(2, 1)),
     "gpt_oss": (alternating, lambda t: t.mT, lambda t: (t.mT[:, ::2], t.mT[:, 1::2])),
 }
@@ -213,9 +214,10 @@ def test_fused_experts_of_an_unknown_model_are_refused(tmp_path):
     base, adapter = restacked(
         tmp_path,
         lambda s: {f"model.layers.0.mlp.experts.{n}": t for n, t in rows_fused(s).items()},
+        model_type="mixture_of_ours",
     )
     message = refused(base, adapter, tmp_path / "out")
-    assert "'qwen3_moe' is not among those known" in message
+    assert "'mixture_of_ours' is not among those known" in message
     assert "a tensor per expert" in message
 
 

@@ -79,6 +79,7 @@ APPLIED = {  # what each does is asserted here, in test_peft_parity.py or in tes
     "lora_bias", "modules_to_save", "trainable_token_indices", "ensure_weight_tying",
     "fan_in_fan_out", "init_lora_weights", "loftq_config", "layer_replication", "use_bdlora",
     "use_qalora", "qalora_group_size",
+    "target_parameters", "lora_B_layout", "unsloth_fused_expert_lora",  # in test_experts.py
 }  # fmt: skip
 
 
@@ -118,6 +119,7 @@ def test_field_without_effect_leaves_the_updates_alone(adapter, field):
 
 
 REFUSED_VALUES = {
+    "layer_replication": [[0, 2], [1, 3]],
     "target_parameters": ["experts.gate_up_proj"],
     "alora_invocation_tokens": [1, 2],
     "invocation_string": "<answer>",
@@ -424,7 +426,9 @@ def test_tensor_used_in_training_only_is_ignored_by_name(adapter, name):
 
 def test_factors_inside_a_wrapped_layer_are_refused(adapter):
     tensors = factors("model.attn.base_layer.out_proj")
-    with pytest.raises(AdapterError, match="LoRA inside a wrapped layer"):
+    with pytest.raises(
+        AdapterError, match=r"inside nn\.MultiheadAttention, whose out_proj PEFT adds twice"
+    ):
         adapter(tensors=tensors)
 
 

@@ -13,13 +13,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dora_export.adapters import peft_config, torchtune
+from dora_export.adapters import peft_config, peft_parameters, torchtune
 from dora_export.adapters.config_files import CONFIG, config_of
 from dora_export.adapters.model import Adapter, ReadOptions
 from dora_export.adapters.peft_config import PeftConfig
-from dora_export.adapters.peft_factors import factors
+from dora_export.adapters.peft_factors import Factors, factors
 from dora_export.checkpoints.folder import read_json
 from dora_export.errors import AdapterError, InputError, listing, shown
+from dora_export.residual import INITS, Residual
 from dora_export.storage import read_tensors
 from dora_export.storage.paths import contained
 from dora_export.tensors import Operand, TensorRef
@@ -90,7 +91,7 @@ def read(path: Path, options: ReadOptions) -> Adapter:
         raise InputError(f"{path}: no {CONFIG}. Check that this is the adapter's folder.")
     _refuse_options(config_path, options)
     raw = read_json(config_path)
-    config = peft_config.parse(config_path, raw)
+    config = peft_config.parse(config_path, raw, options)
     weights = _weights(config_path.parent, options)
     tensors = read_tensors(weights, allow_pickle=options.allow_pickle)
     sorted_ = _sort(tensors, config)
@@ -98,9 +99,14 @@ def read(path: Path, options: ReadOptions) -> Adapter:
         with_m = any("m" in layer.parts for layer in sorted_.layers.values())
         config = replace(config, dora=with_m)
     pruned = _set_pruned_apart(sorted_)
-    config = config.for_modules(config_path, sorted_.layers)
-    updates = [u for module, layer in sorted_.layers.items()
-               for u in _layer_updates(module, layer, config, sorted_.problems)]  # fmt: skip
+    layers = {path: layer.parts for path, layer in sorted_.layers.items()}
+    config = config.for_modules(config_path, [*layers, *peft_parameters.paths(layers, config)])
+    modules, parameters = peft_parameters.split(config_path, layers, config, sorted_.problems)
+    packed = peft_parameters.packing(config_path.parent, raw, options)
+    updates = [u for module, parts in modules.items()
+               for u in _layer_updates(module, parts, config, sorted_.problems)]  # fmt: skip
+    for name, parts in parameters.items():
+        updates += peft_parameters.updates(name, parts, config, packed, sorted_.problems)
     order = torchtune.export_order(config_path.parent, raw, options)
     updates = [_as_said(u, order, options) for u in updates]
     updates += [_replacement(target, ref) for target, ref in sorted_.whole.items()]
@@ -125,10 +131,12 @@ def read(path: Path, options: ReadOptions) -> Adapter:
         saved_embeddings=_saved_embeddings(sorted_, config),
         whole_families=_means_all_layers(raw) and not pruned,
         layer_replication=config.layer_replication,
+        residual_init=None if config.recomputed else config.changed_base,
         doubtful_magnitudes=config.dora and options.magnitude_is_normalised is None,
         doubts=_doubts(config),
         square_io=config.fan_in_fan_out,
-        facts=_facts(config, updates, order),
+        square_experts_transposed=options.moe_transposed,
+        facts=_facts(config, updates, order) | _experts_facts(parameters, packed),
     )
 
 
@@ -154,7 +162,10 @@ def _means_all_layers(raw: Mapping[str, Any]) -> bool:
         or raw.get("layers_to_transform")
     ):
         return False
-    return not any(part.isdigit() for target in targets for part in str(target).split("."))
+    parameters = raw.get("target_parameters") or []
+    return not any(
+        part.isdigit() for target in (*targets, *parameters) for part in str(target).split(".")
+    )
 
 
 def _refuse_options(config_path: Path, options: ReadOptions) -> None:
@@ -261,12 +272,11 @@ def _saved_embeddings(found: _Sorted, config: PeftConfig) -> frozenset[str]:
 
 
 def _layer_updates(
-    module: str, layer: _Layer, config: PeftConfig, problems: list[str]
+    module: str, parts: Mapping[str, TensorRef], config: PeftConfig, problems: list[str]
 ) -> Iterator[Update]:
-    parts = layer.parts
-    if module.endswith("base_layer") or ".base_layer." in module:
-        problems.append(f"{shown(module)}: LoRA inside a wrapped layer (nn.MultiheadAttention or "
-                        "two parameters of one module) is not supported")  # fmt: skip
+    if ".base_layer." in module:
+        problems.append(f"{shown(module)}: LoRA inside nn.MultiheadAttention, whose out_proj PEFT "
+                        "adds twice, is not supported")  # fmt: skip
         return
     for bias in ("weight", "bias"):
         if (ref := parts.get(f"base.{bias}")) is not None:
@@ -296,6 +306,8 @@ def _product_updates(
     if isinstance(found, str):
         problems.append(found)
         return
+    if config.recomputed and pair[0] == "A":  # PEFT begins embeddings as plain LoRA's
+        yield _residual(module, found, config)
     m = parts.get("m")
     kind: Kind = "lora" if m is None else "dora"
     keys = [*found.keys] + ([m.name] if m else [])
@@ -324,6 +336,14 @@ def _product_updates(
             scaling=config.scaling(module),
             value=bias,
         )
+
+
+def _residual(module: str, found: Factors, config: PeftConfig) -> Update:
+    """Return the change that makes the base what the adapter was trained on."""
+    init = next((i for i in INITS if i == config.changed_base), None)
+    assert init is not None, "Bug: no other one can be recomputed"
+    function = Residual(init, found.down.shape[0], found.scaling)
+    return Update(f"{module}.weight", "function", (), function=function)
 
 
 def _token_rows(
@@ -378,7 +398,8 @@ def _doubts(config: PeftConfig) -> tuple[str, ...]:
 
 
 def _facts(config: PeftConfig, updates: list[Update], order: RowOrder | None) -> dict[str, object]:
-    modules = [u.target.removesuffix(".weight") for u in updates if u.kind in ("lora", "dora")]
+    modules = [u.target if u.orientation else u.target.removesuffix(".weight")
+               for u in updates if u.kind in ("lora", "dora")]  # fmt: skip
     facts: dict[str, object] = {
         "method": config.method,
         "rank": sorted({config.rank(m) for m in modules}),
@@ -393,6 +414,20 @@ def _facts(config: PeftConfig, updates: list[Update], order: RowOrder | None) ->
             "torchtune-peft?": "not said; the config is as bare as torchtune's export",
         }[order],
     }
+    if config.changed_base is not None:
+        how = "computed from the base" if config.recomputed else "the base is its residual"
+        facts["begun with"] = f"{config.changed_base}; {how}"
     if config.dora:
         facts["axis"] = "out, by the format: PEFT takes the norm over dim 1"
     return facts
+
+
+def _experts_facts(
+    parameters: Mapping[str, object], packed: peft_parameters.Stacked
+) -> dict[str, object]:
+    """Return what ``inspect`` shows of bare parameters."""
+    if not parameters:
+        return {}
+    orders = {packed.of(path.rpartition(".")[2]) for path in parameters}
+    told = " and ".join(sorted(str(order) for order in orders if order is not None))
+    return {"experts": f"lora_B in {told or 'unknown'} order: {packed.why}"}

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dora_export.adapters import peft_variants
+from dora_export.adapters import peft_init, peft_variants
+from dora_export.adapters.model import ReadOptions
 from dora_export.adapters.patterns import first_matches
 from dora_export.adapters.peft_variants import Blocks
 from dora_export.errors import AdapterError, listing, shown
@@ -31,11 +32,11 @@ ADALORA_TRAINING = frozenset(
 APPLIED = frozenset(
     """r lora_alpha use_rslora rank_pattern alpha_pattern use_dora bias lora_bias modules_to_save
     trainable_token_indices ensure_weight_tying fan_in_fan_out init_lora_weights loftq_config
-    layer_replication use_bdlora use_qalora qalora_group_size""".split()
+    layer_replication use_bdlora use_qalora qalora_group_size
+    target_parameters lora_B_layout unsloth_fused_expert_lora""".split()
 )
 REFUSED = {
     "megatron_config": "the layers were split over devices; gather them in Megatron first",
-    "target_parameters": "LoRA on bare parameters (fused experts) is not supported",
     "alora_invocation_tokens": "the adapter is switched on by tokens, which weights cannot do",
     "arrow_config": "the adapter is routed per token, which weights cannot do",
     "kasa_config": "KaSA truncated the base by SVD before training",
@@ -44,14 +45,7 @@ REFUSED = {
     "nvfp4_merge_aware": "the adapter belongs to a base quantised to NVFP4",
     "use_adalora": "not a setting of PEFT's; its AdaLoRA says peft_type ADALORA",
 }
-HARMLESS_INITS = ("gaussian", "eva", "orthogonal", "mica")
-BASE_CHANGING_INITS = {
-    "pissa": "W - s B0 A0 of its SVD",
-    "olora": "W - s B0 A0 of its QR decomposition",
-    "corda": "W less a data-dependent product",
-    "lora_ga": "W less a gradient-dependent product",
-    "loftq": "the quantised and dequantised W",
-}
+READ_AS_IT_IS = ReadOptions()
 # Source: src/peft/utils/peft_types.py (PeftType).
 OTHER_METHODS = frozenset(
     """LOHA LOKR GRALORA HIRA MISS BONE OFT BOFT HRA ROAD IA3 C3A SUPERTUNING DEFT GLORA
@@ -81,10 +75,15 @@ class PeftConfig:
         ensure_weight_tying: Tied ends were trained as one.
         fan_in_fan_out: What the file says of layouts; a hint only, PEFT does not keep it true.
         base_name: Base model by the trainer's name for it.
+        target_parameters: Ends of the paths of bare parameters with LoRA.
+        target_modules: Ends of the paths of modules with LoRA, a regular expression for whole
+            paths, or None.
         masks: AdaLoRA: module path -> ranks kept, of its ``r``; None: another method.
         block_diagonal: BD-LoRA's blocks, or None.
         group_size: QA-LoRA: inputs that A sees the mean of; None: another method.
         layer_replication: Ranges ``[start, stop)`` of the base's layers that make up the model's.
+        changed_base: Initialisation that changed the base before training, or None.
+        recomputed: What it left of the base is computed, instead of given as the base.
         ranks: Module path -> rank, once ``for_modules`` has held the patterns against the modules.
         alphas: Module path -> alpha, likewise.
     """
@@ -102,10 +101,15 @@ class PeftConfig:
     ensure_weight_tying: bool
     fan_in_fan_out: bool
     base_name: str | None
+    target_parameters: tuple[str, ...] = ()
+    target_modules: tuple[str, ...] | str | None = None
+
     masks: Mapping[str, int] | None = None
     block_diagonal: Blocks | None = None
     group_size: int | None = None
     layer_replication: tuple[tuple[int, int], ...] = ()
+    changed_base: str | None = None
+    recomputed: bool = False
     ranks: Mapping[str, int] | None = None
     alphas: Mapping[str, float] | None = None
 
@@ -127,6 +131,11 @@ class PeftConfig:
             ranks={m: self.rank_pattern.get(ranks.get(m, m), self.r) for m in modules},
             alphas={m: self.alpha_pattern.get(alphas.get(m, m), self.alpha) for m in modules},
         )  # fmt: skip
+
+    @property
+    def all_linear(self) -> bool:
+        """Whether every linear layer is targeted, whatever its name."""
+        return isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear"
 
     @property
     def method(self) -> str:
@@ -172,12 +181,13 @@ class PeftConfig:
         return self.module_alpha(module) / (math.sqrt(rank) if self.rslora else rank)
 
 
-def parse(path: Path, raw: Mapping[str, Any]) -> PeftConfig:
+def parse(path: Path, raw: Mapping[str, Any], options: ReadOptions = READ_AS_IT_IS) -> PeftConfig:
     """Check an adapter_config.json and return what matters of it.
 
     Args:
         path: The file, for messages.
         raw: Its content.
+        options: What the user says of the base, where the initialisation changed it.
 
     Raises:
         AdapterError: Another method than LoRA, a field that changes the weights in a way this tool
@@ -188,7 +198,13 @@ def parse(path: Path, raw: Mapping[str, Any]) -> PeftConfig:
         masks, started_with = raw.get("rank_pattern") or {}, raw.get("init_r", 12)
         raw = {k: v for k, v in raw.items() if k not in {"init_r", *ADALORA_TRAINING}}
         raw |= {"r": started_with, "rank_pattern": None, "alpha_pattern": None}
-    problems = [*_refusals(raw), *_type_problems(raw), *peft_variants.problems(raw)]
+        raw |= {"init_lora_weights": bool(raw.get("init_lora_weights", True))}
+    problems = [
+        *_refusals(raw),
+        *peft_init.problems(raw, options),
+        *_type_problems(raw),
+        *peft_variants.problems(raw),
+    ]
     problems += peft_variants.mask_problems(masks) if adalora else []
     if problems:
         raise AdapterError(f"{path}: cannot be merged:{listing(problems)}")
@@ -207,11 +223,20 @@ def parse(path: Path, raw: Mapping[str, Any]) -> PeftConfig:
         ensure_weight_tying=bool(raw.get("ensure_weight_tying")),
         fan_in_fan_out=bool(raw.get("fan_in_fan_out")),
         base_name=raw.get("base_model_name_or_path") or None,
+        target_parameters=tuple(raw.get("target_parameters") or ()),
+        target_modules=_target_modules(raw),
         masks=peft_variants.kept_ranks(masks) if adalora else None,
         block_diagonal=peft_variants.blocks(raw),
         group_size=raw.get("qalora_group_size", 16) if raw.get("use_qalora") else None,
         layer_replication=peft_variants.ranges(raw),
+        changed_base=peft_init.changed(raw),
+        recomputed=options.recompute_init,
     )
+
+
+def _target_modules(raw: Mapping[str, Any]) -> tuple[str, ...] | str | None:
+    targets = raw.get("target_modules")
+    return tuple(map(str, targets)) if isinstance(targets, list) else targets and str(targets)
 
 
 def _method(path: Path, raw: Mapping[str, Any]) -> str:
@@ -234,18 +259,6 @@ def _refusals(raw: Mapping[str, Any]) -> list[str]:
         for field, value in raw.items()
         if value and field not in NO_EFFECT | APPLIED | REFUSED.keys()
     ]
-    init = raw.get("init_lora_weights", True)
-    base_changed = [n for n in BASE_CHANGING_INITS if isinstance(init, str) and init.startswith(n)]
-    if base_changed:
-        problems.append(
-            f"init_lora_weights {shown(init)}: trained on {BASE_CHANGING_INITS[base_changed[0]]}, "
-            "not on the original base. Convert it with PEFT's "
-            "save_pretrained(path_initial_model_for_weight_conversion=...)"
-        )
-    elif not isinstance(init, bool) and init not in HARMLESS_INITS and init is not None:
-        problems.append(f"init_lora_weights {shown(init)}: unknown, it may have changed the base")
-    if raw.get("loftq_config") and init != "loftq":
-        problems.append("loftq_config: set, though init_lora_weights is not loftq")
     together = [f for f in ("use_dora", "use_bdlora", "use_qalora") if raw.get(f)]
     if len(together) > 1:
         problems.append(f"{' with '.join(together)}: PEFT does not define it")
@@ -270,12 +283,27 @@ def _type_problems(raw: Mapping[str, Any]) -> list[str]:
     saved = raw.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(s, str) for s in saved):
         problems.append(f"modules_to_save: expected a list of names, got {shown(saved)}")
+    if raw.get("target_parameters"):
+        problems += _parameter_problems(raw)
     if not isinstance(raw.get("base_model_name_or_path") or "", str):
         problems.append("base_model_name_or_path: expected a name")
     try:
         _token_indices(raw.get("trainable_token_indices"))
     except (TypeError, ValueError):
         problems.append("trainable_token_indices: expected token ids, or module names with ids")
+    return problems
+
+
+def _parameter_problems(raw: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with the fields that tell parameters from modules."""
+    problems = []
+    parameters, modules = raw["target_parameters"], raw.get("target_modules")
+    if not isinstance(parameters, list) or not all(isinstance(p, str) for p in parameters):
+        problems.append(f"target_parameters: expected a list of names, got {shown(parameters)}")
+    if not (modules is None or isinstance(modules, str)) and (
+        not isinstance(modules, list) or not all(isinstance(m, str) for m in modules)
+    ):
+        problems.append(f"target_modules: expected names or a pattern, got {shown(modules)}")
     return problems
 
 

@@ -28,6 +28,12 @@ OPTIONS = ("task", "dtype", "opset", "fuse", "batch", "pooling", "quantize", "bl
     help="Give this graph of the base the merged weights; nothing is traced.",
 )
 @click.option(
+    "--allow-missing",
+    multiple=True,
+    metavar="NAME",
+    help="A tensor or module that GRAPH lacks on purpose. Repeatable.",
+)
+@click.option(
     "--adapters", is_flag=True, help="One graph of the base, ADAPTERs swapped at run time."
 )
 @click.option("--task", help="What the model is for. Default: by its config.")
@@ -95,6 +101,14 @@ OPTIONS = ("task", "dtype", "opset", "fuse", "batch", "pooling", "quantize", "bl
 )
 @click.option(
     "--strength", type=float, default=1.0, show_default=True, help="W + STRENGTH * (W' - W)."
+)
+@click.option(
+    "--weight",
+    "weights",
+    type=float,
+    multiple=True,
+    metavar="X",
+    help="Strength of one adapter, in their order. Once per adapter, or never (1 each).",
 )
 @click.option(
     "--zero-norm",

@@ -32,6 +32,26 @@ def adapter_options(command: F) -> F:
             help="Magnitudes were divided by the norms (TensorRT-LLM), or were not.",
         ),
         click.option(
+            "--base-is-residual",
+            is_flag=True,
+            help="BASE is the residual model that a PiSSA, OLoRA, ... adapter was trained on.",
+        ),
+        click.option(
+            "--recompute-init",
+            is_flag=True,
+            help="BASE is the original; compute what PiSSA or OLoRA left of it.",
+        ),
+        click.option(
+            "--moe-b-layout",
+            type=click.Choice(["peft", "unsloth"]),
+            help="Order of B's columns for stacked experts, where the files do not tell.",
+        ),
+        click.option(
+            "--moe-transposed/--no-moe-transposed",
+            default=None,
+            help="B A lies transposed over square slices of stacked experts, or does not.",
+        ),
+        click.option(
             "--trained-in",
             type=click.Choice(["fp32", "bf16", "fp16"]),
             help="Type that LyCORIS trained in, where magnitudes may have been rounded on saving.",

@@ -176,6 +176,8 @@ def inspect_summary(report: InspectReport) -> str:
         ("method", f"{facts.get('method', '?')}, magnitude {facts.get('magnitude', 'none')}"),
         ("trainer", str(facts.get("trainer", ""))),
         ("axis", str(facts.get("axis", ""))),
+        ("begun with", str(facts.get("begun with", ""))),
+        ("experts", str(facts.get("experts", ""))),
         ("rank", numbers["rank"]),
         ("alpha", numbers["alpha"] + (" (rslora)" if facts.get("rslora") else "")),
         ("scaling", numbers["scaling"]),

@@ -63,6 +63,15 @@ class Plain:
             rows = rows.reshape(-1, *sizes).transpose(axes).reshape(rows.shape)
         return (_as_bytes(rows),)
 
+    def in_base_order(self, lines: NDArray[Any]) -> NDArray[Any]:
+        """Return lines with their elements in the base's order."""
+        assert self.inner is not None, "Bug: only asked for where the orders differ"
+        sizes, order = self.inner
+        stored = tuple(sizes[axis] for axis in order)
+        axes = (0, *(1 + int(axis) for axis in np.argsort(order)))
+        turned: NDArray[Any] = lines.reshape(-1, *stored).transpose(axes)
+        return turned.reshape(lines.shape)
+
 
 @dataclass(frozen=True)
 class NeverZero:

@@ -1,14 +1,334 @@
-"""A graph of the base re-weighted: what the adapter changes is changed in its initializers."""
+"""A graph of the base re-weighted: what the adapter changes is changed in its tensors.
+
+No model code is run and nothing is traced. The graph's own tensors are found in the base by their
+values (``matching``), which is proven before anything is written; the merge's rows then take the
+place of the base's (``scatter``), and every other byte of the graph stays as it is.
+"""
 
 from __future__ import annotations
 
-from dora_export.onnx.model import GraphError, Made, Request
+import shutil
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dora_export import inputs
+from dora_export.checkpoints.folder import read_json
+from dora_export.engine import Engine, Resources, check_adapter
+from dora_export.errors import OutputError, listing, shown
+from dora_export.onnx.encodings import NeverZero, Plain
+from dora_export.onnx.graph_file import Graph, open_graph
+from dora_export.onnx.layout import Layout, lay_out
+from dora_export.onnx.matching import Match, weights_of
+from dora_export.onnx.matching_graph import Matched, match_graph
+from dora_export.onnx.model import GraphError, GraphOptions, Made, Parity, Request
+from dora_export.onnx.rewritten import recheck
+from dora_export.onnx.scatter import Rewriter, Scatter, parts_of, rewriting
+from dora_export.plan import Plan
+from dora_export.tensors import FileRange
+from dora_export.verification.plausible import refuse_implausible
+from dora_export.writers.files import FileSink
+from dora_export.writers.side_files import TOKENIZER, WHOLE_TOKENIZER, SideFile, in_folder
+from dora_export.writers.staging import MANIFEST
+
+LEAST_BLOCK, MOST_BLOCK = 2 << 20, 16 << 20
+COLUMNS = 1024  # rows of a piece that goes into columns: fewer make too many writes
+RUNS = 24  # of a tensor that are listed in the manifest; reordered ones have thousands
 
 
 def make(request: Request) -> Made:
     """Write ``request.into`` with merged weights into ``request.folder``.
 
+    Files keep their names and all their bytes but the values that the merge changes. Values are
+    rounded once, to the type that the graph holds them in; quantised ones are quantised again by
+    the graph's own parameters, and only where the base gives the graph's very bytes that way.
+
     Raises:
-        GraphError: It cannot be done.
+        GraphError: The graph does not hold all that the merge changes, or not as it can be told.
+        InputError: The graph cannot be read, or is malformed.
+        VerifyError: What was written is not what was planned.
     """
-    raise GraphError(f"{request.into}: --into is not part of this version. Leave it out to trace.")
+    assert request.into is not None, "Bug: re-weighting without a graph"
+    plan, path = request.plan, request.into
+    _check_options(request)
+    refuse_merged(path, allow=request.allow_merged_base)
+    check_adapter(plan)
+    refuse_implausible(plan)
+    graph = open_graph(path)
+    adapters = [file for adapter in plan.adapters for file in adapter.files]
+    files = [path, *graph.data_files.values(), *plan.base.sources, *adapters]
+    with inputs.held(inputs.watch(files, {})):
+        request.on_stage("looking for the base in the graph")
+        matched = match_graph(graph, weights_of(plan), threads=request.threads)
+        refuse_unmatched(plan, matched, request.allow_missing)
+        changed = _each_once(matched)
+        layout = lay_out(graph, [lines.tensor for m in changed for lines in m.holders])
+        _check_space(request.folder, layout)
+        request.on_stage("writing merged weights into the graph")
+        write(plan, changed, layout, request)
+        request.on_stage("checking what was written")
+        found = recheck(plan, graph, changed, layout, request.folder, threads=request.threads)
+    return Made(
+        graphs=(graph.path.name,),
+        facts=_facts(graph, matched, changed),
+        parity=_parity(plan, graph, changed),
+        tiers=found.tiers,
+        notes=tuple(_notes(matched)),
+        warnings=tuple(f"not in the graph, as allowed: {shown(n)} ({w})"
+                       for n, w in matched.missing.items()),
+    )  # fmt: skip
+
+
+def _check_options(request: Request) -> None:
+    given, default = request.options, GraphOptions()
+    said = [f"--{n.replace('_', '-')}" for n in GraphOptions.__dataclass_fields__
+            if getattr(given, n) != getattr(default, n)]  # fmt: skip
+    if said:
+        raise GraphError(
+            f"{', '.join(said)}: without meaning for --into, which keeps the graph as it is. "
+            "Leave it out, or leave --into out to trace."
+        )
+    if all(s.status in ("unchanged", "cast") for s in request.plan.steps):
+        raise GraphError(
+            f"--into {request.into}: no adapter given, so nothing would change. "
+            "Usage: dora-export onnx BASE ADAPTER --into GRAPH -o OUT."
+        )
+
+
+def refuse_merged(path: Path, *, allow: bool) -> None:
+    """Refuse a graph that this tool has merged an adapter into already.
+
+    Raises:
+        GraphError: A manifest beside it says so, and ``allow`` is false.
+    """
+    for folder in (path.parent, path.absolute().parent.parent):
+        if allow or not (folder / MANIFEST).is_file():
+            continue
+        said = read_json(folder / MANIFEST)
+        if isinstance(said.get("onnx"), dict) and said.get("adapters"):
+            raise GraphError(
+                f"{path}: has an adapter merged into it already ({folder / MANIFEST}). Pass the "
+                "graph of the base, or --allow-merged-base if BASE is that merged model."
+            )
+
+
+def refuse_unmatched(plan: Plan, matched: Matched, allowed: Sequence[str]) -> None:
+    """Refuse a graph that does not hold all that a merge changes, or not in a known way.
+
+    Args:
+        plan: The merge.
+        matched: What was found.
+        allowed: Tensors or modules that the graph may lack.
+
+    Raises:
+        GraphError: With everything that was not found or not understood.
+    """
+    path, base = matched.graph.path, plan.base.path
+    _check_allowed(matched, allowed)
+    missing = {n: w for n, w in matched.missing.items() if not _is_under(n, allowed)}
+    quantised = _quantised(matched)
+    if not matched.matches and (missing or matched.problems):
+        raise GraphError(
+            f"{path}: not a graph of {base}: none of the base's {len(matched.weights)} weights is "
+            f"in it.{quantised} Pass the base that the graph was exported from, in the precision "
+            "that it was exported in."
+        )
+    if matched.problems:
+        raise GraphError(
+            f"{path}: holds what the merge changes in ways that cannot be told:"
+            f"{listing(matched.problems)}\nExport the base without that, or leave --into out to "
+            "trace the merged model."
+        )
+    if not missing:
+        return
+    total = sum(w.changed for w in matched.weights)
+    listed = listing(f"{shown(n)}: {w}" for n, w in missing.items())
+    if not matched.changed:
+        raise GraphError(
+            f"{path}: holds other parts of {base}, but none of the {total} tensors that the "
+            f"adapter changes:{listed}\nIt has an adapter merged in already, is of a fine-tuned "
+            f"model, or folds or quantises weights in a way of its own.{quantised} Pass the graph "
+            "of the base itself."
+        )
+    raise GraphError(
+        f"{path}: does not hold {len(missing)} of the {total} tensors that the adapter changes:"
+        f"{listed}\nNothing is merged unless all of it is.{quantised} If the graph leaves out a "
+        "part of the model on purpose (a pruned pooler or head), name it with --allow-missing "
+        f"{shown(next(iter(missing)))}; else leave --into out to trace the merged model."
+    )
+
+
+def _quantised(matched: Matched) -> str:
+    if not matched.quantised:
+        return ""
+    names = ", ".join(shown(n) for n in matched.quantised[:3])
+    more = " ..." if len(matched.quantised) > 3 else ""
+    return (
+        f" {len(matched.quantised)} quantised weights ({names}{more}) are not what rounding the "
+        "base to nearest with the graph's parameters gives (GPTQ, AWQ, HQQ, k-quant or another "
+        "tool): re-weight the graph before quantisation, and quantise the result as this one was."
+    )
+
+
+def _check_allowed(matched: Matched, allowed: Sequence[str]) -> None:
+    idle = [a for a in allowed if not any(_is_under(n, [a]) for n in matched.missing)]
+    if idle:
+        raise GraphError(
+            f"--allow-missing {', '.join(shown(a) for a in idle)}: no such tensor or module is "
+            "changed by the adapter and missing in the graph. Leave it out."
+        )
+
+
+def _is_under(name: str, allowed: Sequence[str]) -> bool:
+    return any(name == a or name.startswith(f"{a}.") for a in allowed)
+
+
+def _each_once(matched: Matched) -> list[Match]:
+    """Return the matches to write: one for each range of bytes, whatever its names.
+
+    Raises:
+        GraphError: Tensors that share their bytes would have to become different.
+    """
+    kept: dict[tuple[Any, ...], Match] = {}
+    problems = []
+    for match in matched.matches:
+        source = match.tensor.source
+        place = (source.path, source.start) if isinstance(source, FileRange) else (id(source),)
+        other = kept.setdefault(place, match)
+        if other is not match and (other.changed or match.changed) and not _alike(other, match):
+            problems.append(f"{other.tensor.where} and {match.tensor.where}: one copy of bytes")
+    if problems:
+        raise GraphError(
+            f"{matched.graph.path}: tensors that the merge makes different share their bytes:"
+            f"{listing(problems)}\nExport the base with a copy for each (untied weights), or leave "
+            "--into out to trace."
+        )
+    return [m for m in kept.values() if m.changed]
+
+
+def _alike(a: Match, b: Match) -> bool:
+    return a.runs() == b.runs() and a.encoding == b.encoding
+
+
+def _check_space(folder: Path, layout: Layout) -> None:
+    free = shutil.disk_usage(folder).free
+    if layout.nbytes > free:
+        raise OutputError(
+            f"{folder.parent}: the graph needs {layout.nbytes / 1e9:.1f} GB, {free / 1e9:.1f} GB "
+            "are free. Free some space, or pass an -o on another disk."
+        )
+
+
+def write(plan: Plan, matches: Sequence[Match], layout: Layout, request: Request) -> None:
+    """Write all files of a re-weighted graph, merged values in the place of the base's.
+
+    Peak memory: a few blocks per worker; no tensor is held whole.
+
+    Raises:
+        OutputError: The disk is full, or writing fails.
+    """
+    parts = parts_of(matches)
+    sources = dict.fromkeys(m.encoding.source for m in matches)
+    plans = [rewriting(plan, matches, dtype) for dtype in sources]
+    total = sum(p.output_bytes for p in plans) + sum(c.nbytes for c in layout.copied)
+    done, counting = 0, threading.Lock()
+
+    def on_bytes(count: int) -> None:
+        nonlocal done
+        with counting:  # workers report side by side
+            done += count
+            if request.progress is not None:
+                request.progress(done, total)
+
+    with FileSink(request.folder, layout.names, layout.sizes) as sink:
+        writer = Rewriter(layout, sink, matches)
+        writer.copy()
+        on_bytes(sum(c.nbytes for c in layout.copied))
+        for match in matches:
+            writer.keep(match)
+        resources = Resources("cpu", request.threads, _block_bytes(matches))
+        for part in plans:
+            Engine(part, Scatter(part, parts, writer.emit), resources, on_bytes).run()
+
+
+def _block_bytes(matches: Sequence[Match]) -> int:
+    sizes = [w.base.dtype.itemsize * m.length * COLUMNS for m in matches if m.lines.by_column
+             for w in m.weights if w.base is not None]  # fmt: skip
+    return max(LEAST_BLOCK, min(MOST_BLOCK, max(sizes, default=0)))
+
+
+def _parity(plan: Plan, graph: Graph, changed: Sequence[Match]) -> tuple[Parity, ...]:
+    quantised = any(not isinstance(m.encoding, Plain | NeverZero) for m in changed)
+    outputs = [o.name for o in graph.model.graph.output if not o.name.startswith("present")]
+    return (Parity(graph.path.name, plan, outputs=outputs, needs_budget=quantised),)
+
+
+def beside(path: Path, files: Sequence[SideFile]) -> tuple[SideFile, ...]:
+    """Return the side files of a re-weighted graph, sorted by name.
+
+    What lies beside the graph goes along with it (``genai_config.json``) and is preferred to the
+    base's; the adapter's tokenizer is preferred to both.
+
+    Args:
+        path: The graph.
+        files: The side files of a merge.
+    """
+    from_adapter = {f.name: f for f in files if f.owner == "adapter"}
+    own = {f.name: f for f in in_folder(path.parent, replaced_by=from_adapter)}
+    whole = any(name in WHOLE_TOKENIZER for name in own)  # one tokenizer, not a mix of two
+    found = {f.name: f for f in files
+             if f.owner == "base" and not (whole and f.name in TOKENIZER)}  # fmt: skip
+    found |= own
+    found |= from_adapter
+    return tuple(found[name] for name in sorted(found))
+
+
+def _notes(matched: Matched) -> Iterator[str]:
+    if matched.absent:
+        names = ", ".join(shown(n) for n in matched.absent[:4])
+        more = " ..." if len(matched.absent) > 4 else ""
+        yield (
+            f"{len(matched.absent)} tensors of the base that do not change are not in the graph as "
+            f"they are (folded, pruned or quantised): {names}{more}"
+        )
+
+
+def _facts(graph: Graph, matched: Matched, changed: Sequence[Match]) -> Mapping[str, Any]:
+    """Return what the manifest says: the proof that every tensor written anew held the base."""
+    types = sorted({m.encoding.name for m in changed})
+    opsets = {o.domain or "ai.onnx": o.version for o in graph.model.opset_import}
+    return {
+        "graph": graph.path.name,
+        "dtype": ", ".join(types),
+        "opset": opsets.get("ai.onnx"),
+        "producer": graph.model.producer_name,
+        "tensors": len(graph.tensors),
+        "rewritten": len(changed),
+        "base_tensors_not_found": list(matched.absent),
+        "allowed_missing": dict(matched.missing),
+        "proof": {
+            "what": "each tensor below held exactly these rows of the base, line after line, in "
+            "this encoding, every byte compared; sha256 is of those lines, before they were "
+            "replaced",
+            "initializers": [_proof(m) for m in changed],
+        },
+    }
+
+
+def _proof(match: Match) -> dict[str, Any]:
+    runs = match.runs()
+    held = [f"{r.weight or 'nothing of it'}[{r.first_row}:{r.first_row + r.count}]" for r in runs]
+    entry: dict[str, Any] = {
+        "name": match.tensor.name,
+        "shape": list(match.tensor.shape),
+        "encoding": match.encoding.name,
+        "lines_are": "columns" if match.lines.by_column else "rows",
+        "base": held[:RUNS],
+        "sha256": match.digest,
+    }
+    if match.tensor.scope:
+        entry["scope"] = match.tensor.scope
+    if len(runs) > RUNS:
+        entry["more"] = len(runs) - RUNS
+    return entry

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from dora_export.errors import InputError
 from dora_export.machine import advice
 from dora_export.onnx.graph_file import StoredTensor
-from dora_export.tensors import Bytes, FileRange, HeldBytes, TensorRef
+from dora_export.tensors import Bytes, FileRange, HeldBytes, PickedColumns, TensorRef
 
 # Offset of the first byte within the tensor, distance between rows of bytes, rows of bytes.
 Strided = tuple[int, int, Bytes]
@@ -124,7 +124,9 @@ def _transposed(block: Bytes, itemsize: int) -> Bytes:
     return turned.view(np.uint8).reshape(turned.shape[0], -1)
 
 
-def gather(source: FileRange | HeldBytes, offsets: NDArray[Any], out: Bytes) -> None:
+def gather(
+    source: FileRange | HeldBytes | PickedColumns, offsets: NDArray[Any], out: Bytes
+) -> None:
     """Read equally long pieces of bytes, one row of ``out`` for each offset.
 
     Raises:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dora_export.errors import DoraExportError, VerifyError
 from dora_export.plan import Plan
-from dora_export.verification.model import Verdict, VerifyReport
+from dora_export.verification.model import TierResult, Verdict, VerifyReport
 
 if TYPE_CHECKING:
+    from dora_export.verification.models import ModelClass
     from dora_export.verification.runner import Runner
 
 Way = Literal["trace", "into", "adapters"]
@@ -85,6 +86,8 @@ class Request:
         threads: Workers; None: one per CPU.
         progress: Called with bytes done and bytes in all.
         on_stage: Called with the name of each stage when it begins.
+        allow_missing: Tensors or modules that ``into`` may lack although the merge changes them.
+        allow_merged_base: Whether base and graph may have had an adapter merged in before.
     """
 
     plans: Sequence[Plan]
@@ -94,6 +97,8 @@ class Request:
     threads: int | None = None
     progress: Callable[[int, int], None] | None = None
     on_stage: Callable[[str], None] = lambda _: None
+    allow_missing: Sequence[str] = ()
+    allow_merged_base: bool = False
 
     @property
     def plan(self) -> Plan:
@@ -112,6 +117,8 @@ class Parity:
         outputs: Outputs that the graph is meant to have, beside a cache's; None: all the model's.
         budget: Largest difference allowed, relative; None: the measured noise.
         padding: Where padding may be.
+        cls: Class to run the unmerged model with; None: the base's.
+        needs_budget: The graph is quantised: it is compared only where the user gives a budget.
     """
 
     graph: str
@@ -120,6 +127,8 @@ class Parity:
     outputs: Sequence[str] | None = None
     budget: float | None = None
     padding: Padding = "any"
+    cls: ModelClass | None = None
+    needs_budget: bool = False
 
 
 @dataclass(frozen=True)
@@ -133,6 +142,7 @@ class Made:
         config_edits: Keys of config.json that are other than the base's.
         notes: Decisions worth telling.
         warnings: Doubts worth telling.
+        tiers: What the way has checked itself.
     """
 
     graphs: tuple[str, ...]
@@ -141,6 +151,7 @@ class Made:
     config_edits: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    tiers: tuple[TierResult, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from dora_export.errors import shown
 from dora_export.plan import Plan, Step
 from dora_export.tensors import DTYPES, DType, TensorRef
 from dora_export.verification import models
+from dora_export.verification.hypotheses import mistaken
 from dora_export.verification.inputs import Batch
 from dora_export.verification.measured import LoadFailure, Unsupported
 from dora_export.verification.models import Loaded, ModelClass, Place
@@ -72,7 +73,10 @@ def numbers(plan: Plan) -> Numbers:
 
 
 def _has_product(step: Step) -> bool:
-    return any(c.delta is not None or c.magnitude is not None for c in step.changes)
+    return any(
+        c.delta is not None or c.magnitude is not None or c.function is not None
+        for c in step.changes
+    )
 
 
 class Reference:
@@ -175,6 +179,20 @@ class Reference:
         finally:
             for path, _, new in self._swaps:
                 models.put(self.model, path, new)
+
+    @contextmanager
+    def with_mistake(self, name: str) -> Iterator[None]:
+        """Let the model compute with a known mistake, see ``hypotheses``."""
+        kept = [(path, new) for path, _, new in self._swaps if isinstance(new, Unmerged)]
+        made: dict[int, Unmerged] = {}
+        for path, weight in kept:
+            wrong = made.setdefault(id(weight), Unmerged.of(mistaken(weight.parts, name)))
+            models.put(self.model, path, wrong)
+        try:
+            yield
+        finally:
+            for path, weight in kept:
+                models.put(self.model, path, weight)
 
     def drawn(self) -> dict[str, Tensor]:
         """Return copies of the parameters that neither base nor adapter stores, by path."""

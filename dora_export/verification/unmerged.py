@@ -24,6 +24,7 @@ from torch.nn import functional as F  # noqa: N812 - the name that everyone give
 from dora_export.plan import Settings, Step
 from dora_export.tensors import Operand, TensorRef
 from dora_export.update import Change, Over, Product
+from dora_export.verification import functions
 from dora_export.verification.measured import Unsupported
 
 BLOCK_ELEMENTS = 1 << 21  # float64 elements of one block of rows while norms are computed
@@ -147,6 +148,12 @@ def _term(step: Step, position: int, settings: Settings) -> Term:
     if change.columns != columns:
         raise Unsupported(step.name, f"a part of a fused weight {shape} is changed")
     first = change.start // columns
+    if change.function is not None:
+        if change.rows != rows:
+            raise Unsupported(step.name, "a part of it is made from all of that part")
+        base = stored(step.source).double().numpy().reshape(rows, columns)
+        whole = functions.exact(change.function, base, step.source.dtype)
+        return Term(value=torch.from_numpy(whole).reshape(shape), replaces=True)
     if change.value is not None:
         value = _value(step, change)
         return _of(change, Term(value=value, replaces=change.kind != "add"))

@@ -132,14 +132,14 @@ def manifest(
         "tool": {"name": "dora-export", "version": __version__},
         "base": {
             "path": plan.base.model_name,
-            "files": [_weight_file(f) for f in base_files(plan)],
+            "files": [_weight_file(f, plan.base.relative(f)) for f in base_files(plan)],
         },
         "adapters": [
             {
                 "path": adapter.path.name,
                 "format": adapter.format,
                 "weight": weight,
-                "files": [{**_weight_file(f), "sha256": digests[f]} for f in adapter.files],
+                "files": [{**_weight_file(f, f.name), "sha256": digests[f]} for f in adapter.files],
                 "settings": dict(adapter.facts),
                 "names": rule,
                 "ignored": dict(adapter.ignored),
@@ -208,8 +208,8 @@ def _adapters(plan: Plan) -> str:
     return f"{', '.join(found[:-1])} and {found[-1]}, in this order,"
 
 
-def _weight_file(path: Path) -> dict[str, Any]:
-    entry: dict[str, Any] = {"name": path.name, "bytes": path.stat().st_size}
+def _weight_file(path: Path, name: str) -> dict[str, Any]:
+    entry: dict[str, Any] = {"name": name, "bytes": path.stat().st_size}
     if (digest := known_digest(path)) is not None:
         entry["sha256"] = digest
     return entry

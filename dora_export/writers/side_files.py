@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from dora_export import limits
+from dora_export.checkpoints import pipeline
 from dora_export.checkpoints.folder import read_json
 from dora_export.errors import InputError, PlanError, shown
 from dora_export.machine import advice
@@ -39,6 +41,7 @@ TOKENIZER = frozenset(
 WHOLE_TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
                    "sentencepiece.bpe.model", "tekken.json")  # fmt: skip
 TEMPLATES = "additional_chat_templates"
+INDEX = re.compile(r"\.index(\.\w+)?\.json$")  # of shards; diffusers' variants have a word more
 BIN_TOKENIZERS = ("sentencepiece.bpe.model",)
 
 
@@ -62,24 +65,42 @@ def collect(plan: Plan) -> tuple[SideFile, ...]:
 
     From the base: everything but weights, other formats of the same model and hidden files;
     weights in sub-folders only where modules.json (sentence-transformers) makes them part of the
-    model. From the adapter: tokenizer and chat template, which win over the base's.
+    model. Of a pipeline: its own files, and those in the folders that it names. From the adapters
+    of a single model: tokenizer and chat template, which win over the base's.
 
     Raises:
         PlanError: Two adapters bring tokenizers that differ.
     """
     found: dict[str, SideFile] = {}
-    written = {file.name for file in plan.files} | {plan.index_name}
+    written = {file.name for file in plan.files} | plan.indexes.keys()
     if plan.base.folder is not None:
-        for name, path in _walk(plan.base.folder):
+        for name, path in _walk(plan.base.folder, _parts(plan)):
             if name not in written and _belongs(name, path, plan.base.folder):
                 found[name] = SideFile(name, path, "base")
-    adapter = _one_tokenizer([a.folder for a in plan.adapters if a.folder])
+    own = [] if plan.base.components else plan.adapters
+    adapter = _one_tokenizer([a.folder for a in own if a.folder])
     if any(name in WHOLE_TOKENIZER for name in adapter):
         # One tokenizer, not a mix: the base's leave where the adapter has its own.
         found = {n: f for n, f in found.items() if n not in TOKENIZER or _is_template(n)}
     if any(_is_template(n) for n in adapter) or _holds_template(adapter):
         found = {n: f for n, f in found.items() if not _is_template(n)}
     found |= {name: SideFile(name, path, "adapter") for name, path in adapter.items()}
+    return tuple(found[name] for name in sorted(found))
+
+
+def in_folder(folder: Path, *, replaced_by: Mapping[str, SideFile]) -> tuple[SideFile, ...]:
+    """Return what belongs beside a model that is not a base folder's own, e.g. a graph's.
+
+    Args:
+        folder: Its folder.
+        replaced_by: The adapter's tokenizer, in whose place no part of another one is taken.
+    """
+    found = {name: SideFile(name, path, "base") for name, path in _walk(folder)
+             if _belongs(name, path, folder)}  # fmt: skip
+    if any(name in WHOLE_TOKENIZER for name in replaced_by):
+        found = {n: f for n, f in found.items() if n not in TOKENIZER or _is_template(n)}
+    if any(_is_template(n) for n in replaced_by):
+        found = {n: f for n, f in found.items() if not _is_template(n)}
     return tuple(found[name] for name in sorted(found))
 
 
@@ -98,12 +119,12 @@ def write(plan: Plan, files: tuple[SideFile, ...], folder: Path) -> None:
                 f"{shown(file.source, 400)}: cannot be read: {error.strerror}. "
                 f"{advice(error, 'Check the file.')}"
             ) from error
-        if file.name == "config.json" and plan.config_edits:
+        if file.name in plan.base.config_files and plan.config_edits:
             data = edited(data.decode("utf-8"), plan.config_edits).encode("utf-8")
         write_small(folder / file.name, data)
-    if plan.index is not None:
-        text = json.dumps(plan.index, indent=2, ensure_ascii=False) + "\n"
-        write_small(folder / plan.index_name, text.encode())
+    for name, index in plan.indexes.items():
+        text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
+        write_small(folder / name, text.encode())
 
 
 def side_bytes(files: tuple[SideFile, ...]) -> int:
@@ -111,7 +132,13 @@ def side_bytes(files: tuple[SideFile, ...]) -> int:
     return sum(file.source.stat().st_size for file in files)
 
 
-def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
+def _parts(plan: Plan) -> Collection[str] | None:
+    """Return the folders that belong to a pipeline; None for a model, to which all of them do."""
+    folder = plan.base.folder
+    return pipeline.parts(folder) if plan.base.components and folder is not None else None
+
+
+def _walk(folder: Path, parts: Collection[str] | None = None) -> Iterator[tuple[str, Path]]:
     def refuse(error: OSError) -> None:  # os.walk would leave the folder out without a word
         raise InputError(
             f"{shown(error.filename, 400)}: cannot be listed: {error.strerror}. {advice(error)}"
@@ -121,6 +148,8 @@ def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
         folders[:] = sorted(
             d for d in folders if d not in OTHER_FORMATS and not d.startswith((".", "checkpoint-"))
         )
+        if parts is not None and Path(root) == folder:
+            folders[:] = [d for d in folders if d in parts]
         for name in folders:
             _refuse_linked(Path(root) / name)
         for name in sorted(names):
@@ -145,7 +174,7 @@ def _belongs(name: str, path: Path, folder: Path) -> bool:
     leaf = name.rpartition("/")[2]
     if leaf.startswith(".") or leaf in (*ADAPTER_OWN, MANIFEST, "README.md", "trainer_state.json"):
         return False
-    if name.endswith(".index.json"):
+    if INDEX.search(leaf):
         return False
     if path.suffix in WEIGHT_SUFFIXES and leaf not in BIN_TOKENIZERS:
         inside = name.rpartition("/")[0] in _modules(folder) and _is_module_weight(path)
