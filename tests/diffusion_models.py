@@ -17,16 +17,19 @@ from diffusers import (
 )
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+import dora_export
+
 RANK, ALPHA = 3, 5.0
-UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "conv1", "conv_shortcut",
-                "proj_in", "time_emb_proj"]  # fmt: skip
+UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "proj_in", "time_emb_proj"]
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1"]
 
 
 def unet(kind="sd", seed=0):
-    """A UNet of Stable Diffusion 1.5's build (three levels), or of SDXL's (text time ids)."""
+    """A UNet of Stable Diffusion 1.5's build, or of SDXL's (sizes and times as inputs)."""
     torch.manual_seed(seed)
     common = {
         "sample_size": 8, "in_channels": 4, "out_channels": 4, "layers_per_block": 2,
@@ -34,9 +37,9 @@ def unet(kind="sd", seed=0):
     }  # fmt: skip
     if kind == "sd":
         return UNet2DConditionModel(
-            block_out_channels=(4, 8, 8), attention_head_dim=2,
-            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+            block_out_channels=(4, 8), attention_head_dim=2,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
             **common,
         )  # fmt: skip
     return UNet2DConditionModel(
@@ -79,8 +82,8 @@ def write_pipeline(folder):
     """A Stable Diffusion pipeline, saved by diffusers; without a tokenizer."""
     pipe = StableDiffusionPipeline(
         vae=vae(), text_encoder=text_encoder(), tokenizer=None, unet=unet(),
-        scheduler=EulerDiscreteScheduler(), safety_checker=None, feature_extractor=None,
-        requires_safety_checker=False,
+        scheduler=EulerDiscreteScheduler(steps_offset=1), safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipe.save_pretrained(folder)
     index = json.loads((folder / "model_index.json").read_text())
@@ -157,3 +160,51 @@ def text_outputs(model):
 def distance(a, b):
     """Largest difference, relative to the largest value."""
     return float((a - b).abs().max() / a.abs().max())
+
+
+def load(folder):
+    """A Stable Diffusion pipeline, loaded by diffusers."""
+    return StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, tokenizer=None)
+
+
+class Pair:
+    """A pipeline, a trained DoRA on its UNet and text encoder, and their merge.
+
+    Attributes:
+        base: The pipeline's folder.
+        adapter: The adapter's folder.
+        merged: The merged pipeline's folder.
+        tensors: The adapter's tensors.
+        metadata: The adapter file's metadata.
+        stored: The base's tensors, by component.
+        outputs: Of the unmerged UNet for ``inputs``, float64.
+        text_outputs: Of the unmerged text encoder.
+    """
+
+    def __init__(self, folder):
+        self.base, self.adapter = write_pipeline(folder / "base"), folder / "adapter"
+        self.merged = folder / "merged"
+        pipe = load(self.base)
+        self.unet = train(pipe.unet, UNET_TARGETS)
+        self.text_encoder = train(pipe.text_encoder, TEXT_TARGETS, 5)
+        StableDiffusionPipeline.save_lora_weights(
+            self.adapter,
+            unet_lora_layers=layers(self.unet),
+            text_encoder_lora_layers=layers(self.text_encoder),
+            unet_lora_adapter_metadata=metadata(self.unet),
+            text_encoder_lora_adapter_metadata=metadata(self.text_encoder),
+        )
+        file = self.adapter / "pytorch_lora_weights.safetensors"
+        self.tensors = load_file(file)
+        with safe_open(file, "pt") as opened:
+            self.metadata = opened.metadata()
+        self.stored = {c: load_file(self.weights(c)) for c in ("unet", "text_encoder")}
+        self.inputs = unet_inputs(self.unet)
+        self.outputs = outputs(self.unet, self.inputs)
+        self.text_outputs = text_outputs(self.text_encoder)
+        dora_export.merge(self.base, self.adapter, self.merged, verify="full")
+
+    def weights(self, component, folder=None):
+        """The weight file of a component of the base, or of another pipeline."""
+        stem = "model" if component.startswith("text") else "diffusion_pytorch_model"
+        return (folder or self.base) / component / f"{stem}.safetensors"

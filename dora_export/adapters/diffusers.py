@@ -187,7 +187,7 @@ def _scaling(
         return number(parts["alpha"]) / rank, "alpha in the file"
     if any("alpha" in other for other in found.layers.values()):
         return "has no alpha, though other layers have"
-    return 1.0, "neither metadata nor alpha: alpha is the rank"
+    return 1.0, "diffusers' rule: without metadata or alpha, alpha is the rank"
 
 
 # --- one layer
