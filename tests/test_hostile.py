@@ -82,6 +82,32 @@ def check_header(tmp_path, make, reason):
     print(f"\n{found.peak / MB:.0f} MB, {found.seconds:.2f} s")
 
 
+def listed(entry, count):
+    return f'{{"a":[{",".join([entry] * count)}]}}'
+
+
+CONFIGS = {
+    "objects": lambda: listed('{"a":0}', 490_000),
+    "lists": lambda: listed("[]", 490_000),
+    "wide text": lambda: listed(f'"{"x" * 300}"', 100_000).replace('"a"', '"🦜"'),
+    "numbers": lambda: listed("1e5", 990_000),
+}
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("case", CONFIGS)
+def test_hostile_config_takes_little_memory(case, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(CONFIGS[case]())
+    found = measured(
+        f"read_json(Path({str(path)!r}))",
+        imports="from dora_export.checkpoints.folder import read_json",
+    )
+    assert found.said == ""
+    assert found.peak <= MOST_MEMORY
+    print(f"\n{case}: {found.peak / MB:.0f} MB, {found.seconds:.2f} s")
+
+
 # --- what fuzzing found ---
 
 
