@@ -15,7 +15,16 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
-from dora_export import experts, layouts, naming, replication, row_orders, several, tying
+from dora_export import (
+    experts,
+    layer_biases,
+    layouts,
+    naming,
+    replication,
+    row_orders,
+    several,
+    tying,
+)
 from dora_export.adapters.model import Adapter
 from dora_export.checkpoints.model import Checkpoint, WeightFile, prefix_of
 from dora_export.errors import PlanError, listing, shown
@@ -231,7 +240,7 @@ def plan_merge(base: Checkpoint, adapters: Adapter | Sequence[Adapter], settings
             shapes, base, adapter, settings.fan_in_fan_out,
         )
     ]  # fmt: skip
-    by_target = _by_target(several.once(decided))
+    by_target = _by_target(several.once(layer_biases.with_biases(decided, base.tensors)))
     problems = [p for name, group in by_target.items()
                 for p in _problems(name, group, base, tied, settings)]  # fmt: skip
     if problems:
