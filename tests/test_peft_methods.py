@@ -139,3 +139,111 @@ def test_merged_layers_compute_what_pefts_forward_does(tmp_path, name, dtype):
     assert changed >= len([p for p in exact if p.endswith("weight")]) - (name == "BEFT") * 2
     untouched = [p for p in stored if p not in exact]
     assert all(torch.equal(got[p], stored[p]) for p in untouched)
+
+
+def test_wrong_formulas_fail_the_tolerance(tmp_path):
+    """LoKr with LyCORIS' scaling, LoHa as a sum, IA3 along the other axis."""
+    for name in ("LOKR whole", "LOHA", "IA3"):
+        (tmp_path / name).mkdir()
+    base, adapter, _ = made(tmp_path / "LOKR whole", "LOKR whole")
+    dora_export.merge(base, adapter, tmp_path / "lokr")
+    got, W, t = (
+        load_file(tmp_path / "lokr/model.safetensors")["square.weight"],
+        oracle.float64(load_file(base / "model.safetensors")["square.weight"]),
+        load_file(adapter / "adapter_model.safetensors"),
+    )
+    w1, w2 = (oracle.float64(t[f"{models.PREFIX}square.lokr_w{i}"]) for i in "12")
+    assert_right(got, W + 6 / 64 * np.kron(w1, w2))
+    assert is_wrong(got, W + np.kron(w1, w2))
+    base, adapter, _ = made(tmp_path / "IA3", "IA3")
+    dora_export.merge(base, adapter, tmp_path / "ia3")
+    got, W = (
+        oracle.float64(load_file(folder / "model.safetensors")["square.weight"])
+        for folder in (tmp_path / "ia3", base)
+    )
+    scale = oracle.float64(load_file(adapter / "adapter_model.safetensors")[
+        f"{models.PREFIX}square.ia3_l"]).reshape(-1)  # fmt: skip
+    assert np.abs(got - W * scale[:, None]).max() < 1e-6
+    assert np.abs(got - W * scale[None]).max() > 1e-2
+
+
+@pytest.fixture(scope="module")
+def rotated(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("oft")
+    base, adapter, _ = made(folder, "OFT", torch.bfloat16)
+    return base, adapter
+
+
+def test_bytes_do_not_depend_on_threads_and_the_bound_counts_whole_tensors(rotated, tmp_path):
+    one = dora_export.merge(*rotated, tmp_path / "one", threads=1, verify="none")
+    dora_export.merge(*rotated, tmp_path / "four", threads=4, block_bytes=256, verify="none")
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "four")]
+    assert files[0] == files[1]
+    assert one.memory_bytes > 10 * 8 * 32 * 48
+
+
+def test_verification_finds_a_wrong_tensor_and_claims_no_independent_formula(rotated, tmp_path):
+    dora_export.merge(*rotated, tmp_path / "out")
+    report = dora_export.verify(*rotated, tmp_path / "out")
+    assert report.exit_code == 0
+    oracle_tier = next(t for t in report.tiers if t.name == "oracle")
+    assert "against PEFT's own unmerged forward, not an independent formula" in oracle_tier.summary
+    assert any("no independent formula" in note for note in report.notes)
+    small.edit_tensors(
+        tmp_path / "out/model.safetensors",
+        lambda t: {**t, "square.weight": (t["square.weight"].float() * 1.02).bfloat16()},
+    )
+    assert dora_export.verify(*rotated, tmp_path / "out").exit_code == 1
+
+
+# Refusals
+
+
+def test_tensors_that_are_not_the_layers_are_refused_before_anything_is_written(rotated, tmp_path):
+    base, _ = rotated
+    adapter = tmp_path / "adapter"
+    config = json.loads((rotated[1] / "adapter_config.json").read_text())
+    adapter.mkdir()
+    stored = load_file(rotated[1] / "adapter_model.safetensors")
+    key = f"{models.PREFIX}square.oft_R.weight"
+    save_file({**stored, key: stored[key][:4].clone()}, adapter / "adapter_model.safetensors")
+    small.write_json(adapter / "adapter_config.json", config)
+    with pytest.raises(PlanError, match=r"square.weight: .*PEFT does not take it for this layer"):
+        dora_export.merge(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_field_that_the_installed_peft_does_not_know_is_refused(rotated, tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    save_file(load_file(rotated[1] / "adapter_model.safetensors"),
+              adapter / "adapter_model.safetensors")  # fmt: skip
+    config = json.loads((rotated[1] / "adapter_config.json").read_text())
+    small.write_json(adapter / "adapter_config.json", {**config, "oft_twist": 3})
+    with pytest.raises(AdapterError, match="oft_twist: set to 3.*install the version that trained"):
+        dora_export.load_adapter(adapter)
+
+
+def test_shared_tensors_that_were_not_saved_are_refused(tmp_path):
+    base = fresh(Net(), torch.float32)
+    config = peft.VeraConfig(r=8, save_projection=False, target_modules=LINEAR)
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(AdapterError, match=r"vera_A and vera_B not in the file.*save_projection"):
+        dora_export.load_adapter(tmp_path / "adapter")
+
+
+def test_method_without_peft_names_what_to_install(rotated, monkeypatch):
+    monkeypatch.setattr("dora_export.peft_layers.find_spec", lambda name: None)
+    with pytest.raises(AdapterError, match=r"PEFT is not installed.*dora-export\[transformers\]"):
+        dora_export.load_adapter(rotated[1])
+
+
+def test_inspect_names_the_method_and_that_no_engine_reads_it(rotated):
+    shown = small.run("inspect", rotated[1], "--base", rotated[0])
+    assert shown.exit_code == 0
+    assert "OFT" in shown.output
+    assert "none reads PEFT's OFT" in shown.output
+
+
+def test_every_method_of_the_table_has_a_case():
+    assert {name.partition(" ")[0] for name in CASES} == peft_methods.METHODS

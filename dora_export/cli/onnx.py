@@ -103,6 +103,14 @@ OPTIONS = ("task", "dtype", "opset", "fuse", "batch", "pooling", "quantize", "bl
     "--strength", type=float, default=1.0, show_default=True, help="W + STRENGTH * (W' - W)."
 )
 @click.option(
+    "--weight",
+    "weights",
+    type=float,
+    multiple=True,
+    metavar="X",
+    help="Strength of one adapter, in their order. Once per adapter, or never (1 each).",
+)
+@click.option(
     "--zero-norm",
     type=click.Choice(["refuse", "zero", "keep-base"]),
     default="refuse",

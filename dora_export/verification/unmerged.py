@@ -193,7 +193,7 @@ def _norm(
     length = _squares(step, position, left, right).sqrt()
     zero = length == 0
     factor = torch.where(zero, 0.0, m / torch.where(zero, 1.0, length + change.eps))
-    base_stays = zero & (m != 0)
+    base_stays = zero & (m != 0) & (change.eps == 0)
     kept = None
     if settings.zero_norm == "keep-base" and bool(base_stays.any()):
         kept = base_stays.double()
@@ -385,12 +385,14 @@ class Parts:
         base: Its base values, in working precision.
         terms: Its changes in working precision, in order.
         strength: ``y0 + strength (y - y0)``, dimensionless.
+        index: Which slice of that tensor it is, if one of a stack.
     """
 
     name: str
     base: Tensor
     terms: tuple[Term, ...]
     strength: float = 1.0
+    index: int | None = None
 
     def to(self, dtype: torch.dtype) -> Parts:
         """Return the parts rounded to another precision."""
