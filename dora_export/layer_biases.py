@@ -1,4 +1,4 @@
-"""Biases that change along with their layer's weight, where a method's layers do that."""
+"""Layers that PEFT computes: biases that change along with weights, and what is said of them."""
 
 from __future__ import annotations
 
@@ -32,3 +32,13 @@ def with_biases(updates: Iterable[Update], base: Mapping[str, TensorRef]) -> Ite
             along = replace(function, part="bias", beside=base[update.target],
                             layout=update.layout or "oi")  # fmt: skip
             yield replace(update, target=bias, function=along, layout=None)
+
+
+def notes(updates: Iterable[Update]) -> tuple[str, ...]:
+    """Return what users should know of weights that PEFT's own layers make."""
+    methods = [u.function.method for u in updates if isinstance(u.function, PeftLayer)]
+    return tuple(
+        f"{methods.count(method)} tensors are made by PEFT's own {method} layers; verification "
+        "holds them against PEFT's unmerged forward, which is no independent formula"
+        for method in sorted(set(methods))
+    )

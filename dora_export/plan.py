@@ -271,7 +271,7 @@ def plan_merge(base: Checkpoint, adapters: Adapter | Sequence[Adapter], settings
         indexes=_indexes(base, files, settings),
         config_edits={**stacked_anew.edits, **_config_edits(base, files, tied, settings)},
         rules=tuple(one.rule.what for one in placed),
-        notes=(*base.notes, *stacked_anew.notes, *tied.notes),
+        notes=(*base.notes, *stacked_anew.notes, *tied.notes, *layer_biases.notes(decided)),
         warnings=tuple(dict.fromkeys(_warnings(base, adapters, files))),
     )
 

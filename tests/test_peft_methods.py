@@ -6,6 +6,9 @@ with; the reference is the weight and the bias that PEFT's adapted layer compute
 asked of its forward with unit inputs (tests/probe.py).
 """
 
+import json
+
+import numpy as np
 import peft
 import pytest
 import torch
@@ -15,7 +18,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import dora_export
-from tests import oracle, probe
+from dora_export.adapters import peft_methods
+from dora_export.errors import AdapterError, PlanError
+from tests import oracle, probe, small
 from tests import peft_models as models
 from tests.test_peft_variants import assert_right, fresh, is_wrong
 
@@ -125,8 +130,11 @@ def adapted(loaded):
     return {name: value.detach().double().numpy() for name, value in found.items()}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    # computed in float64 whatever the type: a few do for rounding to 16 bits
+    [*((name, "fp32") for name in CASES), *((name, "bf16") for name in ("LOHA", "LOKR", "OFT"))],
+)
 def test_merged_layers_compute_what_pefts_forward_does(tmp_path, name, dtype):
     base, adapter, loaded = made(tmp_path, name, DTYPES[dtype])
     dora_export.merge(base, adapter, tmp_path / "out", threads=1, verify="full")
@@ -186,7 +194,7 @@ def test_verification_finds_a_wrong_tensor_and_claims_no_independent_formula(rot
     dora_export.merge(*rotated, tmp_path / "out")
     report = dora_export.verify(*rotated, tmp_path / "out")
     assert report.exit_code == 0
-    oracle_tier = next(t for t in report.tiers if t.name == "oracle")
+    oracle_tier = next(t for t in report.tiers if t.tier == "oracle")
     assert "against PEFT's own unmerged forward, not an independent formula" in oracle_tier.summary
     assert any("no independent formula" in note for note in report.notes)
     small.edit_tensors(
@@ -220,7 +228,7 @@ def test_field_that_the_installed_peft_does_not_know_is_refused(rotated, tmp_pat
               adapter / "adapter_model.safetensors")  # fmt: skip
     config = json.loads((rotated[1] / "adapter_config.json").read_text())
     small.write_json(adapter / "adapter_config.json", {**config, "oft_twist": 3})
-    with pytest.raises(AdapterError, match="oft_twist: set to 3.*install the version that trained"):
+    with pytest.raises(AdapterError, match=r"oft_twist: set to 3.*version that trained"):
         dora_export.load_adapter(adapter)
 
 
