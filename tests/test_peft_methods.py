@@ -232,6 +232,13 @@ def test_field_that_the_installed_peft_does_not_know_is_refused(rotated, tmp_pat
         dora_export.load_adapter(adapter)
 
 
+def test_field_that_is_unknown_to_a_formula_is_refused(tmp_path):
+    _, adapter, _ = made(tmp_path, "LOKR whole")
+    small.edit_json(adapter / "adapter_config.json", full_matrix=True)
+    with pytest.raises(AdapterError, match=r"full_matrix: unknown field.*may change the weights"):
+        dora_export.load_adapter(adapter)
+
+
 def test_shared_tensors_that_were_not_saved_are_refused(tmp_path):
     base = fresh(Net(), torch.float32)
     config = peft.VeraConfig(r=8, save_projection=False, target_modules=LINEAR)

@@ -58,6 +58,14 @@ REFUSED = {
     "OSF": SVD, "PSOFT": SVD, "TINYLORA": SVD, "ADAMSS": SVD,
     "BONE": "PEFT before 0.18 had it, and has MISS in its place; its own script converts adapters",
 }  # fmt: skip
+# Settings of the methods merged by formula: applied, seen in the tensors, or of training alone.
+KNOWN = frozenset(
+    """task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode
+    fan_in_fan_out target_modules exclude_modules layers_to_transform layers_pattern modules_to_save
+    r alpha rank_pattern alpha_pattern rank_dropout module_dropout rank_dropout_scale init_weights
+    use_effective_conv2d decompose_both decompose_factor token_indices runtime_config bias
+    trainable_token_indices layer_replication""".split()
+)
 METHODS = frozenset((*BY_PEFT, *BY_FORMULA))
 
 
@@ -149,6 +157,12 @@ def _config_problems(raw: Mapping[str, Any], method: str) -> Iterator[str]:
         yield "trainable_token_indices: supported for LORA only"
     if raw.get("layer_replication"):
         yield "layer_replication: supported for LORA only"
+    if method in BY_FORMULA:
+        for name in sorted(n for n, value in raw.items() if value and n not in KNOWN):
+            yield (
+                f"{shown(name)}: unknown field, set to {shown(raw[name], 40)}; it may change the "
+                "weights. Set it to null if you know that it does not"
+            )
     if method in BY_PEFT:
         if not peft_layers.knows(method):
             yield f"peft_type {method}: the installed PEFT does not have it; install a newer one"
