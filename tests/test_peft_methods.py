@@ -197,11 +197,13 @@ def test_verification_finds_a_wrong_tensor_and_claims_no_independent_formula(rot
     oracle_tier = next(t for t in report.tiers if t.tier == "oracle")
     assert "against PEFT's own unmerged forward, not an independent formula" in oracle_tier.summary
     assert any("no independent formula" in note for note in report.notes)
+    original = load_file(rotated[0] / "model.safetensors")["square.weight"]
     small.edit_tensors(
-        tmp_path / "out/model.safetensors",
-        lambda t: {**t, "square.weight": (t["square.weight"].float() * 1.02).bfloat16()},
+        tmp_path / "out/model.safetensors", lambda t: {**t, "square.weight": original}
     )
-    assert dora_export.verify(*rotated, tmp_path / "out").exit_code == 1
+    wrong = dora_export.verify(*rotated, tmp_path / "out")
+    assert wrong.exit_code == 1
+    assert [(f.code, f.where) for f in wrong.findings] == [("not-applied", "square.weight")]
 
 
 # Refusals
