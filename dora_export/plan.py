@@ -15,7 +15,16 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
-from dora_export import experts, layouts, naming, replication, row_orders, several, tying
+from dora_export import (
+    diffusion_names,
+    experts,
+    layouts,
+    naming,
+    replication,
+    row_orders,
+    several,
+    tying,
+)
 from dora_export.adapters.model import Adapter
 from dora_export.checkpoints.model import Checkpoint, WeightFile, prefix_of
 from dora_export.errors import PlanError, listing, shown
@@ -282,11 +291,13 @@ def _placed(
     targets = [u.target for u in adapter.updates if u.kind != "replace"]
     targets = targets or [u.target for u in adapter.updates]
     absent_head = tying.head_of(base, targets)
-    known = experts.KnownNames(base, [absent_head] if absent_head else [])
+    others = diffusion_names.other_names(base)
+    known = experts.KnownNames(base, [*others, *([absent_head] if absent_head else [])])
     required = [t for t in targets if t != absent_head] or targets
     rule = _rule(base, adapter, settings, known, required)
     updates = [_renamed(u, rule, known).taken(position, weight, "") for u in adapter.updates]
     saved = frozenset(known.own(rule(t)) for t in adapter.saved_embeddings)
+    updates = diffusion_names.placed(updates, others)
     placed = experts.placed(updates, known, base, whole=adapter.whole_families,
                             transposed=adapter.square_experts_transposed)  # fmt: skip
     return _Placed(rule, tying.Trained(adapter.ensure_weight_tying, placed, saved))
@@ -320,7 +331,7 @@ def _rule(
 ) -> naming.Rule:
     if adapter.naming == "flat":
         every = [u.target for u in adapter.updates]
-        return naming.find_flat_rule(every, base.tensors, settings.map_prefix, adapter.base_name)
+        return naming.find_flat_rule(every, list(known), settings.map_prefix, adapter.base_name)
     return naming.find_rule(
         list(dict.fromkeys(required)),
         known,

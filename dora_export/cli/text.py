@@ -164,6 +164,11 @@ def _memory(report: MergeReport) -> str:
     return f"peak memory {size(report.peak_rss_bytes)} ({planned})"
 
 
+def said_by(source: object) -> str:
+    """Return where a number is from, behind it, or nothing."""
+    return f", by {source}" if source else ""
+
+
 def inspect_summary(report: InspectReport) -> str:
     """Return what an adapter is, as an aligned list."""
     facts = report.facts
@@ -174,13 +179,14 @@ def inspect_summary(report: InspectReport) -> str:
     rows = [
         ("format", report.format),
         ("method", f"{facts.get('method', '?')}, magnitude {facts.get('magnitude', 'none')}"),
+        ("algorithm", str(facts.get("algorithm", ""))),
         ("trainer", str(facts.get("trainer", ""))),
         ("axis", str(facts.get("axis", ""))),
         ("begun with", str(facts.get("begun with", ""))),
         ("experts", str(facts.get("experts", ""))),
         ("rank", numbers["rank"]),
         ("alpha", numbers["alpha"] + (" (rslora)" if facts.get("rslora") else "")),
-        ("scaling", numbers["scaling"]),
+        ("scaling", numbers["scaling"] + said_by(facts.get("scaling from"))),
         ("size", f"{report.parameters:,} parameters, {size(report.nbytes)}"),
         ("layers", ", ".join(f"{name} x{n}" for name, n in report.modules.items())),
         ("trained on", report.base_name or "not said"),
