@@ -80,6 +80,16 @@ def engines(adapter: Adapter) -> tuple[Engine, ...]:
     )  # fmt: skip
 
 
+def ways_out(adapter: Adapter) -> tuple[str, ...]:
+    """Return what to do for engines that refuse the adapter, for people."""
+    if not any(u.normalises for u in adapter.updates):
+        return ()
+    return (
+        "engines that refuse DoRA take it merged, or as the plain LoRA nearest to it: "
+        "dora-export convert --to lora --rank R --base BASE says what that loses",
+    )
+
+
 def _image_engines(adapter: Adapter) -> tuple[Engine, ...]:
     """Return who takes diffusers' files unmerged.
 
