@@ -9,22 +9,27 @@ from __future__ import annotations
 
 import shutil
 import threading
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from dora_export import inputs
 from dora_export.checkpoints.folder import read_json
 from dora_export.engine import Engine, Resources, check_adapter
 from dora_export.errors import OutputError, listing, shown
-from dora_export.onnx.encodings import NeverZero, Plain
-from dora_export.onnx.graph_file import Graph, open_graph
+from dora_export.onnx.encodings import Int8, NeverZero, Plain
+from dora_export.onnx.graph_file import Graph, StoredTensor, open_graph
 from dora_export.onnx.layout import Layout, lay_out
 from dora_export.onnx.matching import Match, weights_of
 from dora_export.onnx.matching_graph import Matched, match_graph
 from dora_export.onnx.model import GraphError, GraphOptions, Made, Parity, Request
 from dora_export.onnx.rewritten import recheck
-from dora_export.onnx.scatter import Rewriter, Scatter, parts_of, rewriting
+from dora_export.onnx.scatter import Part, Rewriter, Scatter, parts_of, rewriting
 from dora_export.plan import Plan
 from dora_export.tensors import FileRange
 from dora_export.verification.plausible import refuse_implausible
@@ -62,16 +67,20 @@ def make(request: Request) -> Made:
         request.on_stage("looking for the base in the graph")
         matched = match_graph(graph, weights_of(plan), threads=request.threads)
         refuse_unmatched(plan, matched, request.allow_missing)
-        changed = _each_once(matched)
-        layout = lay_out(graph, [lines.tensor for m in changed for lines in m.holders])
+        proofs = _each_once(matched)
+        changed, parameters = with_new_ranges(plan, matched, proofs, request.threads)
+        holders = [lines.tensor for m in changed for lines in m.holders]
+        layout = lay_out(graph, [*holders, *parameters])
         _check_space(request.folder, layout)
         request.on_stage("writing merged weights into the graph")
-        write(plan, changed, layout, request)
+        write(plan, changed, parameters, layout, request)
         request.on_stage("checking what was written")
-        found = recheck(plan, graph, changed, layout, request.folder, threads=request.threads)
+        found = recheck(
+            plan, graph, changed, parameters, layout, request.folder, threads=request.threads
+        )
     return Made(
         graphs=(graph.path.name,),
-        facts=_facts(graph, matched, changed),
+        facts=_facts(graph, matched, proofs),
         parity=_parity(plan, graph, changed),
         tiers=found.tiers,
         notes=tuple(_notes(matched)),
@@ -220,7 +229,81 @@ def _check_space(folder: Path, layout: Layout) -> None:
         )
 
 
-def write(plan: Plan, matches: Sequence[Match], layout: Layout, request: Request) -> None:
+def with_new_ranges(
+    plan: Plan, matched: Matched, matches: Sequence[Match], threads: int | None
+) -> tuple[list[Match], dict[StoredTensor, bytes]]:
+    """Return matches with the scales that merged values have, and what becomes of those.
+
+    Where one scale holds for a whole tensor it follows from its largest value, so these tensors are
+    merged twice, the first time for their ranges only.
+
+    Returns:
+        The matches, and the new bytes of stored scales and zero points that change.
+
+    Raises:
+        GraphError: A scale that changes is shared with a tensor that has another one.
+    """
+    ranged = [m for m in matches if isinstance(m.encoding, Int8)]
+    found = _ranges(plan, ranged, threads)
+    renewed = []
+    wanted: dict[StoredTensor, dict[bytes, str]] = defaultdict(dict)
+    for match in matched.matches:
+        encoding = match.encoding
+        if isinstance(encoding, Int8):
+            if match in matches:
+                encoding = encoding.of_range(*found[id(match)])
+            for tensor, data in zip(match.parameters, _stored_parameters(encoding), strict=False):
+                wanted[tensor][data] = match.tensor.where
+        if match in matches:
+            renewed.append(replace(match, encoding=encoding))
+    problems = [f"{t.where}: of {' and '.join(users.values())}" for t, users in wanted.items()
+                if len(users) > 1]  # fmt: skip
+    if problems:
+        raise GraphError(
+            f"{matched.graph.path}: scales that the merge makes different are shared:"
+            f"{listing(problems)}\nQuantise the base with a scale for each weight."
+        )
+    changed = {t: data for t, (data,) in ((t, tuple(u)) for t, u in wanted.items())
+               if t.read().tobytes() != data}  # fmt: skip
+    return renewed, changed
+
+
+def _ranges(
+    plan: Plan, matches: Sequence[Match], threads: int | None
+) -> dict[int, tuple[float, float]]:
+    """Return the least and the largest merged value of each match, zero included."""
+    found = {id(m): (0.0, 0.0) for m in matches}
+    lock = threading.Lock()
+
+    def widen(part: Part, start: int, rows: NDArray[Any]) -> None:
+        values = rows.view(f"f{rows.dtype.itemsize}")
+        with lock:
+            low, high = found[id(part.match)]
+            found[id(part.match)] = (
+                min(low, float(values.min())),
+                max(high, float(values.max())),
+            )
+
+    parts = parts_of(matches)
+    for dtype in dict.fromkeys(m.encoding.source for m in matches):
+        merged = rewriting(plan, matches, dtype)
+        Engine(merged, Scatter(merged, parts, widen), Resources("cpu", threads)).run()
+    return found
+
+
+def _stored_parameters(encoding: Int8) -> tuple[bytes, bytes]:
+    scale = np.array([encoding.scale], f"f{encoding.values.itemsize}")
+    zero = np.array([encoding.zero], np.int8 if encoding.signed else np.uint8)
+    return scale.tobytes(), zero.tobytes()
+
+
+def write(
+    plan: Plan,
+    matches: Sequence[Match],
+    parameters: Mapping[StoredTensor, bytes],
+    layout: Layout,
+    request: Request,
+) -> None:
     """Write all files of a re-weighted graph, merged values in the place of the base's.
 
     Peak memory: a few blocks per worker; no tensor is held whole.
@@ -248,6 +331,7 @@ def write(plan: Plan, matches: Sequence[Match], layout: Layout, request: Request
         writer = Rewriter(layout, sink, matches)
         writer.copy()
         on_bytes(sum(c.nbytes for c in layout.copied))
+        writer.replace(parameters)
         for match in matches:
             writer.keep(match)
         resources = Resources("cpu", request.threads, _block_bytes(matches))

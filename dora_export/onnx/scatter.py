@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dora_export.onnx.graph_file import StoredTensor
 from dora_export.onnx.layout import Layout
 from dora_export.onnx.lines import Lines
 from dora_export.onnx.matching import KEPT, Match
@@ -181,6 +182,12 @@ class Rewriter:
                 self._sink.write(piece.file, piece.offset, data)
             else:
                 self._sink.copy(piece.file, piece.offset, piece.source)
+
+    def replace(self, parameters: Mapping[StoredTensor, bytes]) -> None:
+        """Put new scales and zero points into place."""
+        for tensor, data in parameters.items():
+            place = self._layout.places[tensor]
+            self._sink.write(place.file, place.offset, np.frombuffer(data, np.uint8))
 
     def keep(self, match: Match) -> None:
         """Take over the lines of a match that hold nothing of the base."""
