@@ -83,7 +83,7 @@ def make(request: Request) -> Made:
         facts=_facts(graph, matched, proofs),
         parity=_parity(plan, graph, changed),
         tiers=found.tiers,
-        notes=tuple(_notes(matched)),
+        notes=tuple(_notes(matched, changed)),
         warnings=tuple(f"not in the graph, as allowed: {shown(n)} ({w})"
                        for n, w in matched.missing.items()),
     )  # fmt: skip
@@ -157,8 +157,8 @@ def refuse_unmatched(plan: Plan, matched: Matched, allowed: Sequence[str]) -> No
         raise GraphError(
             f"{path}: holds other parts of {base}, but none of the {total} tensors that the "
             f"adapter changes:{listed}\nIt has an adapter merged in already, is of a fine-tuned "
-            f"model, or folds or quantises weights in a way of its own.{quantised} Pass the graph "
-            "of the base itself."
+            "model or of the base in another precision, or folds or quantises weights in a way of "
+            f"its own.{quantised} Pass the graph of the base itself."
         )
     raise GraphError(
         f"{path}: does not hold {len(missing)} of the {total} tensors that the adapter changes:"
@@ -346,9 +346,12 @@ def _block_bytes(matches: Sequence[Match]) -> int:
 
 
 def _parity(plan: Plan, graph: Graph, changed: Sequence[Match]) -> tuple[Parity, ...]:
-    quantised = any(not isinstance(m.encoding, Plain | NeverZero) for m in changed)
     outputs = [o.name for o in graph.model.graph.output if not o.name.startswith("present")]
-    return (Parity(graph.path.name, plan, outputs=outputs, needs_budget=quantised),)
+    return (Parity(graph.path.name, plan, outputs=outputs, needs_budget=_is_quantised(changed)),)
+
+
+def _is_quantised(changed: Sequence[Match]) -> bool:
+    return any(not isinstance(m.encoding, Plain | NeverZero) for m in changed)
 
 
 def beside(path: Path, files: Sequence[SideFile]) -> tuple[SideFile, ...]:
@@ -371,7 +374,12 @@ def beside(path: Path, files: Sequence[SideFile]) -> tuple[SideFile, ...]:
     return tuple(found[name] for name in sorted(found))
 
 
-def _notes(matched: Matched) -> Iterator[str]:
+def _notes(matched: Matched, changed: Sequence[Match]) -> Iterator[str]:
+    if _is_quantised(changed):
+        yield (
+            "quantised: the unmerged model is run beside the graph only with --budget, the largest "
+            "relative difference to allow"
+        )
     if matched.absent:
         names = ", ".join(shown(n) for n in matched.absent[:4])
         more = " ..." if len(matched.absent) > 4 else ""

@@ -116,9 +116,15 @@ class Scatter:
 
     def write(self, file: int, offset: int, data: NDArray[np.uint8]) -> None:
         """Put merged bytes into place; rows that come in parts are put together first."""
-        position = bisect_right(self._starts, offset) - 1
-        step, at = self._steps[position], offset - self._starts[position]
         data = data.reshape(-1)
+        while data.size:  # what is copied may reach over several tensors
+            position = bisect_right(self._starts, offset) - 1
+            step, at = self._steps[position], offset - self._starts[position]
+            count = min(data.size, step.nbytes - at)
+            self._write(step, at, data[:count])
+            offset, data = offset + count, data[count:]
+
+    def _write(self, step: Step, at: int, data: NDArray[np.uint8]) -> None:
         each = self._row_bytes(step)
         if at % each:
             size = min(each - at % each, data.size)
