@@ -24,6 +24,7 @@ from dora_export.engine import (
     memory_bound,
 )
 from dora_export.errors import AdapterError, DoraExportError, PlanError
+from dora_export.flat_names import is_flat, prefix_of
 from dora_export.formula import ZeroNorm
 from dora_export.machine import faults_told, memory_told, require_space
 from dora_export.plan import Plan, Precision, Settings, plan_merge
@@ -385,7 +386,10 @@ def _held_against(
 
 
 def _module(update: Update) -> str:
-    return update.target.rpartition(".")[0].rpartition(".")[2] or update.target
+    module = update.target.rpartition(".")[0]
+    if is_flat(module):
+        return prefix_of(module)  # a flattened path has no last segment
+    return module.rpartition(".")[2] or update.target
 
 
 def _plan(
@@ -441,9 +445,10 @@ def _write(plan: Plan, stage: Stage, resources: Resources, progress: Progress | 
             if progress is not None:
                 progress(done, total)
 
-    paths = [stage.folder / file.name for file in plan.files]
+    names = [file.name for file in plan.files]
     held = [stage.held.get(file.name, Ranges()) for file in plan.files]
-    with FileSink(paths, [file.nbytes for file in plan.files], held, stage.record) as sink:
+    sizes = [file.nbytes for file in plan.files]
+    with FileSink(stage.folder, names, sizes, held, stage.record) as sink:
         for position, file in enumerate(plan.files):
             sink.write_header(position, file.header)
             on_bytes(len(file.header))

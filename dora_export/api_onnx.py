@@ -15,7 +15,7 @@ from dora_export import api, naming
 from dora_export._version import __version__
 from dora_export.adapters import Reading, ReadOptions
 from dora_export.checkpoints import locate, open_checkpoint
-from dora_export.engine import Resources
+from dora_export.engine import Engine, Resources
 from dora_export.errors import AdapterError, DoraExportError, listing, shown
 from dora_export.formula import ZeroNorm
 from dora_export.machine import faults_told
@@ -35,7 +35,7 @@ from dora_export.tensors import OUTPUT_WORDS
 from dora_export.verification.check import in_order
 from dora_export.verification.model import Finding, TierResult, VerifyReport
 from dora_export.writers import manifest, place, side_files
-from dora_export.writers.files import write_small
+from dora_export.writers.files import FileSink, write_small
 from dora_export.writers.identity import adapter_digests
 from dora_export.writers.journal import FORMAT, FORMAT_LABEL, Job
 from dora_export.writers.staging import MANIFEST, Stage, find_leftover, staged
@@ -62,6 +62,7 @@ def export_onnx(
     allow_merged_base: bool = False,
     allow_missing: Iterable[str] = (),
     strength: float = 1.0,
+    weights: Sequence[float] = (),
     zero_norm: ZeroNorm = "refuse",
     map_prefix: Iterable[str] = (),
     fan_in_fan_out: bool | None = None,
@@ -81,8 +82,10 @@ def export_onnx(
         adapter: As in ``merge``; several with ``adapters``. None: ``base`` is merged already, and
             the graph is held against it as it is stored.
         output: Folder to publish; must not exist, be empty, or with ``force`` be an earlier output.
-        into: An ``.onnx`` graph of the base to give the merged weights, instead of tracing.
-        adapters: Make one graph of the base whose adapters are swapped at run time.
+        into: An ``.onnx`` graph of the base to give the merged weights (with ``adapters``: places
+            for adapters), instead of tracing.
+        adapters: Make one graph of the base whose adapters are swapped at run time, see
+            ``AdapterSession``; nothing is merged.
         options: What kind of graph.
         verify: Hold the graph against the unmerged model.
         budget: Largest difference allowed, relative to the largest expected value, in place of the
@@ -93,6 +96,7 @@ def export_onnx(
         allow_missing: Names of tensors or modules that the adapter changes and that ``into`` may
             lack, since its exporter left them out.
         strength: As in ``merge``.
+        weights: As in ``merge``.
         zero_norm: As in ``merge``.
         map_prefix: As in ``merge``.
         fan_in_fan_out: As in ``merge``.
@@ -111,11 +115,12 @@ def export_onnx(
     """
     started = time.monotonic()
     _check_options(options)
-    way: Way = "into" if into is not None else "adapters" if adapters else "trace"
+    way: Way = "adapters" if adapters else "into" if into is not None else "trace"
     target = place.target_of(output)
     settings = Settings(
         dtype=OUTPUT_WORDS[options.dtype] if way == "trace" else None,
         strength=strength,
+        weights=tuple(weights),
         zero_norm=zero_norm,
         map_prefix=naming.parse_map_prefix(map_prefix),
         fan_in_fan_out=fan_in_fan_out,
@@ -130,7 +135,7 @@ def export_onnx(
     inputs |= {f"adapter {a.path.name}": a.path for p in plans for a in p.adapters}
     inputs |= {} if into is None else {"graph": Path(into)}
     place.check_place(target, inputs, force=force, leftover=leftover)
-    if way != "into":  # which checks for itself what the graph needs
+    if into is None:  # re-weighting checks for itself what the graph needs
         place.check_space(target, 2 * plans[0].output_bytes, leftover)  # merged weights, the graph
     # Two exports need not give the same bytes, so none goes on with another's.
     job = Job({FORMAT_LABEL: FORMAT, "dora-export": __version__, "run": uuid.uuid4().hex}, {})
@@ -141,7 +146,7 @@ def export_onnx(
         )  # fmt: skip
         made = _make(way, request, base, adapter, settings, reading, allow_merged_base)
         on_stage("writing side files")
-        plan = replace(plans[0], index=None, config_edits=dict(plans[0].config_edits))
+        plan = replace(plans[0], indexes={}, config_edits=dict(plans[0].config_edits))
         side_files.write(plan, beside, stage.folder)
         report = None
         if verify:
@@ -220,20 +225,19 @@ def _make(
 
         return into.make(request)
     if way == "adapters":
-        from dora_export.onnx import swappable  # noqa: PLC0415
-
-        return swappable.make(request)
+        return _swappable(request)
     from dora_export.onnx import trace  # noqa: PLC0415
 
     trace.check(request)  # before minutes of work
     merged = request.folder / MERGED
     if adapter is None:
-        folder = request.plan.base.folder
+        folder = _as_stored(request, merged)
     else:
         request.on_stage("merging")
         api.merge(
             base, adapter, merged, dtype=request.options.dtype, strength=settings.strength,
-            zero_norm=settings.zero_norm, fan_in_fan_out=settings.fan_in_fan_out,
+            weights=settings.weights, zero_norm=settings.zero_norm,
+            fan_in_fan_out=settings.fan_in_fan_out,
             map_prefix=[f"{old}={new}" for old, new in settings.map_prefix],
             allow_merged_base=allow_merged_base, threads=request.threads,
             progress=request.progress, **reading,
@@ -243,6 +247,50 @@ def _make(
         return trace.make(request, folder)
     finally:
         shutil.rmtree(merged, ignore_errors=True)
+
+
+def _swappable(request: Request) -> Made:
+    """Make a graph with places for adapters: of a graph of the base, or of the base traced."""
+    from dora_export.onnx import swappable, trace  # noqa: PLC0415 - as above
+
+    if request.into is not None:
+        return swappable.make(request)
+    settings = replace(request.plan.settings, dtype=OUTPUT_WORDS[request.options.dtype])
+    bare = replace(request, plans=(plan_unchanged(request.plan.base, settings),))
+    trace.check(bare)
+    made = trace.make(bare, _as_stored(bare, request.folder / MERGED))
+    shutil.rmtree(request.folder / MERGED, ignore_errors=True)
+    slotted = swappable.make(request, request.folder / made.graphs[0])
+    return replace(
+        slotted, facts={**made.facts, **slotted.facts}, notes=(*made.notes, *slotted.notes)
+    )
+
+
+def _as_stored(request: Request, merged: Path) -> Path:
+    """Return a folder with a merged model's weights in the graph's dtype: its own, or a copy."""
+    plan = request.plan
+    assert plan.base.folder is not None, "Bug: trace.check() wants a folder"
+    held = all(name.name.endswith(".safetensors") for name in plan.base.sources)
+    if held and all(step.copies_bytes for step in plan.steps):
+        return plan.base.folder
+    request.on_stage(f"casting to {request.options.dtype}")
+    resources = Resources("cpu", request.threads, None)
+    merged.mkdir()
+    sizes = [file.nbytes for file in plan.files]
+    done = 0
+
+    def on_bytes(count: int) -> None:
+        nonlocal done
+        done += count
+        if request.progress is not None:
+            request.progress(done, plan.output_bytes)
+
+    with FileSink(merged, [file.name for file in plan.files], sizes) as sink:
+        for position, file in enumerate(plan.files):
+            sink.write_header(position, file.header)
+        Engine(plan, sink, resources, on_bytes).run()
+    side_files.write(plan, side_files.collect(plan), merged)
+    return merged
 
 
 def _verified(
@@ -265,6 +313,7 @@ def _verified(
         tier, found = check_graph(
             one.plan, graph, runner=one.runner(graph) if one.runner else None,
             outputs=one.outputs, budget=one.budget if budget is None else budget, prompts=prompts,
+            padding=one.padding, cls=one.cls,
         )  # fmt: skip
         tiers.append(tier)
         findings += found
@@ -305,6 +354,8 @@ def _write_manifest(
     beside: tuple[side_files.SideFile, ...],
     report: VerifyReport | None,
 ) -> None:
+    if way == "adapters":
+        plan = plan_unchanged(plan.base, plan.settings)  # nothing is merged
     content = manifest.manifest(plan, Resources("cpu", None, None), beside, adapter_digests(plan))
     content["onnx"] = {
         "way": way,

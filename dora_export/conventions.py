@@ -23,7 +23,7 @@ class Convention:
     Attributes:
         prefixes: (checkpoint's, model class's) beginnings of names; the longest that fits counts.
         inside: (checkpoint's, model class's) parts of names, all of them replaced, in this order
-            (backwards: in the other).
+            both ways round.
         model_types: Of config.json; empty: any model, since the names say enough.
     """
 
@@ -142,7 +142,7 @@ def renamings(model_types: tuple[object, ...]) -> Iterator[Renaming]:
             continue
         to_class = _longest_first(row.prefixes)
         to_stored = _longest_first(tuple((new, old) for old, new in row.prefixes))
-        inside_back = tuple((new, old) for old, new in reversed(row.inside))
+        inside_back = tuple((new, old) for old, new in row.inside)
         yield Renaming(_what(row, False), to_class, row.inside)
         yield Renaming(_what(row, True), to_stored, inside_back)
 

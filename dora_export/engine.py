@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -114,7 +114,7 @@ def memory_bound(plan: Plan, resources: Resources, tile_elements: int) -> int:
     It comes on top of what the process holds before the run (the interpreter, libraries, headers),
     and grows with the largest tensor's adapter and row, not with the model.
     """
-    buffers, loaded = 0, 0
+    buffers, loaded, computing = 0, 0, 0
     for step in plan.steps:
         if step.copies_bytes:
             continue
@@ -127,14 +127,24 @@ def memory_bound(plan: Plan, resources: Resources, tile_elements: int) -> int:
             tiles = 7 if region.composed else 5
             buffers = max(buffers, 4 * block + tiles * tile * working + REFINE_BYTES)
             loaded = max(loaded, sum(_loaded_bytes(c, region, working) for c in region.changes))
+            computing = max(computing, *(_function_bytes(c, region) for c in region.changes), 0)
     copying = resources.block if any(s.copies_bytes for s in plan.steps) else 0
-    return resources.workers * max(buffers, copying) + (resources.workers + 1) * loaded
+    held = (resources.workers + 1) * loaded + computing
+    return resources.workers * max(buffers, copying) + held
+
+
+def _function_bytes(change: Change, region: Region) -> int:
+    """Return what computing a whole tensor takes at once: one tensor at a time does it."""
+    if change.function is None:
+        return 0
+    wide = region.rows * region.columns * 8
+    return 3 * wide + change.function.working_bytes() + sum(r.nbytes for r in change.function.refs)
 
 
 def _loaded_bytes(change: Change, region: Region, working: int) -> int:
     operands = [*(change.delta.operands if change.delta is not None else ())]
     operands += [change.magnitude] if change.magnitude is not None else []
-    # each is read, widened and laid out anew; only the last copy stays
+    # each is read, widened and laid out anew, for the kernel and as exactly as it is stored
     stored = sum(ref.nbytes for o in operands for ref in o.refs)
     sources = [ref.source for o in operands for ref in o.refs]
     picked = [s.columns * s.itemsize for s in sources if isinstance(s, PickedColumns)]
@@ -143,7 +153,8 @@ def _loaded_bytes(change: Change, region: Region, working: int) -> int:
     wide = sum(int(np.prod(o.shape)) for o in operands) * working
     value = change.value.size * working if change.value and change.kind == "rows" else 0
     norms = region.columns * 8 * 66 if change.over == "column" else 0
-    return stored + 2 * wide + value + norms
+    whole = region.rows * region.columns * 8 if change.function is not None else 0
+    return stored + 5 * wide + value + norms + whole
 
 
 def check_adapter(plan: Plan) -> None:
@@ -206,6 +217,7 @@ class Engine:
         self._make_arithmetic = arithmetic_factory(resources)
         self._tile_elements = self._make_arithmetic("float32").tile_elements
         self._next = threading.Lock()
+        self._whole = threading.Lock()  # whole tensors are computed one at a time
         self._failed = threading.Event()
         self._failure: BaseException | None = None
         self._loaded: dict[tuple[str, int], _Loaded] = {}
@@ -284,7 +296,9 @@ class Engine:
         loaded = self._loaded[_key(piece)]
         with loaded.lock:
             if loaded.changes is None:
-                loaded.changes = worker.load(piece.step, piece.region)
+                whole = any(c.function is not None for c in piece.region.changes)
+                with self._whole if whole else nullcontext():
+                    loaded.changes = worker.load(piece.step, piece.region)
         if isinstance(piece, ColumnSquares):
             squares = worker.column_squares(piece, loaded.changes)
             with loaded.lock:

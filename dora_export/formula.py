@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dora_export import refine
+from dora_export import fused, refine
 from dora_export.arithmetic import Arithmetic, Array
 from dora_export.tensors import DType
 from dora_export.update import Change, Dense, Hadamard, Kronecker, Product
@@ -36,7 +36,8 @@ class LoadedChange:
             "replace", which may be as large as the base and are read tile by tile.
         product: The factors of a product as exactly as they are stored, on the host, where float32
             may not do for the sum; else None.
-        panels: The right factor as the compiled kernel takes it, where that does the merge.
+        whole: Working precision, ``(rows, columns)``: what kind "function" makes of the matrix.
+        kernel: The product as the compiled kernel takes it, where that does the merge.
         column_factor: ``m / (norm + eps)`` per column, once it is known.
         column_factor_host: The same in float64 on the host.
         undefined_columns: Columns with a zero norm and a magnitude other than zero.
@@ -48,7 +49,8 @@ class LoadedChange:
     value: Array | None = None
     stored: Callable[[int, int], NDArray[Any]] | None = None
     product: refine.Product | None = None
-    panels: NDArray[np.float32] | None = None
+    whole: Array | None = None
+    kernel: fused.Factors | None = None
     column_factor: Array | None = None
     column_factor_host: NDArray[np.float64] | None = None
     undefined_columns: NDArray[np.intp] | None = None
@@ -85,8 +87,10 @@ class Tile:
 
 
 def add_delta(ops: Arithmetic, tile: Tile, loaded: LoadedChange) -> None:
-    """V = W + s B A, in place; or another delta for ``B A``."""
+    """V = W + s B A, in place; or another delta for ``B A``, or a function's rows for ``W``."""
     delta, rows = loaded.change.delta, tile.rows
+    if loaded.whole is not None:
+        tile.values[...] = loaded.whole[rows]
     if isinstance(delta, Product):
         left, right = loaded.factors
         ops.add_product(tile.values, left[rows], right, tile.work)
@@ -115,7 +119,7 @@ def _add_kronecker(tile: Tile, first: Array, second: Array) -> None:
 def factor(xp: Any, magnitude: Array, squares: Array, eps: float) -> tuple[Array, Array]:
     """Return ``m / (sqrt(squares) + eps)`` in float64, and where it has no defined value.
 
-    A zero norm gives factor 0; if m is zero there as well, that is the row's true value.
+    A zero norm gives factor 0; if m is zero there as well, or eps is not, the row is zero indeed.
 
     Args:
         xp: numpy or torch.
@@ -128,7 +132,7 @@ def factor(xp: Any, magnitude: Array, squares: Array, eps: float) -> tuple[Array
     norm = xp.sqrt(squares)
     zero = norm == 0
     quotient = magnitude / xp.where(zero, 1.0, norm + eps)
-    return xp.where(zero, 0.0, quotient), zero & (magnitude != 0)
+    return xp.where(zero, 0.0, quotient), zero & (magnitude != 0) & (eps == 0)
 
 
 def merge_tile(

@@ -17,12 +17,48 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from dora_export import refine
+
 Mode = Literal["none", "norm", "given"]
 MODES: dict[Mode, int] = {"none": 0, "norm": 1, "given": 2}
 PANEL = 16  # columns that lie together in a packed factor
-CAPACITY = 1 << 15  # elements listed as doubtful by one call
 NAME = "merge_rows 1"  # changes with the bytes it writes
 SWITCH = "DORA_EXPORT_KERNEL"
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """A low-rank product as the kernel takes it.
+
+    Attributes:
+        left: float32, scaling included, ``(rows, rank)``.
+        panels: The right factor, float32, packed.
+        error: Most that a float32 element of each row can be off, ``(rows,)``; see ``refine``.
+        exact_left: As exactly as it is stored, float64, ``(rows, rank)``.
+        exact_right: The same of the right factor, ``(rank, columns)``; None: ``panels`` are exact.
+    """
+
+    left: NDArray[np.float32]
+    panels: NDArray[np.float32]
+    error: NDArray[np.float64]
+    exact_left: NDArray[np.float64]
+    exact_right: NDArray[np.float64] | None = None
+
+    @classmethod
+    def of(cls, product: refine.Product | None, rows: int, columns: int) -> Factors:
+        """Return a product ready for the kernel; None: one of rank 0, for magnitudes alone."""
+        if product is None:
+            none = np.empty((rows, 0))
+            panels = packed(np.empty((0, columns), np.float32))
+            return cls(none.astype(np.float32), panels, np.zeros(rows), none)
+        wide = product.right.dtype == np.float64
+        return cls(
+            np.ascontiguousarray(product.left, np.float32),
+            packed(product.right),
+            product.error,
+            np.ascontiguousarray(product.left, np.float64),
+            np.ascontiguousarray(product.right) if wide else None,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,17 +66,14 @@ class Merged:
     """What one call found, beside the rows that it wrote.
 
     Attributes:
-        row_factor: What each row was multiplied by, float64, or None.
         undefined: Rows without direction whose magnitude is not zero, ascending.
         nonfinite: Whether any element is inf or NaN.
-        doubtful: Flat positions of elements that float32 may have missed by more than half an ulp,
-            ascending within six rows; None: more than are listed.
+        again: How many elements were computed again in float64.
     """
 
-    row_factor: NDArray[np.float64] | None
     undefined: NDArray[np.intp]
     nonfinite: bool
-    doubtful: NDArray[np.int32] | None
+    again: int
 
 
 @cache
@@ -57,8 +90,8 @@ def available() -> bool:
     return os.environ.get(SWITCH) != "numpy" and _module() is not None
 
 
-def packed(right: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return a right factor ``(rank, columns)`` as ``merge`` takes it."""
+def packed(right: NDArray[Any]) -> NDArray[np.float32]:
+    """Return a right factor ``(rank, columns)`` in float32, in the order the kernel reads it."""
     rank, columns = right.shape
     out = np.empty((-(-columns // PANEL), rank, PANEL), np.float32)
     _module().pack(np.ascontiguousarray(right, np.float32), out, rank, columns)
@@ -68,14 +101,13 @@ def packed(right: NDArray[np.float32]) -> NDArray[np.float32]:
 def merge(
     stored: NDArray[np.uint16],
     out: NDArray[np.uint16],
-    left: NDArray[np.float32],
-    panels: NDArray[np.float32],
+    factors: Factors,
+    first_row: int = 0,
     *,
     mode: Mode = "none",
     magnitude: NDArray[np.float64] | None = None,
     eps: float = 0.0,
     column_factor: NDArray[np.float64] | None = None,
-    error: NDArray[np.float64] | None = None,
 ) -> Merged:
     """Merge rows of a bfloat16 weight into ``out``, rounded once to nearest, ties to even.
 
@@ -84,45 +116,38 @@ def merge(
     Args:
         stored: W as bit patterns, ``(rows, columns)``.
         out: Where the result goes, same shape.
-        left: B or its like, scaling included, ``(rows, rank)``; rank may be 0.
-        panels: The right factor as ``packed`` returns it.
+        factors: What is added.
+        first_row: Row of ``factors`` and ``magnitude`` that ``stored`` starts with.
         mode: Factor on each row: none; "norm": magnitude by ``||V|| + eps``, zero where the norm
             is; "given": the magnitude itself.
         magnitude: Per row, for both.
         eps: Added to the norm.
         column_factor: Factor on each column, or None.
-        error: Most that an element of V may be off, per row, for ``Merged.doubtful``.
     """
     rows, columns = stored.shape
+    these = slice(first_row, first_row + rows)
     none: NDArray[Any] = np.empty(0)
     by_column, bound = none, 1.0
     if column_factor is not None:
-        by_column = packed(column_factor.astype(np.float32)[None, :])
+        by_column = packed(column_factor[None, :])
         bound = float(np.abs(column_factor).max(initial=0.0))
-    scaled = mode != "none"
-    row_factor = np.empty(rows if scaled else 0)
     undefined = np.zeros(rows if mode == "norm" else 0, np.uint8)
-    found = np.empty(CAPACITY, np.int32)
-    count, nonfinite = _module().merge(
+    again, nonfinite = _module().merge(
         MODES[mode],
         columns,
-        left.shape[1],
+        factors.left.shape[1],
         eps,
         bound,
         stored,
         out,
-        left,
-        panels,
+        factors.left[these],
+        factors.panels,
         by_column,
-        magnitude if scaled else none,
-        none if error is None else error,
-        row_factor,
+        none if magnitude is None or mode == "none" else magnitude[these],
+        factors.error[these],
+        factors.exact_left[these],
+        none if factors.exact_right is None else factors.exact_right,
+        none if column_factor is None else column_factor,
         undefined,
-        found,
     )
-    return Merged(
-        row_factor if scaled else None,
-        np.flatnonzero(undefined),
-        nonfinite,
-        found[:count] if count <= CAPACITY else None,
-    )
+    return Merged(np.flatnonzero(undefined) + first_row, nonfinite, again)

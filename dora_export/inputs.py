@@ -18,6 +18,8 @@ from pathlib import Path
 from dora_export.errors import InputError, listing, shown
 from dora_export.machine import advice
 
+PIPELINE = "model_index.json"  # the file that makes sub-folders part of a base
+
 
 @dataclass(frozen=True)
 class Stamp:
@@ -45,10 +47,14 @@ Stamps = Mapping[Path, Stamp]
 def seen(path: Path) -> Stamps:
     """Return the stamps of a file, or of all that lies directly in a folder.
 
+    Of a pipeline also of what lies in its parts' folders.
+
     Raises:
         OSError: The folder cannot be listed.
     """
-    paths = [path / name for name in os.listdir(path)] if path.is_dir() else [path]
+    paths = _listed(path) if path.is_dir() else [path]
+    if path / PIPELINE in paths:
+        paths += [inner for part in paths if part.is_dir() for inner in _listed(part)]
     found = {}
     for each in paths:
         try:
@@ -56,6 +62,10 @@ def seen(path: Path) -> Stamps:
         except OSError:  # a link to nothing, or gone again: watch() tells if it is needed
             continue
     return found
+
+
+def _listed(folder: Path) -> list[Path]:
+    return [folder / name for name in os.listdir(folder)]
 
 
 def watch(paths: Iterable[Path], before: Stamps) -> Stamps:

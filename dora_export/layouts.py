@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dora_export.adapters.model import Adapter
@@ -22,13 +22,13 @@ class _Evidence:
     """What decides about square weights.
 
     Attributes:
-        model_type: Of config.json, or None.
+        model_type: Of the model's config.json, by tensor; None where there is none.
         biases: Module name -> layouts that the biases of its weights that are not square show.
         factors: Module name -> layouts that the adapter's A and B show for such weights.
         square_io: What the adapter says of its layers, one word for all of them.
     """
 
-    model_type: str | None
+    model_type: Callable[[str], str | None]
     biases: Mapping[str, set[Layout]]
     factors: Mapping[str, set[Layout]]
     square_io: bool
@@ -47,6 +47,8 @@ def with_layouts(
     of Conv1D layers; weights of the same name that are not square, by their biases or by the
     adapter's factors; the same of all Conv1D names, or of all others; what the adapter says.
 
+    What a function makes of a weight is laid as the product beside it, else by the same evidence.
+
     Args:
         updates: Under the checkpoint's names.
         shapes: Of the base tensors.
@@ -56,11 +58,11 @@ def with_layouts(
     """
     open_ = [u for u in updates if u.layout is None and u.added is not None]
     square = {u.target for u in open_ if _square(shapes.get(u.target, ()))}
-    if not square:
+    if not square and all(u.function is None for u in updates):
         return tuple(updates)
     told = [u for u in open_ if u.target in shapes and u.target not in square]
     evidence = _Evidence(
-        checkpoint.config.get("model_type"),
+        lambda tensor: checkpoint.config_of(tensor).get("model_type"),
         _by_biases(checkpoint),
         _by_module((u.target, u.layout_by_shape(shapes[u.target])) for u in told),
         bool(adapter.square_io),
@@ -69,11 +71,20 @@ def with_layouts(
     def decided(update: Update) -> Layout:
         if fan_in_fan_out is not None:
             return "io" if fan_in_fan_out else "oi"
-        return _square_layout(_module(update.target), evidence)
+        model_type = evidence.model_type(update.target)
+        return _square_layout(_module(update.target), model_type, evidence)
 
-    return tuple(
+    laid = [
         replace(u, layout=decided(u)) if u.target in square and u.layout is None else u
         for u in updates
+    ]
+    known = {u.target: u.layout or u.layout_by_shape(shapes[u.target])
+             for u in laid if u.added is not None and u.target in shapes}  # fmt: skip
+    return tuple(
+        replace(u, layout=known.get(u.target) or decided(u))
+        if u.function is not None and u.layout is None and len(shapes.get(u.target, ())) == 2
+        else u
+        for u in laid
     )
 
 
@@ -81,11 +92,11 @@ def _square(shape: tuple[int, ...]) -> bool:
     return len(shape) == 2 and shape[0] == shape[1]
 
 
-def _square_layout(module: str, evidence: _Evidence) -> Layout:
+def _square_layout(module: str, model_type: str | None, evidence: _Evidence) -> Layout:
     conv1d_name = module in CONV1D_MODULES
-    if evidence.model_type in CONV1D_MODELS:
+    if model_type in CONV1D_MODELS:
         return "io" if conv1d_name else "oi"
-    if evidence.model_type is not None and not conv1d_name:
+    if model_type is not None and not conv1d_name:
         return "oi"
     kin = {m for m in (*evidence.biases, *evidence.factors) if (m in CONV1D_MODULES) == conv1d_name}
     for names in ({module}, kin):

@@ -26,7 +26,8 @@ class Rule:
         add: Prefix put before every name.
         mapped: Prefixes replaced first, (old, new), the first that fits.
         modules: Whole module names, looked up before all else (flattened names).
-        then: What becomes of the name afterwards: another convention's.
+        first: What becomes of the name beforehand: another convention's.
+        then: The same, afterwards.
     """
 
     what: str
@@ -34,6 +35,7 @@ class Rule:
     add: str = ""
     mapped: tuple[tuple[str, str], ...] = ()
     modules: Mapping[str, str] = field(default_factory=dict)
+    first: Callable[[str], str] = str
     then: Callable[[str], str] = str
 
     def __call__(self, name: str) -> str:
@@ -41,6 +43,7 @@ class Rule:
         module, dot, leaf = name.rpartition(".")
         if module in self.modules:
             return self.modules[module] + dot + leaf
+        name = self.first(name)
         for old, new in self.mapped:
             if name.startswith(old):
                 return new + name[len(old) :]
@@ -132,15 +135,18 @@ def find_flat_rule(
 def _groups(
     targets: Sequence[str], known: AbstractSet[str], model_types: tuple[object, ...]
 ) -> list[list[Rule]]:
-    plain, adding, stripping = [Rule("as they are")], _adding(known), _stripping(targets)
-    groups = [plain, adding, stripping]
+    adding, stripping = _adding(known), _stripping(targets)
     others = tuple(conventions.renamings(model_types))
-    groups.append([Rule(other.what, then=other) for other in others])
-    groups += [
-        [replace(r, what=f"{r.what}, {o.what}", then=o) for r in group for o in others]
-        for group in (adding, stripping)
+    # A class of transformers may lack the segment of both conventions, or the checkpoint may.
+    prefixes = [*(r for r in _adding({*known, "model."}) if others), *stripping]
+    return [
+        [Rule("as they are")],
+        adding,
+        stripping,
+        [Rule(other.what, then=other) for other in others],
+        [replace(r, what=f"{r.what}, {o.what}", then=o) for r in prefixes for o in others],
+        [replace(r, what=f"{o.what}, {r.what}", first=o) for r in prefixes for o in others],
     ]
-    return groups
 
 
 def _distinct(rules: list[Rule], targets: Sequence[str]) -> list[Rule]:

@@ -15,9 +15,18 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
-from dora_export import experts, layouts, naming, replication, row_orders, several, tying
+from dora_export import (
+    diffusion_names,
+    experts,
+    layouts,
+    naming,
+    replication,
+    row_orders,
+    several,
+    tying,
+)
 from dora_export.adapters.model import Adapter
-from dora_export.checkpoints.model import Checkpoint, WeightFile
+from dora_export.checkpoints.model import Checkpoint, WeightFile, prefix_of
 from dora_export.errors import PlanError, listing, shown
 from dora_export.formula import ZeroNorm
 from dora_export.storage.safetensors import header_bytes
@@ -25,7 +34,6 @@ from dora_export.tensors import DType, TensorRef
 from dora_export.update import Change, Update
 
 Precision = Literal["float32", "float64"]
-INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,7 @@ class OutputFile:
     """One weight file of the output.
 
     Attributes:
-        name: File name.
+        name: File name; for a component of a pipeline its path within the output.
         header: Its first bytes, up to the data.
         steps: Its tensors, in the order of their bytes.
     """
@@ -127,9 +135,9 @@ class Plan:
             begin with their number: "1:...".
         settings: The user's.
         files: Weight files to write.
-        index: Content of the index file, or None for a single file.
-        index_name: Its name.
-        config_edits: Keys of config.json that the merge makes untrue, with their true values.
+        indexes: Content of each index file, by its path within the output.
+        config_edits: Keys of config.json (of every component's) that the merge makes untrue, with
+            their true values.
         rules: How each adapter's names became the base's, for people.
         notes: Decisions worth telling.
         warnings: Doubts worth telling.
@@ -139,8 +147,7 @@ class Plan:
     adapters: tuple[Adapter, ...]
     settings: Settings
     files: tuple[OutputFile, ...]
-    index: Mapping[str, Any] | None
-    index_name: str
+    indexes: Mapping[str, Mapping[str, Any]]
     config_edits: Mapping[str, Any]
     rules: tuple[str, ...]
     notes: tuple[str, ...] = ()
@@ -255,18 +262,15 @@ def plan_merge(base: Checkpoint, adapters: Adapter | Sequence[Adapter], settings
     files = _files(base, by_target, tied, settings)
     for adapter in adapters:
         _check_ledger(adapter, files, tied)
-    index_name = base.index_name or INDEX
-    keeps_index = base.index_name is not None and settings.max_shard_bytes is None
     return Plan(
         base=base,
         adapters=tuple(adapters),
         settings=settings,
         files=files,
-        index=_index(base, files) if len(files) > 1 or keeps_index else None,
-        index_name=index_name,
+        indexes=_indexes(base, files, settings),
         config_edits={**stacked_anew.edits, **_config_edits(base, files, tied, settings)},
         rules=tuple(one.rule.what for one in placed),
-        notes=(*stacked_anew.notes, *tied.notes),
+        notes=(*base.notes, *stacked_anew.notes, *tied.notes),
         warnings=tuple(dict.fromkeys(_warnings(base, adapters, files))),
     )
 
@@ -287,11 +291,13 @@ def _placed(
     targets = [u.target for u in adapter.updates if u.kind != "replace"]
     targets = targets or [u.target for u in adapter.updates]
     absent_head = tying.head_of(base, targets)
-    known = experts.KnownNames(base, [absent_head] if absent_head else [])
+    others = diffusion_names.other_names(base)
+    known = experts.KnownNames(base, [*others, *([absent_head] if absent_head else [])])
     required = [t for t in targets if t != absent_head] or targets
     rule = _rule(base, adapter, settings, known, required)
     updates = [_renamed(u, rule, known).taken(position, weight, "") for u in adapter.updates]
     saved = frozenset(known.own(rule(t)) for t in adapter.saved_embeddings)
+    updates = diffusion_names.placed(updates, others)
     placed = experts.placed(updates, known, base, whole=adapter.whole_families,
                             transposed=adapter.square_experts_transposed)  # fmt: skip
     return _Placed(rule, tying.Trained(adapter.ensure_weight_tying, placed, saved))
@@ -305,14 +311,12 @@ def plan_unchanged(base: Checkpoint, settings: Settings) -> Plan:
     """
     tied = tying.Tying(updates=(), sources={})
     files = _files(base, {}, tied, settings)
-    index_name = base.index_name or INDEX
     return Plan(
         base=base,
         adapters=(),
         settings=settings,
         files=files,
-        index=_index(base, files) if len(files) > 1 or base.index_name is not None else None,
-        index_name=index_name,
+        indexes=_indexes(base, files, settings),
         config_edits=_config_edits(base, files, tied, settings),
         rules=(),
     )
@@ -327,7 +331,7 @@ def _rule(
 ) -> naming.Rule:
     if adapter.naming == "flat":
         every = [u.target for u in adapter.updates]
-        return naming.find_flat_rule(every, base.tensors, settings.map_prefix, adapter.base_name)
+        return naming.find_flat_rule(every, list(known), settings.map_prefix, adapter.base_name)
     return naming.find_rule(
         list(dict.fromkeys(required)),
         known,
@@ -359,7 +363,7 @@ def _shapes(base: Checkpoint, tied: tying.Tying) -> dict[str, tuple[int, ...]]:
 
 
 def _by_target(updates: Iterable[Update]) -> dict[str, list[Update]]:
-    order = {"replace": 0, "rows": 1, "lora": 2, "dora": 2, "magnitude": 2, "add": 3}
+    order = {"replace": 0, "rows": 1, "function": 2, "lora": 3, "dora": 3, "magnitude": 3, "add": 4}
     groups: dict[str, list[Update]] = defaultdict(list)
     for update in updates:
         groups[update.target].append(update)
@@ -374,6 +378,9 @@ def _problems(
     replaced = [u.value for u in group if u.kind == "replace"]
     for adapter in dict.fromkeys(u.adapter for u in group):
         yield from _contradictions(name, [u for u in group if u.adapter == adapter])
+    whole = [u.function.what for u in group if u.function is not None]
+    if whole and len({u.adapter for u in group}) > 1:
+        yield f"{shown(name)}: {whole[0]}, which has no meaning beside another adapter's update"
     effective = replaced[0] if replaced else ref
     if ref is None and (like := _longer_names(name, base)):
         yield (
@@ -381,7 +388,7 @@ def _problems(
             f"pass --map-prefix {shown(name)}={shown(like[0])}"
         )
         return
-    if effective is None:
+    if effective is None or (ref is None and base.components):
         yield f"{shown(name)}: not in the base" + (
             "; the layer has no bias to add to" if name.endswith(".bias") else ""
         )
@@ -422,6 +429,9 @@ def _contradictions(name: str, group: Sequence[Update]) -> Iterator[str]:
         yield f"{shown(name)}: replaced {len(replaced)} times"
     if products and any(u.kind == "rows" for u in group):
         yield f"{shown(name)}: trained tokens and LoRA on one tensor have no defined order"
+    whole = [u.function.what for u in group if u.function is not None]
+    if len(whole) > 1 or (whole and any(u.kind in ("replace", "rows") for u in group)):
+        yield f"{shown(name)}: {whole[0]}, and something else changes all of it"
     for i, update in enumerate(products):
         clash = [o for o in products[:i] if update.meets(o) and (update.normalises or o.normalises)]
         if clash:
@@ -482,8 +492,7 @@ def _files(
     extra = [_added(name, by_target.get(name, ()), tied, dtype, settings) for name in added]
     groups[-1][1].extend(extra)
     if settings.max_shard_bytes is not None:
-        steps = [s for _, group in groups for s in group]
-        return _resharded(steps, base.files[0].metadata, settings.max_shard_bytes)
+        return tuple(_resharded(groups, settings.max_shard_bytes))
     return tuple(_output_file(file.name, steps, file) for file, steps in groups)
 
 
@@ -557,35 +566,68 @@ def _output_file(name: str, steps: Sequence[Step], like: WeightFile | None = Non
     metadata = dict(like.metadata) if like else {"format": "pt"}
     # Where tensors keep their places, data keeps its offset: file systems can share the extents.
     data_start = like.data_start if like else 0
-    entries = [(s.name, s.dtype, s.shape) for s in steps]
+    prefix = prefix_of(name)
+    entries = [(s.name.removeprefix(prefix), s.dtype, s.shape) for s in steps]
     return OutputFile(name, header_bytes(entries, metadata, data_start), tuple(steps))
 
 
 def _resharded(
-    steps: Sequence[Step], metadata: Mapping[str, str], max_bytes: int
-) -> tuple[OutputFile, ...]:
-    shards: list[list[Step]] = [[]]
-    for step in steps:
-        if shards[-1] and sum(s.nbytes for s in shards[-1]) + step.nbytes > max_bytes:
-            shards.append([])
-        shards[-1].append(step)
-    names = (
-        ["model.safetensors"]
-        if len(shards) == 1
-        else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    )
-    like = WeightFile("", (), metadata)
-    return tuple(_output_file(n, s, like) for n, s in zip(names, shards, strict=True))
+    groups: Sequence[tuple[WeightFile, Sequence[Step]]], max_bytes: int
+) -> Iterator[OutputFile]:
+    """Yield the files of each model anew, cut at ``max_bytes``."""
+    for prefix in dict.fromkeys(prefix_of(file.name) for file, _ in groups):
+        own = [(file, steps) for file, steps in groups if prefix_of(file.name) == prefix]
+        first = own[0][0]
+        shards: list[list[Step]] = [[]]
+        for step in (s for _, steps in own for s in steps):
+            if shards[-1] and sum(s.nbytes for s in shards[-1]) + step.nbytes > max_bytes:
+                shards.append([])
+            shards[-1].append(step)
+        like = WeightFile("", (), first.metadata)
+        for i, steps in enumerate(shards):
+            yield _output_file(_shard_name(first.name, i, len(shards)), steps, like)
 
 
-def _index(base: Checkpoint, files: Sequence[OutputFile]) -> dict[str, Any]:
+def _shard_name(like: str, position: int, count: int) -> str:
+    """Return what a shard is called: as the base's libraries expect, variants included."""
+    folder, slash, leaf = like.rpartition("/")
+    known = re.match(r"(diffusion_pytorch_model|model)(\.(?!safetensors$)\w+)?(?=[-.])", leaf)
+    stem = known[0] if known and (slash or known[1] != "model") else "model"
+    number = f"-{position + 1:05}-of-{count:05}" if count > 1 else ""
+    return f"{folder}{slash}{stem}{number}.safetensors"
+
+
+def _indexes(
+    base: Checkpoint, files: Sequence[OutputFile], settings: Settings
+) -> dict[str, dict[str, Any]]:
+    """Return the index files of all models that have shards, or had an index before."""
+    found = {}
+    for prefix in dict.fromkeys(prefix_of(file.name) for file in files):
+        own = [file for file in files if prefix_of(file.name) == prefix]
+        before = next((i for i in base.indexes if prefix_of(i.name) == prefix), None)
+        if len(own) > 1 or (before is not None and settings.max_shard_bytes is None):
+            name = before.name if before is not None else _index_name(own[0].name)
+            found[name] = _index(before.metadata if before is not None else {}, prefix, own)
+    return found
+
+
+def _index_name(shard: str) -> str:
+    """Return what the index of a model is called that had none."""
+    folder, slash, leaf = shard.rpartition("/")
+    stem, *variant = re.sub(r"-\d{5}-of-\d{5}", "", leaf).removesuffix(".safetensors").split(".")
+    return f"{folder}{slash}{'.'.join([f'{stem}.safetensors.index', *variant])}.json"
+
+
+def _index(metadata: Mapping[str, Any], prefix: str, files: Sequence[OutputFile]) -> dict[str, Any]:
     """Return the index file's content; ``total_size`` counts the tensors' bytes."""
-    metadata = dict(base.index_metadata)
+    metadata = dict(metadata)
     metadata["total_size"] = sum(s.nbytes for f in files for s in f.steps)
     if "total_parameters" in metadata:
         metadata["total_parameters"] = sum(math.prod(s.shape) for f in files for s in f.steps)
-    weight_map = {s.name: f.name for f in files for s in f.steps}
-    return {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+    places = {
+        s.name.removeprefix(prefix): f.name.rpartition("/")[2] for f in files for s in f.steps
+    }
+    return {"metadata": metadata, "weight_map": dict(sorted(places.items()))}
 
 
 def _config_edits(
@@ -601,6 +643,11 @@ def _config_edits(
         for s in f.steps
         if s.name in base.tensors and s.shape != base.tensors[s.name].shape
     }
+    if rows and base.components:
+        raise PlanError(
+            "the adapter resizes a vocabulary of the pipeline, which is not supported. Save the "
+            "adapter without its embeddings."
+        )
     if len(rows) > 1:
         raise PlanError(
             f"embedding and head would have different vocabularies: {sorted(rows)} rows. "

@@ -51,39 +51,7 @@ def product(left: NDArray[Any], right: NDArray[Any]) -> Product:
     return Product(left, right, (rank + 4) * 2.0**-24 * row_norms * largest)
 
 
-def doubtful(
-    sizes: NDArray[np.uint16],
-    factors: Product,
-    first_row: int,
-    row_factor: NDArray[np.float64] | None,
-    column_factor: NDArray[np.float64] | None,
-    scratch: NDArray[np.uint8],
-) -> NDArray[np.intp]:
-    """Return the flat positions of elements that float32 may have missed by more than half an ulp.
-
-    Args:
-        sizes: Bit patterns of the merged elements' absolute values, bfloat16, ``(rows, columns)``.
-        factors: The product that was added.
-        first_row: Row of ``factors.left`` that they start with.
-        row_factor: ``m / norm`` per row, or None.
-        column_factor: ``m / norm`` per column, or None.
-        scratch: At least one byte per element; its contents are lost.
-    """
-    error = factors.error[first_row : first_row + sizes.shape[0]]
-    if row_factor is not None:
-        error = error * np.abs(row_factor)
-    if column_factor is not None:
-        error = error * np.abs(column_factor).max(initial=0.0)
-    limit = _limit_bits(error)
-    if not limit.any():
-        return np.empty(0, np.intp)
-    # Without new arrays: this looks at every element, and fresh memory would cost more than that.
-    small = scratch[: sizes.size].view(np.bool_).reshape(sizes.shape)
-    np.less(sizes, limit[:, None], out=small)
-    return _positions(small.reshape(-1))
-
-
-def recompute(
+def recompute_cancelled(
     out: NDArray[np.uint16],
     stored: NDArray[Any],
     stored_dtype: DType,
@@ -91,9 +59,10 @@ def recompute(
     first_row: int,
     row_factor: NDArray[np.float64] | None,
     column_factor: NDArray[np.float64] | None,
-    found: NDArray[np.integer[Any]],
-) -> None:
-    """Compute some elements again, in float64.
+    sizes: NDArray[Any],
+    scratch: NDArray[np.uint8],
+) -> int:
+    """Replace the elements of ``out`` that float32 may have missed by more than half an ulp.
 
     Args:
         out: Merged elements as bfloat16 bit patterns, ``(rows, columns)``; changed in place.
@@ -103,8 +72,25 @@ def recompute(
         first_row: Row of ``factors.left`` that ``out`` starts with.
         row_factor: ``m / norm`` per row, or None.
         column_factor: ``m / norm`` per column, or None.
-        found: Flat positions.
+        sizes: Bit patterns of the absolute values of ``out``.
+        scratch: At least one byte per element; its contents are lost.
+
+    Returns:
+        How many elements were computed again.
     """
+    rows = slice(first_row, first_row + out.shape[0])
+    error = factors.error[rows]
+    if row_factor is not None:
+        error = error * np.abs(row_factor)
+    if column_factor is not None:
+        error = error * np.abs(column_factor).max(initial=0.0)
+    limit = _limit_bits(error)
+    if not limit.any():
+        return 0
+    # Without new arrays: this looks at every element, and fresh memory would cost more than that.
+    small = scratch[: out.size].view(np.bool_).reshape(out.shape)
+    np.less(sizes, limit[:, None], out=small)
+    found = _positions(small.reshape(-1))
     for start in range(0, found.size, CHUNK):
         row, column = np.divmod(found[start : start + CHUNK], out.shape[1])
         values = cast.widened(stored[row, column], stored_dtype, np.float64)
@@ -118,6 +104,7 @@ def recompute(
         raw = np.empty(values.shape, np.uint16)
         cast.narrow(values, BF16, raw, np.empty_like(values))
         out[row, column] = raw
+    return int(found.size)
 
 
 def _positions(flags: NDArray[np.bool_]) -> NDArray[np.intp]:

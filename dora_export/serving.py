@@ -14,13 +14,37 @@ from dora_export.adapters.model import Adapter
 from dora_export.report import Engine
 
 
+def _single_file_engines(adapter: Adapter) -> tuple[Engine, ...]:
+    """Return who takes a file of LyCORIS, kohya or OneTrainer unmerged.
+
+    Sources: comfyanonymous/ComfyUI, comfy/weight_adapter/base.py, weight_decompose (magnitudes of
+    outputs are divided by the norm of W); huggingface/diffusers, src/diffusers/loaders/
+    lora_pipeline.py, lora_state_dict (dora_scale is dropped with a warning) and
+    lora_conversion_utils.py (names of LoRA alone).
+    """
+    axes = {u.axis for u in adapter.updates if u.normalises}
+    lora = all(u.kind in ("lora", "dora") and u.rank is not None for u in adapter.updates)
+    comfy = Engine("ComfyUI", "yes", "its own format")
+    if "out" in axes:
+        comfy = Engine("ComfyUI", "wrong", "divides by the norm of the base's rows, not of the sum")
+    if not lora:
+        return comfy, Engine("diffusers", "no", "reads LoRA alone")
+    if axes:
+        return comfy, Engine("diffusers", "wrong", "drops the magnitudes and applies plain LoRA")
+    return comfy, Engine("diffusers", "yes", "plain LoRA")
+
+
 def engines(adapter: Adapter) -> tuple[Engine, ...]:
     """Return who takes the adapter unmerged."""
+    if adapter.format == "lycoris":
+        return _single_file_engines(adapter)
     if adapter.format == "mlx":
         return (
             Engine("mlx-lm, mlx-vlm", "yes", "its own format"),
             Engine("all others", "no", "none reads the mlx format"),
         )
+    if adapter.format == "diffusers":
+        return _image_engines(adapter)
     if adapter.format != "peft":
         return (Engine("all", "no", f"none reads the {adapter.format} format"),)
     if any(u.normalises for u in adapter.updates):
@@ -48,3 +72,24 @@ def engines(adapter: Adapter) -> tuple[Engine, ...]:
             else "reads lora_alpha only, not patterns or rslora" if scaled else "plain LoRA",
         ),
     )  # fmt: skip
+
+
+def _image_engines(adapter: Adapter) -> tuple[Engine, ...]:
+    """Return who takes diffusers' files unmerged.
+
+    Sources: huggingface/diffusers, src/diffusers/loaders/lora_pipeline.py (lora_state_dict drops
+    dora_scale with a warning); comfyanonymous/ComfyUI, comfy/lora.py (reads dora_scale only) and
+    comfy/weight_adapter/base.py (divides by the norm of W for magnitudes of outputs).
+    """
+    axes = {u.axis for u in adapter.updates if u.normalises}
+    if not axes:
+        return (Engine("diffusers", "yes", "plain LoRA"), Engine("ComfyUI", "yes", "plain LoRA"))
+    if axes == {"out"}:
+        return (
+            Engine("diffusers", "yes", "slow: the norm is computed in every forward"),
+            Engine("ComfyUI", "wrong", "ignores the magnitudes without a word"),
+        )
+    return (
+        Engine("diffusers", "wrong", "drops magnitudes per input and applies plain LoRA"),
+        Engine("ComfyUI", "yes", "where the file has its names"),
+    )

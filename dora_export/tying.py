@@ -178,6 +178,11 @@ def refuse_unknown(checkpoint: Checkpoint, updates: Sequence[Update]) -> None:
     Raises:
         PlanError: An update is for such an embedding.
     """
+    if checkpoint.components:
+        for part in checkpoint.components:
+            own = [u for u in updates if u.target.startswith(f"{part}.")]
+            refuse_unknown(checkpoint.component(part), own)
+        return
     model_type, tied = checkpoint.config.get("model_type"), _flag(checkpoint) is not False
     embeddings = [u.target for u in updates if _is_token_embedding(checkpoint, u.target)]
     heads = [u.target for u in updates if tied and _leaf(u.target) in HEADS]

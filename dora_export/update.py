@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal, Protocol
 
-from dora_export.tensors import Operand, TensorRef
+from numpy.typing import NDArray
 
-Kind = Literal["lora", "dora", "magnitude", "add", "replace", "rows"]
+from dora_export.tensors import DType, Operand, TensorRef
+
+Kind = Literal["lora", "dora", "magnitude", "add", "replace", "rows", "function"]
 Layout = Literal["oi", "io"]
 Axis = Literal["out", "in"]
 Over = Literal["row", "column"]
@@ -148,6 +150,41 @@ class Dense:
 Delta = Product | Hadamard | Kronecker | Dense
 
 
+class Function(Protocol):
+    """A new weight that needs all of the old one at once: what no delta and no norm can say.
+
+    It is computed for one whole tensor at a time, in float64; the memory it takes is asked
+    beforehand. Verification computes the same by another way (``verification/functions.py``).
+    Implementations are frozen dataclasses, so that two plans can be told apart by them.
+    """
+
+    @property
+    def what(self) -> str:
+        """One line for people: what becomes of the weight."""
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """Adapter tensors it reads."""
+
+    def misfit(self, shape: tuple[int, ...], layout: Layout) -> str | None:
+        """Return why it cannot apply to a tensor of ``shape``, or None as far as headers tell."""
+
+    def placed(self, shape: tuple[int, ...], layout: Layout) -> Function:
+        """Return it for a tensor that is stored in ``shape`` and ``layout``."""
+
+    def value(self, W: NDArray[Any], dtype: DType) -> NDArray[Any]:
+        """Return the new weight for the old one, which is stored in ``dtype``.
+
+        Both are float64, rows and columns as they are stored.
+
+        Raises:
+            DoraExportError: The result is not defined for this weight.
+        """
+
+    def working_bytes(self) -> int:
+        """Return the bytes that ``value`` takes beside its argument and its result."""
+
+
 @dataclass(frozen=True)
 class Update:
     """One change to one base tensor, or to a slice of it.
@@ -161,6 +198,7 @@ class Update:
     magnitude ``m W / (||W|| + eps)``
     add       ``W + s value``
     replace   ``value``
+    function  ``f(W)``, of all of W at once
     rows      ``W`` with the rows ``row_indices`` replaced by those of ``value``
     ========= ==========================================================================
 
@@ -187,6 +225,7 @@ class Update:
         row_order: How the adapter orders the rows of B and m, where that is not the checkpoint's
             order and depends on the base (its heads, its model type); the plan resolves it. None:
             the checkpoint's own.
+        function: For kind "function".
         orientation: How ``B A`` lies over a stacked parameter, where the adapter was trained on a
             parameter of its class and not on a module; None: on a module, ``(out, in)``.
         scales_bias: The trainer's forward multiplies the layer's bias by ``m / ||V||`` as well. A
@@ -218,6 +257,7 @@ class Update:
     scales_bias: bool = False
     adapter: int = 0
     weight: float = 1.0
+    function: Function | None = None
 
     @property
     def rank(self) -> int | None:
@@ -281,6 +321,8 @@ class Update:
         _, sliced = region
         if self.kind in ("add", "rows"):
             return self._value_misfit(sliced)
+        if self.function is not None:
+            return self.function.misfit(sliced, self.layout or "oi")
         if len(sliced) < 2:
             return f"is {len(sliced)}-D {shape}, expected a weight of 2 to 5 dimensions"
         layout = self.layout or self.layout_by_shape(shape)
@@ -342,6 +384,7 @@ class Update:
             self.source_keys,
             self.adapter,
             self.weight,
+            function=None if self.function is None else self.function.placed(sliced, layout),
         )
 
     def _region(self, shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]] | str:
@@ -395,6 +438,7 @@ class Change:
         value: Tensor with the elements to add, or to put into ``row_indices``.
         row_indices: Rows that ``value`` replaces.
         source_keys: Adapter tensors behind this change.
+        function: For kind "function": what the whole matrix becomes.
         adapter: Position of its adapter among those of the plan.
         weight: ``V + weight (V' - V)`` of all its adapter's changes here, dimensionless.
         own_norm: The norm is that of the base with this change's delta alone, whatever other
@@ -418,6 +462,7 @@ class Change:
     adapter: int = 0
     weight: float = 1.0
     own_norm: bool = False
+    function: Function | None = None
 
     @property
     def stop(self) -> int:

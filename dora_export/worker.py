@@ -28,7 +28,7 @@ from dora_export.formula import (
 )
 from dora_export.pieces import ColumnSquares, Copy, Merge, Region, regions
 from dora_export.plan import Precision, Settings, Step
-from dora_export.refine import doubtful, product, recompute
+from dora_export.refine import product, recompute_cancelled
 from dora_export.tensors import BF16, F64, FileRange, Operand
 from dora_export.update import Change, Product
 
@@ -103,13 +103,17 @@ class Worker:
         self._make, self._settings, self._sink = make, settings, sink
         self._block_bytes = block_bytes
         self._lanes: dict[Precision, _Lane] = {}
+        self._laned: Step | None = None  # the step whose lane is ...
+        self._lane_now: _Lane
         self._stored = self._written = self._sizes = self._spare = np.empty(0, np.uint8)
 
     def _lane(self, step: Step) -> _Lane:
-        precision = working_precision(step, self._settings)
-        if precision not in self._lanes:
-            self._lanes[precision] = _Lane(self._make(precision))
-        return self._lanes[precision]
+        if step is not self._laned:
+            precision = working_precision(step, self._settings)
+            if precision not in self._lanes:
+                self._lanes[precision] = _Lane(self._make(precision))
+            self._laned, self._lane_now = step, self._lanes[precision]
+        return self._lane_now
 
     def copy(self, piece: Copy) -> None:
         """Take bytes over as they are."""
@@ -125,10 +129,27 @@ class Worker:
         precision = working_precision(step, self._settings)
         ops = self._lane(step).ops
         loaded = [self._load(ops, change, precision) for change in region.changes]
+        loaded = [self._with_whole(ops, step, region, change) for change in loaded]
         if precision == "float32" and _for_kernel(step, region, ops):
-            right = loaded[0].factors[1] if loaded[0].factors else _no_rank(region.columns)
-            loaded[0] = replace(loaded[0], panels=fused.packed(right))
+            kernel = fused.Factors.of(loaded[0].product, region.rows, region.columns)
+            loaded[0] = replace(loaded[0], kernel=kernel)
         return loaded
+
+    def _with_whole(
+        self, ops: Arithmetic, step: Step, region: Region, loaded: LoadedChange
+    ) -> LoadedChange:
+        """Return the change with what its function makes of the whole matrix, if it has one."""
+        function = loaded.change.function
+        if function is None:
+            return loaded
+        stop = region.start + region.rows * region.columns
+        raw = step.source.raw(region.start, stop)
+        W = cast.widened(raw, step.source.dtype, np.float64)
+        try:
+            values = function.value(W.reshape(region.rows, region.columns), step.source.dtype)
+        except ArithmeticRefusal as refusal:
+            raise ArithmeticRefusal(f"{shown(step.name)}: {refusal}") from refusal
+        return replace(loaded, whole=ops.put(np.ascontiguousarray(values)))
 
     def _load(self, ops: Arithmetic, change: Change, precision: Precision) -> LoadedChange:
         wide = np.float64 if precision == "float64" else np.float32
@@ -194,7 +215,7 @@ class Worker:
         self._lane(piece.step)  # its library gives the buffers
         out = self._buffer("_written", piece.nbytes).view(piece.step.dtype.raw)
         out = out.reshape(piece.last_row - piece.first_row, piece.region.columns)
-        compiled = bool(changes) and changes[0].panels is not None
+        compiled = bool(changes) and changes[0].kernel is not None
         for block in self._blocks(piece.step, piece.region, piece.first_row, piece.last_row):
             written = out[block.first_row - piece.first_row :][: block.raw.shape[0]]
             if compiled:
@@ -219,25 +240,30 @@ class Worker:
         if len(changes) == 1 and changes[0].product is not None:
             factors = [ops.host(f) for f in row_factors if f is not None]
             row_factor = np.concatenate(factors) if factors else None
-            self._refine(piece, block, changes[0], written, row_factor, sizes)
+            recompute_cancelled(
+                written,
+                block.raw,
+                piece.step.source.dtype,
+                changes[0].product,
+                block.first_row,
+                row_factor,
+                changes[0].column_factor_host,
+                sizes,
+                self._buffer("_spare", written.size),
+            )
 
     def _merge_compiled(
         self, piece: Merge, block: _Block, loaded: LoadedChange, written: NDArray[Any]
     ) -> None:
         """Merge a block of bfloat16 rows with the compiled kernel."""
-        merged = _compiled(block, loaded, written)
+        merged = _compiled(block, loaded, written)  # cancelled elements and all
         if merged.undefined.size and self._settings.zero_norm == "refuse":
             raise _undefined(piece.step, "rows", self._zero_rows(piece, [loaded]))
         if merged.nonfinite:
             self._refuse_nonfinite(piece.step, piece.region, block, written)
-        if merged.doubtful is None or merged.doubtful.size:
-            sizes = self._buffer("_sizes", written.nbytes).view(np.uint16).reshape(written.shape)
-            if merged.doubtful is None:
-                cast.magnitudes(written, piece.step.dtype, sizes)
-            row_factor = merged.row_factor
-            self._refine(piece, block, loaded, written, row_factor, sizes, merged.doubtful)
         if self._settings.zero_norm == "keep-base":
-            written[merged.undefined] = block.raw[merged.undefined]
+            kept = merged.undefined - block.first_row
+            written[kept] = block.raw[kept]
             if loaded.undefined_columns is not None:
                 columns = loaded.undefined_columns
                 written[:, columns] = block.raw[:, columns]
@@ -251,23 +277,6 @@ class Worker:
         except UndefinedRows:
             rows = self._zero_rows(piece, changes)
             raise _undefined(piece.step, "rows", rows) from None
-
-    def _refine(
-        self,
-        piece: Merge,
-        block: _Block,
-        loaded: LoadedChange,
-        written: NDArray[Any],
-        row_factor: NDArray[np.float64] | None,
-        sizes: NDArray[Any],
-        found: NDArray[np.integer[Any]] | None = None,
-    ) -> None:
-        """Compute the cancelled elements of a block again, in float64; find them if need be."""
-        assert loaded.product is not None, "Bug: nothing was added"
-        about = (loaded.product, block.first_row, row_factor, loaded.column_factor_host)
-        if found is None:
-            found = doubtful(sizes, *about, self._buffer("_spare", written.size))
-        recompute(written, block.raw, piece.step.source.dtype, *about, found)
 
     def _tiles(self, step: Step, region: Region, first: int, last: int) -> Iterator[Tile]:
         """Read rows [first, last) and yield them tile by tile, widened."""
@@ -302,10 +311,10 @@ class Worker:
     def _zero_rows(self, piece: Merge, changes: list[LoadedChange]) -> NDArray[np.intp]:
         """Return all rows of the region whose norm is zero although their magnitude is not."""
         found, ops = [], self._lane(piece.step).ops
-        if changes[0].panels is not None:
+        if changes[0].kernel is not None:
             for block in self._blocks(piece.step, piece.region, 0, piece.region.rows):
                 merged = _compiled(block, changes[0], np.empty_like(block.raw))
-                found.append(merged.undefined + block.first_row)
+                found.append(merged.undefined)
             return np.concatenate(found)
         for tile in self._tiles(piece.step, piece.region, 0, piece.region.rows):
             for loaded in changes:
@@ -314,7 +323,9 @@ class Worker:
                 if loaded.change.over == "row":
                     assert loaded.magnitude is not None, "Bug: a norm without a magnitude"
                     squares = ops.row_squares(tile.values if own is None else own)
-                    _, undefined = factor(ops.xp, loaded.magnitude[tile.rows], squares, 0.0)
+                    _, undefined = factor(
+                        ops.xp, loaded.magnitude[tile.rows], squares, loaded.change.eps
+                    )
                     found.append(np.flatnonzero(ops.host(undefined)) + tile.first_row)
         return np.unique(np.concatenate(found))
 
@@ -363,20 +374,17 @@ def _column_values(
 
 def _compiled(block: _Block, loaded: LoadedChange, written: NDArray[Any]) -> fused.Merged:
     """Run the compiled kernel on a block."""
-    assert loaded.panels is not None, "Bug: not loaded for the kernel"
-    change, exact, count = loaded.change, loaded.product, block.raw.shape[0]
-    rows = slice(block.first_row, block.first_row + count)
-    by_row = change.over == "row" and loaded.magnitude is not None
+    assert loaded.kernel is not None, "Bug: not loaded for the kernel"
+    change, by_row = loaded.change, loaded.change.over == "row"
     return fused.merge(
         block.raw,
         written,
-        loaded.factors[0][rows] if loaded.factors else np.empty((count, 0), np.float32),
-        loaded.panels,
+        loaded.kernel,
+        block.first_row,
         mode="none" if not by_row else "given" if change.magnitude_is_factor else "norm",
-        magnitude=loaded.magnitude[rows] if loaded.magnitude is not None and by_row else None,
+        magnitude=loaded.magnitude if by_row else None,
         eps=change.eps,
         column_factor=loaded.column_factor_host,
-        error=exact.error[rows] if exact is not None else None,
     )
 
 
@@ -407,10 +415,6 @@ def _precision_of(operand: Operand, at_least: Any) -> Any:
     """Return what holds an operand exactly, or as well as float64 can."""
     wide = operand.combine is not None or any(ref.dtype is F64 for ref in operand.refs)
     return np.float64 if wide else at_least
-
-
-def _no_rank(columns: int) -> NDArray[np.float32]:
-    return np.empty((0, columns), np.float32)
 
 
 def _is_power_of_two(value: float) -> bool:

@@ -451,7 +451,7 @@ def test_source_of_a_copy_that_ends_early_is_refused_and_no_endless_loop(tmp_pat
     monkeypatch.setattr(os, "copy_file_range", lambda *_: 0)
     with (
         pytest.raises(InputError, match=r"source: ends at byte 100, expected 200"),
-        FileSink([tmp_path / "file"], [200]) as sink,
+        FileSink(tmp_path, ["file"], [200]) as sink,
     ):
         sink.copy(0, 0, FileRange(tmp_path / "source", 0, 200))
 

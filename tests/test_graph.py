@@ -1,6 +1,7 @@
 """The ONNX tier: graphs of right merges pass, however they are called; wrong ones do not."""
 
 import json
+import shutil
 import warnings
 
 import numpy as np
@@ -199,11 +200,45 @@ def test_a_graph_of_an_encoder_passes_and_wrong_ones_do_not(encoder, tmp_path):
         [8, 16], [2, 16], [1, 8]]  # fmt: skip
     logits = result.figures["outputs"]["logits"]
     assert logits["excess"] < 1 < logits["effect"]["rms"] / logits["noise"]["rms"] / 1000
+    assert all(abs(m["share"]) < 0.01 for m in result.figures["mistakes"].values())
     base = with_weights(graph, tmp_path / "base.onnx", out, pair.base)
-    assert codes(check(pair, base)[1]) == ["graph-differs"]
+    findings = check(pair, base)[1]
+    assert codes(findings) == ["graph-differs", "graph-mistaken", "graph-stale"]
+    assert sum(f.code == "graph-stale" for f in findings) == len(changed_names(pair))
     lora = as_plain_lora(pair, out, tmp_path / "lora")
     lora = with_weights(graph, tmp_path / "lora.onnx", out, lora)
-    assert codes(check(pair, lora)[1]) == ["graph-differs"]
+    findings = check(pair, lora)[1]
+    assert codes(findings) == ["graph-differs", "graph-mistaken"]
+    assert ["magnitudes dropped" in f.what for f in findings if f.code == "graph-mistaken"] == [
+        True
+    ]
+
+
+def changed_names(pair):
+    return [step.name for step in pair.plan().steps if step.changes]
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_a_graph_with_another_scaling_is_told_from_a_right_one(encoder, factor, tmp_path):
+    """With a tolerance so wide that the difference itself is allowed."""
+    pair, out, graph = encoder
+    wrong = rescaled(pair, tmp_path, factor)
+    graph = with_weights(graph, tmp_path / "wrong.onnx", out, wrong)
+    result, findings = check(pair, graph, budget=10.0)
+    assert "graph-mistaken" in codes(findings)
+    word = "half" if factor < 1 else "twice"
+    assert f"{word} the scaling" in next(f.what for f in findings if f.code == "graph-mistaken")
+    assert result.figures["mistakes"][f"{word} the scaling"]["share"] > 0.99
+
+
+def rescaled(pair, folder, factor):
+    """The merge of the same adapter with another alpha."""
+    shutil.copytree(pair.adapter, folder / "adapter")
+    config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    config["lora_alpha"] *= factor
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    dora_export.merge(pair.base, folder / "adapter", folder / "rescaled")
+    return folder / "rescaled"
 
 
 def test_verify_takes_a_graph_in_the_place_of_a_folder(encoder):
@@ -218,6 +253,10 @@ def test_a_graph_of_a_decoder_passes_whole_and_token_by_token(decoder, tmp_path)
     assert findings == ()
     calls = {c["name"]: c["calls"] for c in result.figures["calls"]}
     assert calls["tokens, step by step"] == calls["padded tokens, step by step"] == 5
+    assert calls["padded tokens, on the left"] == 1
+    assert (
+        result.figures["text"]["equal"] == result.figures["text"]["tokens"] == calls["greedy text"]
+    )
     assert set(result.figures["outputs"]) == {"logits", *(f"present.{p}" for p in PARTS)}
     lora = as_plain_lora(pair, out, tmp_path / "lora")
     lora = with_weights(graph, tmp_path / "lora.onnx", out, lora)
@@ -302,9 +341,11 @@ def test_a_budget_is_needed_where_nothing_can_be_measured_and_may_not_hide_the_a
     assert "give a budget" in findings[0].what
     assert check(pair, out / "model.onnx", runner=runner, budget=1e-4)[1] == ()
     base = TorchRunner(pair.base, transformers.LlamaForCausalLM)
-    assert codes(check(pair, out / "m.onnx", runner=base, budget=1e-4)[1]) == ["graph-differs"]
+    findings = check(pair, out / "m.onnx", runner=base, budget=1e-4)[1]
+    assert codes(findings) == ["graph-differs", "graph-mistaken"]
     _, findings = check(pair, out / "model.onnx", runner=base, budget=5.0)
-    assert [(f.code, f.severity) for f in findings] == [("graph-blind", "unchecked")]
+    assert [(f.code, f.severity) for f in findings] == [
+        ("graph-mistaken", "wrong"), ("graph-blind", "unchecked")]  # fmt: skip
 
 
 def test_fixed_shapes_are_asked_only_what_they_take(llama):

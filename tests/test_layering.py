@@ -9,14 +9,17 @@ import dora_export
 
 PACKAGE = Path(dora_export.__file__).parent
 FLOORS = (
-    "_version errors limits words",
+    "_version errors limits words unet_names flux_names",
     "machine",
     "tensors inputs flat_names conventions expert_names",
-    "cast update fused",
-    "storage arithmetic refine",
+    "cast update",
+    "storage refine residual",
+    "fused",
+    "arithmetic",
     "arithmetic_torch formula checkpoints",
     "adapters",
     "naming several tying layouts experts row_orders replication report",
+    "diffusion_names",
     "plan serving",
     "pieces",
     "worker verification",

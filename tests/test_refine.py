@@ -7,13 +7,6 @@ from dora_export import cast, refine
 from dora_export.tensors import BF16, F16
 
 
-def recompute_cancelled(out, stored, dtype, product, row, column, sizes):
-    scratch = np.empty(out.size, np.uint8)
-    found = refine.doubtful(sizes, product, 0, row, column, scratch)
-    refine.recompute(out, stored, dtype, product, 0, row, column, found)
-    return found.size
-
-
 def low_rank(rng, rows, columns, rank, spread):
     scale = np.exp(spread * rng.standard_normal((rows, 1)))
     left = (rng.standard_normal((rows, rank)) * scale).astype(np.float32)
@@ -44,9 +37,11 @@ def test_every_element_with_an_error_above_half_an_ulp_is_computed_again(stored_
     cast.narrow(target.copy(), stored_dtype, stored, np.empty_like(target))
     exact = cast.widened(stored, stored_dtype, np.float64) + left.astype(np.float64) @ right
     wrong = np.zeros_like(stored)  # as if float32 had given nothing at all
+    sizes, scratch = np.zeros_like(stored), np.empty(stored.size, np.uint8)
     product = refine.product(left, right)
-    sizes = np.zeros_like(stored)
-    count = recompute_cancelled(wrong, stored, stored_dtype, product, None, None, sizes)
+    count = refine.recompute_cancelled(
+        wrong, stored, stored_dtype, product, 0, None, None, sizes, scratch
+    )
     assert count == stored.size  # zeros are below any bound: all were computed again
     got = cast.widened(wrong, BF16, np.float64)
     _, exponent = np.frexp(exact)
@@ -57,7 +52,9 @@ def test_every_element_with_an_error_above_half_an_ulp_is_computed_again(stored_
 def test_rows_without_a_product_are_left_alone():
     out = np.zeros((2, 4), np.uint16)
     product = refine.product(np.zeros((2, 1), np.float32), np.ones((1, 4), np.float32))
-    count = recompute_cancelled(out, out, BF16, product, None, None, out.copy())
+    count = refine.recompute_cancelled(
+        out, out, BF16, product, 0, None, None, out.copy(), np.empty(8, np.uint8)
+    )
     assert count == 0
 
 
@@ -69,8 +66,10 @@ def test_factors_move_the_limit_and_the_result():
     columns = rng.uniform(0.5, 2.0, 64)
     for row, column in ((factors, None), (None, columns)):
         out = np.zeros_like(stored)
-        product = refine.product(left, right)
-        recompute_cancelled(out, stored, BF16, product, row, column, np.zeros_like(out))
+        refine.recompute_cancelled(
+            out, stored, BF16, refine.product(left, right), 0, row, column,
+            np.zeros_like(out), np.empty(out.size, np.uint8),
+        )  # fmt: skip
         exact = left.astype(np.float64) @ right
         exact = exact * row[:, None] if row is not None else exact * column
         np.testing.assert_allclose(cast.widened(out, BF16, np.float64), exact, rtol=2.0**-8)

@@ -184,7 +184,7 @@ def test_full_disk_shows_when_space_is_reserved_and_leaks_no_descriptor(tmp_path
     before = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else None
     with (
         pytest.raises(OutputError, match="free some space"),
-        FileSink([tmp_path / "f"], [8]) as sink,
+        FileSink(tmp_path, ["f"], [8]) as sink,
     ):
         sink.write(0, 0, np.zeros(8, np.uint8))
     if before is not None:
@@ -219,14 +219,14 @@ def test_limit_on_file_sizes_is_one_clear_refusal(at, limit):
 def test_unreadable_source_is_blamed_on_the_source(tmp_path):
     with (
         pytest.raises(InputError, match="gone: cannot be read"),
-        FileSink([tmp_path / "f"], [8]) as sink,
+        FileSink(tmp_path, ["f"], [8]) as sink,
     ):
         sink.copy(0, 0, FileRange(tmp_path / "gone", 0, 8))
 
 
 def test_source_that_shrinks_while_it_is_copied_is_refused(tmp_path):
     (tmp_path / "source").write_bytes(bytes(5))
-    with pytest.raises(InputError, match="truncated"), FileSink([tmp_path / "f"], [8]) as sink:
+    with pytest.raises(InputError, match="truncated"), FileSink(tmp_path, ["f"], [8]) as sink:
         sink.copy(0, 0, FileRange(tmp_path / "source", 0, 8))
 
 

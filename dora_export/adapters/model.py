@@ -22,6 +22,8 @@ class ReadOptions:
     allow_pickle: bool = False
     torchtune_dora_fix: bool | None = None
     magnitude_is_normalised: bool | None = None
+    base_is_residual: bool = False
+    recompute_init: bool = False
     moe_b_layout: Literal["peft", "unsloth"] | None = None
     moe_transposed: bool | None = None
     trained_in: str | None = None
@@ -40,6 +42,9 @@ class Reading(TypedDict, total=False):
             of q and k in another order than the base's; None: where that shows, else ask.
         magnitude_is_normalised: Whether the magnitudes of this PEFT or NVlabs adapter were divided
             by the norms already, as TensorRT-LLM wants them; None: refuse what looks like it.
+        base_is_residual: The base is the residual model that this PEFT adapter was trained on,
+            where its initialisation changed the base (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ).
+        recompute_init: The base is the original one; compute from it what PiSSA or OLoRA left.
         moe_b_layout: In what order B holds the columns of stacked experts: all experts' of the
             first rank, then of the next ("peft"), or all ranks of the first expert, then of the
             next ("unsloth"); None: as the files tell, else refuse.
@@ -56,6 +61,8 @@ class Reading(TypedDict, total=False):
     allow_pickle: bool
     torchtune_dora_fix: bool | None
     magnitude_is_normalised: bool | None
+    base_is_residual: bool
+    recompute_init: bool
     moe_b_layout: Literal["peft", "unsloth"] | None
     moe_transposed: bool | None
     trained_in: str | None
@@ -88,6 +95,7 @@ class Adapter:
             saying so, and the user has not said.
         naming: How updates name their targets: by module paths, or flattened (``flat_names``).
         doubts: What the files leave open and the reader had to take on trust.
+        residual_init: Initialisation whose residual the user says the base is, or None.
         layer_replication: Ranges ``[start, stop)`` of the base's layers that the trained model
             stacks, one after another; updates name layers by their place there. Empty: as they are.
         facts: What ``inspect`` shows: settings in the format's own words.
@@ -111,5 +119,6 @@ class Adapter:
     doubtful_magnitudes: bool = False
     naming: Literal["paths", "flat"] = "paths"
     doubts: tuple[str, ...] = ()
+    residual_init: str | None = None
     layer_replication: tuple[tuple[int, int], ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)

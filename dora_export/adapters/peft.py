@@ -17,9 +17,10 @@ from dora_export.adapters import peft_config, peft_parameters, torchtune
 from dora_export.adapters.config_files import CONFIG, config_of
 from dora_export.adapters.model import Adapter, ReadOptions
 from dora_export.adapters.peft_config import PeftConfig
-from dora_export.adapters.peft_factors import factors
+from dora_export.adapters.peft_factors import Factors, factors
 from dora_export.checkpoints.folder import read_json
 from dora_export.errors import AdapterError, InputError, listing, shown
+from dora_export.residual import INITS, Residual
 from dora_export.storage import read_tensors
 from dora_export.storage.paths import contained
 from dora_export.tensors import Operand, TensorRef
@@ -90,7 +91,7 @@ def read(path: Path, options: ReadOptions) -> Adapter:
         raise InputError(f"{path}: no {CONFIG}. Check that this is the adapter's folder.")
     _refuse_options(config_path, options)
     raw = read_json(config_path)
-    config = peft_config.parse(config_path, raw)
+    config = peft_config.parse(config_path, raw, options)
     weights = _weights(config_path.parent, options)
     tensors = read_tensors(weights, allow_pickle=options.allow_pickle)
     sorted_ = _sort(tensors, config)
@@ -130,6 +131,7 @@ def read(path: Path, options: ReadOptions) -> Adapter:
         saved_embeddings=_saved_embeddings(sorted_, config),
         whole_families=_means_all_layers(raw) and not pruned,
         layer_replication=config.layer_replication,
+        residual_init=None if config.recomputed else config.changed_base,
         doubtful_magnitudes=config.dora and options.magnitude_is_normalised is None,
         doubts=_doubts(config),
         square_io=config.fan_in_fan_out,
@@ -304,6 +306,8 @@ def _product_updates(
     if isinstance(found, str):
         problems.append(found)
         return
+    if config.recomputed and pair[0] == "A":  # PEFT begins embeddings as plain LoRA's
+        yield _residual(module, found, config)
     m = parts.get("m")
     kind: Kind = "lora" if m is None else "dora"
     keys = [*found.keys] + ([m.name] if m else [])
@@ -332,6 +336,14 @@ def _product_updates(
             scaling=config.scaling(module),
             value=bias,
         )
+
+
+def _residual(module: str, found: Factors, config: PeftConfig) -> Update:
+    """Return the change that makes the base what the adapter was trained on."""
+    init = next((i for i in INITS if i == config.changed_base), None)
+    assert init is not None, "Bug: no other one can be recomputed"
+    function = Residual(init, found.down.shape[0], found.scaling)
+    return Update(f"{module}.weight", "function", (), function=function)
 
 
 def _token_rows(
@@ -402,6 +414,9 @@ def _facts(config: PeftConfig, updates: list[Update], order: RowOrder | None) ->
             "torchtune-peft?": "not said; the config is as bare as torchtune's export",
         }[order],
     }
+    if config.changed_base is not None:
+        how = "computed from the base" if config.recomputed else "the base is its residual"
+        facts["begun with"] = f"{config.changed_base}; {how}"
     if config.dora:
         facts["axis"] = "out, by the format: PEFT takes the norm over dim 1"
     return facts

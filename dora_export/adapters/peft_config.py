@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dora_export.adapters import peft_variants
+from dora_export.adapters import peft_init, peft_variants
+from dora_export.adapters.model import ReadOptions
 from dora_export.adapters.patterns import first_matches
 from dora_export.adapters.peft_variants import Blocks
 from dora_export.errors import AdapterError, listing, shown
@@ -44,14 +45,7 @@ REFUSED = {
     "nvfp4_merge_aware": "the adapter belongs to a base quantised to NVFP4",
     "use_adalora": "not a setting of PEFT's; its AdaLoRA says peft_type ADALORA",
 }
-HARMLESS_INITS = ("gaussian", "eva", "orthogonal", "mica")
-BASE_CHANGING_INITS = {
-    "pissa": "W - s B0 A0 of its SVD",
-    "olora": "W - s B0 A0 of its QR decomposition",
-    "corda": "W less a data-dependent product",
-    "lora_ga": "W less a gradient-dependent product",
-    "loftq": "the quantised and dequantised W",
-}
+READ_AS_IT_IS = ReadOptions()
 # Source: src/peft/utils/peft_types.py (PeftType).
 OTHER_METHODS = frozenset(
     """LOHA LOKR GRALORA HIRA MISS BONE OFT BOFT HRA ROAD IA3 C3A SUPERTUNING DEFT GLORA
@@ -88,6 +82,8 @@ class PeftConfig:
         block_diagonal: BD-LoRA's blocks, or None.
         group_size: QA-LoRA: inputs that A sees the mean of; None: another method.
         layer_replication: Ranges ``[start, stop)`` of the base's layers that make up the model's.
+        changed_base: Initialisation that changed the base before training, or None.
+        recomputed: What it left of the base is computed, instead of given as the base.
         ranks: Module path -> rank, once ``for_modules`` has held the patterns against the modules.
         alphas: Module path -> alpha, likewise.
     """
@@ -112,6 +108,8 @@ class PeftConfig:
     block_diagonal: Blocks | None = None
     group_size: int | None = None
     layer_replication: tuple[tuple[int, int], ...] = ()
+    changed_base: str | None = None
+    recomputed: bool = False
     ranks: Mapping[str, int] | None = None
     alphas: Mapping[str, float] | None = None
 
@@ -183,12 +181,13 @@ class PeftConfig:
         return self.module_alpha(module) / (math.sqrt(rank) if self.rslora else rank)
 
 
-def parse(path: Path, raw: Mapping[str, Any]) -> PeftConfig:
+def parse(path: Path, raw: Mapping[str, Any], options: ReadOptions = READ_AS_IT_IS) -> PeftConfig:
     """Check an adapter_config.json and return what matters of it.
 
     Args:
         path: The file, for messages.
         raw: Its content.
+        options: What the user says of the base, where the initialisation changed it.
 
     Raises:
         AdapterError: Another method than LoRA, a field that changes the weights in a way this tool
@@ -199,7 +198,13 @@ def parse(path: Path, raw: Mapping[str, Any]) -> PeftConfig:
         masks, started_with = raw.get("rank_pattern") or {}, raw.get("init_r", 12)
         raw = {k: v for k, v in raw.items() if k not in {"init_r", *ADALORA_TRAINING}}
         raw |= {"r": started_with, "rank_pattern": None, "alpha_pattern": None}
-    problems = [*_refusals(raw), *_type_problems(raw), *peft_variants.problems(raw)]
+        raw |= {"init_lora_weights": bool(raw.get("init_lora_weights", True))}
+    problems = [
+        *_refusals(raw),
+        *peft_init.problems(raw, options),
+        *_type_problems(raw),
+        *peft_variants.problems(raw),
+    ]
     problems += peft_variants.mask_problems(masks) if adalora else []
     if problems:
         raise AdapterError(f"{path}: cannot be merged:{listing(problems)}")
@@ -224,6 +229,8 @@ def parse(path: Path, raw: Mapping[str, Any]) -> PeftConfig:
         block_diagonal=peft_variants.blocks(raw),
         group_size=raw.get("qalora_group_size", 16) if raw.get("use_qalora") else None,
         layer_replication=peft_variants.ranges(raw),
+        changed_base=peft_init.changed(raw),
+        recomputed=options.recompute_init,
     )
 
 
@@ -252,18 +259,6 @@ def _refusals(raw: Mapping[str, Any]) -> list[str]:
         for field, value in raw.items()
         if value and field not in NO_EFFECT | APPLIED | REFUSED.keys()
     ]
-    init = raw.get("init_lora_weights", True)
-    base_changed = [n for n in BASE_CHANGING_INITS if isinstance(init, str) and init.startswith(n)]
-    if base_changed:
-        problems.append(
-            f"init_lora_weights {shown(init)}: trained on {BASE_CHANGING_INITS[base_changed[0]]}, "
-            "not on the original base. Convert it with PEFT's "
-            "save_pretrained(path_initial_model_for_weight_conversion=...)"
-        )
-    elif not isinstance(init, bool) and init not in HARMLESS_INITS and init is not None:
-        problems.append(f"init_lora_weights {shown(init)}: unknown, it may have changed the base")
-    if raw.get("loftq_config") and init != "loftq":
-        problems.append("loftq_config: set, though init_lora_weights is not loftq")
     together = [f for f in ("use_dora", "use_bdlora", "use_qalora") if raw.get(f)]
     if len(together) > 1:
         problems.append(f"{' with '.join(together)}: PEFT does not define it")

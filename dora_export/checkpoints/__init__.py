@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dora_export.checkpoints.folder import open_checkpoint
 from dora_export.checkpoints.hub import locate
 from dora_export.checkpoints.model import Checkpoint, WeightFile
+from dora_export.checkpoints.opening import open_checkpoint
 
 __all__ = ["Checkpoint", "WeightFile", "locate", "open_checkpoint"]

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from dora_export.checkpoints.model import Checkpoint, WeightFile
+from dora_export.checkpoints.model import Checkpoint, Index, WeightFile
 from dora_export.errors import InputError, listing, shown
 from dora_export.storage import PICKLED, read_tensors
 from dora_export.storage.json_file import read_index
@@ -19,12 +19,14 @@ from dora_export.storage.json_file import read_json as read_json
 from dora_export.storage.paths import contained, inside
 from dora_export.storage.safetensors import read_header
 
+# Names that libraries give a model's weights: transformers (new, old) and diffusers.
+STEMS = ("model", "pytorch_model", "diffusion_pytorch_model")
 # Weights that lie beside the model's own in published folders, under names of their own.
 NOT_THE_MODEL = ("adapter_model.safetensors", "consolidated.safetensors", "training_args.bin")
 
 
-def open_checkpoint(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
-    """Open a model folder or a single weight file; reads headers, configs and indexes only.
+def open_model(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
+    """Open the folder of one model, or a single weight file.
 
     Args:
         path: Folder, ``.safetensors``, ``.bin``, ``.pt`` or ``.pth`` file.
@@ -34,7 +36,7 @@ def open_checkpoint(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
         InputError: There are no weights, or more than one candidate, or they are malformed.
     """
     if not path.is_dir():
-        return _close(Checkpoint(path, (_weight_file(path, allow_pickle),)))
+        return closed(Checkpoint(path, (weight_file(path, allow_pickle),)))
     config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
     folder = Checkpoint(path, (), folder=path, config=config)
     # Not glob(), which takes a folder that cannot be listed for an empty one.
@@ -42,12 +44,14 @@ def open_checkpoint(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
     for stem in ("safetensors", "bin"):
         indexes = [p for p in listed if p.name.endswith(f".{stem}.index.json")]
         if indexes:
-            return _close(_sharded(folder, _only(path, indexes, "index"), allow_pickle))
+            index = _only(path, indexes, "index")
+            shards, described = sharded(index, allow_pickle)
+            return closed(replace(folder, files=shards, indexes=(described,)))
         files = [p for p in listed if p.suffix == f".{stem}" and _is_model(p)]
-        whole = [p for p in files if p.stem in ("model", "pytorch_model")]
+        whole = [p for p in files if p.stem in STEMS]
         if files:
             file = contained(_only(path, whole or files, "weight file"), path)
-            return _close(replace(folder, files=(_weight_file(file, allow_pickle),)))
+            return closed(replace(folder, files=(weight_file(file, allow_pickle),)))
     raise InputError(
         f"{path}: no weights found (model.safetensors, *.safetensors.index.json, "
         "pytorch_model.bin). Check that this is the folder of the base model."
@@ -60,7 +64,7 @@ def _is_model(path: Path) -> bool:
 
 def _only(folder: Path, found: list[Path], what: str) -> Path:
     if len(found) > 1:
-        preferred = [p for p in found if p.name.split(".")[0] in ("model", "pytorch_model")]
+        preferred = [p for p in found if p.name.split(".")[0] in STEMS]
         if len(preferred) != 1:
             raise InputError(
                 f"{folder}: more than one {what}: {', '.join(p.name for p in found)}. "
@@ -70,7 +74,12 @@ def _only(folder: Path, found: list[Path], what: str) -> Path:
     return found[0]
 
 
-def _weight_file(path: Path, allow_pickle: bool, name: str | None = None) -> WeightFile:
+def weight_file(path: Path, allow_pickle: bool, name: str | None = None) -> WeightFile:
+    """Return a weight file with its tensors, under their names in the file.
+
+    Raises:
+        InputError: It is missing, malformed, or pickled without ``allow_pickle``.
+    """
     name = name or path.name
     if path.suffix == ".safetensors":
         header = read_header(path)
@@ -82,26 +91,31 @@ def _weight_file(path: Path, allow_pickle: bool, name: str | None = None) -> Wei
 
 def _safetensors_name(name: str) -> str:
     stem = PurePosixPath(name).stem
-    return stem.replace("pytorch_model", "model") + ".safetensors"
+    if stem.startswith("pytorch_model"):  # diffusers keeps "diffusion_pytorch_model"
+        stem = stem.removeprefix("pytorch_")
+    return f"{stem}.safetensors"
 
 
-def _sharded(folder: Checkpoint, index: Path, allow_pickle: bool) -> Checkpoint:
+def sharded(index: Path, allow_pickle: bool) -> tuple[tuple[WeightFile, ...], Index]:
+    """Return the shards that an index names, and what the index is in the output.
+
+    Raises:
+        InputError: The index is malformed, names files outside its folder, or does not fit them.
+    """
     content = read_index(index)
     weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise InputError(f"{index}: no weight_map of names to files. Download it again.")
     names = sorted(set(weight_map.values()))
     _check_shards(index, names)
-    files = tuple(_weight_file(index.parent / n, allow_pickle, n) for n in names)
+    files = tuple(weight_file(index.parent / n, allow_pickle, n) for n in names)
     _check_weight_map(index, weight_map, names, files)
     metadata = content.get("metadata")
-    pickled = index.name.endswith(".bin.index.json")
-    return replace(
-        folder,
-        files=files,
-        index_name="model.safetensors.index.json" if pickled else index.name,
-        index_metadata=metadata if isinstance(metadata, dict) else {},
-    )
+    name = index.name
+    if ".bin.index" in name:
+        whole, _, ending = name.partition(".bin")
+        name = _safetensors_name(f"{whole}.bin") + ending
+    return files, Index(name, metadata if isinstance(metadata, dict) else {})
 
 
 def _check_shards(index: Path, names: list[str]) -> None:
@@ -139,7 +153,7 @@ def _check_weight_map(
         raise InputError(f"{index}: does not fit its shards:{listing(wrong)}\nDownload it again.")
 
 
-def _close(checkpoint: Checkpoint) -> Checkpoint:
+def closed(checkpoint: Checkpoint) -> Checkpoint:
     """Check what holds for all checkpoints: there are tensors, and no name occurs twice."""
     seen: dict[str, str] = {}
     twice = []

@@ -14,7 +14,8 @@ from dora_export.machine import advice
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 # A cached snapshot without any of these was left by something that wanted the config only.
 WEIGHTS = ("model.safetensors.index.json", "model.safetensors", "adapter_model.safetensors",
-           "pytorch_model.bin.index.json", "pytorch_model.bin", "adapter_model.bin")  # fmt: skip
+           "pytorch_model.bin.index.json", "pytorch_model.bin", "adapter_model.bin",
+           "model_index.json", "pytorch_lora_weights.safetensors")  # fmt: skip
 NOT_NEEDED = ["*.gguf", "*.onnx", "*.h5", "*.msgpack", "original/*"]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,24 @@ from typing import Any
 from dora_export.tensors import TensorRef
 
 
+def prefix_of(file: str) -> str:
+    """Return what tensors of a weight file have before the names that stand in the file itself.
+
+    A file in a component's folder (``unet/diffusion_pytorch_model.safetensors``) names its tensors
+    as the component does; within a checkpoint of several components they are ``unet. ...``.
+    """
+    folder = file.rpartition("/")[0]
+    return f"{folder}." if folder else ""
+
+
 @dataclass(frozen=True)
 class WeightFile:
     """One file of weights.
 
     Attributes:
-        name: File name of its safetensors twin in the output.
-        tensors: In the order of their bytes.
+        name: Path of its safetensors twin within the output: a file name, or for a component of a
+            pipeline ``folder/name``.
+        tensors: In the order of their bytes, under their names in the checkpoint.
         metadata: safetensors ``__metadata__``.
         data_start: Offset of the first data byte, 0 if unknown.
         path: Where the tensors lie; None for a file that is only planned.
@@ -36,6 +47,19 @@ class WeightFile:
 
 
 @dataclass(frozen=True)
+class Index:
+    """An index of shards.
+
+    Attributes:
+        name: Its path within the output, like that of the files it names.
+        metadata: The index's own metadata.
+    """
+
+    name: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A base model on disk; no weight has been read.
 
@@ -43,17 +67,20 @@ class Checkpoint:
         path: What the user named.
         files: Weight files in order.
         folder: Folder whose side files (config, tokenizer) belong to the model, or None.
-        index_name: Name of the index file if there are shards by index, else None.
-        index_metadata: The index's own metadata.
+        indexes: One for each model that is stored in shards by index.
         config: Parsed config.json, or an empty mapping.
+        components: For a pipeline of several models: folder -> its parsed config.json. Empty for
+            one model.
+        notes: What was chosen among its files, for people.
     """
 
     path: Path
     files: tuple[WeightFile, ...]
     folder: Path | None = None
-    index_name: str | None = None
-    index_metadata: Mapping[str, Any] = field(default_factory=dict)
+    indexes: tuple[Index, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
+    components: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def model_name(self) -> str:
@@ -80,6 +107,31 @@ class Checkpoint:
     def tensors(self) -> dict[str, TensorRef]:
         """All tensors by name."""
         return {t.name: t for file in self.files for t in file.tensors}
+
+    @property
+    def config_files(self) -> tuple[str, ...]:
+        """Paths, within the folder, of the configs that describe the weights."""
+        return tuple(f"{c}/config.json" for c in self.components) or ("config.json",)
+
+    def config_of(self, tensor: str) -> Mapping[str, Any]:
+        """Return the config of the model that a tensor belongs to."""
+        return self.components.get(tensor.partition(".")[0], self.config)
+
+    def component(self, folder: str) -> Checkpoint:
+        """Return one model of a pipeline, its tensors under their names in the pipeline."""
+        return replace(
+            self,
+            files=tuple(f for f in self.files if prefix_of(f.name) == f"{folder}."),
+            indexes=tuple(i for i in self.indexes if prefix_of(i.name) == f"{folder}."),
+            config=self.components[folder],
+            components={},
+        )
+
+    def relative(self, path: Path) -> str:
+        """Return how a file of the base is called in reports: of a pipeline, with its folder."""
+        if self.components and self.folder is not None and self.folder in path.parents:
+            return path.relative_to(self.folder).as_posix()
+        return path.name
 
     @property
     def sources(self) -> tuple[Path, ...]:

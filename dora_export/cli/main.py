@@ -146,7 +146,9 @@ def merge(
         click.echo(json.dumps(report.to_dict(), indent=2))
         return
     for warning in report.warnings:
-        click.echo(f"{click.style('warning:', fg='yellow', bold=True)} {warning}", err=True)
+        click.echo(
+            f"{click.style('warning:', fg='yellow', bold=True)} {printable(warning)}", err=True
+        )
     click.echo(text.merge_summary(report, output))
 
 

@@ -32,6 +32,16 @@ def adapter_options(command: F) -> F:
             help="Magnitudes were divided by the norms (TensorRT-LLM), or were not.",
         ),
         click.option(
+            "--base-is-residual",
+            is_flag=True,
+            help="BASE is the residual model that a PiSSA, OLoRA, ... adapter was trained on.",
+        ),
+        click.option(
+            "--recompute-init",
+            is_flag=True,
+            help="BASE is the original; compute what PiSSA or OLoRA left of it.",
+        ),
+        click.option(
             "--moe-b-layout",
             type=click.Choice(["peft", "unsloth"]),
             help="Order of B's columns for stacked experts, where the files do not tell.",

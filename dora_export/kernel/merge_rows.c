@@ -1,8 +1,10 @@
 /* The merge of bfloat16 rows, one pass over memory.
  *
  * V = W + left @ right in float32, the product summed first; the row's squares in float32 over 512
- * columns, then in float64; one rounding to bfloat16, to nearest, ties to even. What one row gives
- * depends on that row alone, not on its neighbours or on how many rows one call takes.
+ * columns, then in float64; one rounding to bfloat16, to nearest, ties to even. Elements that come
+ * out so small that float32's error may be half of their last place (W and the product cancel) are
+ * computed again in float64. What one row gives depends on that row alone, not on its neighbours or
+ * on how many rows one call takes.
  *
  * Written with the vector types of GCC and Clang, eight floats at a time. On x86-64 all of this file
  * is compiled for AVX2 and FMA, so the caller asks the processor before it comes here.
@@ -149,14 +151,40 @@ static uint16_t limit_bits(double error) {
   return (uint16_t)((bits >> 16) + 1);
 }
 
-static void inspect(const uint16_t *out, ptrdiff_t first, ptrdiff_t last, ptrdiff_t row_start,
-                    uint16_t limit, const struct rows *rows, struct outcome *outcome) {
+/* Rounds once to nearest, ties to even, by way of a float whose last bit says "inexact". */
+static uint16_t narrow_double(double value) {
+  float single = (float)value;
+  uint32_t bits;
+  memcpy(&bits, &single, sizeof bits);
+  if (isfinite(single) && (double)single != value && (bits & 1) == 0)
+    bits += fabs(value) > fabs((double)single) ? 1 : -1; /* of two neighbours one is odd */
+  return (uint16_t)((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+}
+
+static uint16_t again(const struct rows *rows, ptrdiff_t row, ptrdiff_t j, double factor) {
+  const ptrdiff_t columns = rows->columns, rank = rows->rank;
+  const uint32_t bits = (uint32_t)rows->stored[row * columns + j] << 16;
+  const float *packed = rows->panels + j / PANEL * rank * PANEL + place(j % PANEL);
+  float base;
+  memcpy(&base, &bits, sizeof base);
+  double value = 0;
+  for (ptrdiff_t k = 0; k < rank; k++)
+    value += rows->exact_left[row * rank + k] *
+             (rows->exact_right ? rows->exact_right[k * columns + j] : packed[k * PANEL]);
+  value = (value + base) * factor;
+  if (rows->exact_by_column) value *= rows->exact_by_column[j];
+  return narrow_double(value);
+}
+
+/* Looks at elements of which one at least is not finite or smaller than `limit`. */
+static void inspect(const struct rows *rows, ptrdiff_t row, ptrdiff_t first, ptrdiff_t last,
+                    uint16_t limit, double factor, struct outcome *outcome) {
+  uint16_t *out = rows->out + row * rows->columns;
   for (ptrdiff_t j = first; j < last; j++) {
-    const uint16_t size = out[j] & 0x7FFF;
-    if (size >= 0x7F80) outcome->nonfinite = 1;
-    if (size < limit) {
-      if (outcome->found < rows->capacity) rows->found[outcome->found] = (int32_t)(row_start + j);
-      outcome->found++;
+    if ((out[j] & 0x7FFF) >= 0x7F80) outcome->nonfinite = 1;
+    if ((out[j] & 0x7FFF) < limit) {
+      out[j] = again(rows, row, j, factor);
+      outcome->again++;
     }
   }
 }
@@ -166,7 +194,7 @@ INLINE void finish(const struct rows *rows, ptrdiff_t row, const float *values, 
                    const int by_row, const int by_column, struct outcome *outcome) {
   const ptrdiff_t columns = rows->columns;
   uint16_t *out = rows->out + row * columns;
-  const double error = rows->error ? rows->error[row] : 0;
+  const double error = rows->error[row];
   const uint16_t limit = limit_bits((by_row ? error * fabs(factor) : error) * rows->column_bound);
   const float scale = (float)factor;
   const int16_t limits = (int16_t)limit;
@@ -186,7 +214,7 @@ INLINE void finish(const struct rows *rows, ptrdiff_t row, const float *values, 
     flags |= (sizes < limits) | (sizes >= 0x7F80);
     if (j + PANEL - looked == LOOK || j + PANEL >= columns) {
       if (__builtin_expect(any(flags), 0))
-        inspect(out, looked, j + width, row * columns, limit, rows, outcome);
+        inspect(rows, row, looked, j + width, limit, factor, outcome);
       looked = j + PANEL, flags = (halves){0};
     }
   }
@@ -206,7 +234,6 @@ INLINE void merge_some(const struct rows *rows, ptrdiff_t first, const int count
       factor = norm == 0 ? 0 : rows->magnitude[row] / (norm + rows->eps);
       rows->undefined[row] = norm == 0 && rows->magnitude[row] != 0;
     }
-    if (rows->mode != NO_FACTOR) rows->factor[row] = factor;
     const float *values = scratch + i * stride;
     if (rows->mode == NO_FACTOR && !rows->by_column) finish(rows, row, values, 1, 0, 0, outcome);
     else if (!rows->by_column) finish(rows, row, values, factor, 1, 0, outcome);

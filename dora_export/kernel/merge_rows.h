@@ -21,19 +21,19 @@ struct rows {
   const float *panels;    /* right factor, packed */
   const float *by_column;  /* factor on each column, packed as a right factor of rank 1; or NULL */
   const double *magnitude; /* per row, or NULL */
-  const double *error;     /* most that an element of V is off, per row, or NULL */
-  double *factor;          /* out: what each row was multiplied by; NULL with NO_FACTOR */
+  const double *error;     /* most that an element of V is off in float32, per row */
+  const double *exact_left;  /* (count, rank), as exactly as it is stored, scaling included */
+  const double *exact_right; /* (rank, columns); NULL: panels are exact */
+  const double *exact_by_column; /* as by_column, not packed; or NULL */
   uint8_t *undefined;      /* out: 1 where ||V|| is 0 and magnitude is not; NULL unless BY_NORM */
-  int32_t *found;          /* out: positions of elements that may be off by half an ulp */
-  size_t capacity;         /* of found */
   ptrdiff_t count, columns, rank;
   double eps, column_bound; /* column_bound: largest |by_column|, 1 without */
   enum factor_mode mode;
 };
 
 struct outcome {
-  size_t found;  /* elements that may be off; only the first `capacity` are listed */
-  int nonfinite; /* whether any result is inf or NaN */
+  ptrdiff_t again; /* elements computed again in float64 */
+  int nonfinite;   /* whether any result is inf or NaN */
 };
 
 /* Packs a right factor (rank, columns) for merge_rows: (ceil(columns / PANEL), rank, PANEL) floats. */

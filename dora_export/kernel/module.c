@@ -36,18 +36,21 @@ static PyObject *pack(PyObject *Py_UNUSED(module), PyObject *args) {
 
 PyDoc_STRVAR(merge_doc,
              "merge(mode, columns, rank, eps, column_bound, stored, out, left, panels, by_column,\n"
-             "      magnitude, error, factor, undefined, found) -> (found, nonfinite)\n\n"
+             "      magnitude, error, exact_left, exact_right, exact_by_column, undefined)\n"
+             "-> (again, nonfinite)\n\n"
              "Merge bfloat16 rows; see merge_rows.h. Empty buffers stand for none.");
 
 static PyObject *merge(PyObject *Py_UNUSED(module), PyObject *args) {
-  enum { STORED, OUT, LEFT, PANELS, BY_COLUMN, MAGNITUDE, ERRORS, FACTOR, UNDEFINED, FOUND, BUFFERS };
+  enum { STORED, OUT, LEFT, PANELS, BY_COLUMN, MAGNITUDE, ERRORS, EXACT_LEFT, EXACT_RIGHT,
+         EXACT_BY_COLUMN, UNDEFINED, BUFFERS };
   Py_buffer b[BUFFERS] = {{0}};
   int mode;
   Py_ssize_t columns, rank;
   double eps, bound;
-  if (!PyArg_ParseTuple(args, "inndd" "y*w*y*y*y*y*y*w*w*w*", &mode, &columns, &rank, &eps, &bound,
+  if (!PyArg_ParseTuple(args, "inndd" "y*w*y*y*y*y*y*y*y*y*w*", &mode, &columns, &rank, &eps, &bound,
                         &b[STORED], &b[OUT], &b[LEFT], &b[PANELS], &b[BY_COLUMN], &b[MAGNITUDE],
-                        &b[ERRORS], &b[FACTOR], &b[UNDEFINED], &b[FOUND]))
+                        &b[ERRORS], &b[EXACT_LEFT], &b[EXACT_RIGHT], &b[EXACT_BY_COLUMN],
+                        &b[UNDEFINED]))
     return NULL;
   PyObject *result = NULL;
   const Py_ssize_t row_bytes = columns * (Py_ssize_t)sizeof(uint16_t);
@@ -60,10 +63,11 @@ static PyObject *merge(PyObject *Py_UNUSED(module), PyObject *args) {
       !holds(&b[PANELS], packed * rank, sizeof(float), 0) ||
       !holds(&b[BY_COLUMN], packed, sizeof(float), 1) ||
       !holds(&b[MAGNITUDE], scaled ? count : 0, sizeof(double), 0) ||
-      !holds(&b[ERRORS], count, sizeof(double), 1) ||
-      !holds(&b[FACTOR], scaled ? count : 0, sizeof(double), 0) ||
-      !holds(&b[UNDEFINED], mode == BY_NORM ? count : 0, 1, 0) ||
-      count * columns > INT32_MAX) {
+      !holds(&b[ERRORS], count, sizeof(double), 0) ||
+      !holds(&b[EXACT_LEFT], count * rank, sizeof(double), 0) ||
+      !holds(&b[EXACT_RIGHT], rank * columns, sizeof(double), 1) ||
+      !holds(&b[EXACT_BY_COLUMN], b[BY_COLUMN].len ? columns : 0, sizeof(double), 0) ||
+      !holds(&b[UNDEFINED], mode == BY_NORM ? count : 0, 1, 0)) {
     PyErr_Format(PyExc_ValueError, "merge: buffers do not fit %zd rows of %zd columns", count,
                  columns);
     goto done;
@@ -80,11 +84,11 @@ static PyObject *merge(PyObject *Py_UNUSED(module), PyObject *args) {
       .panels = b[PANELS].buf,
       .by_column = b[BY_COLUMN].len ? b[BY_COLUMN].buf : NULL,
       .magnitude = b[MAGNITUDE].buf,
-      .error = b[ERRORS].len ? b[ERRORS].buf : NULL,
-      .factor = b[FACTOR].buf,
+      .error = b[ERRORS].buf,
+      .exact_left = b[EXACT_LEFT].buf,
+      .exact_right = b[EXACT_RIGHT].len ? b[EXACT_RIGHT].buf : NULL,
+      .exact_by_column = b[EXACT_BY_COLUMN].len ? b[EXACT_BY_COLUMN].buf : NULL,
       .undefined = b[UNDEFINED].buf,
-      .found = b[FOUND].buf,
-      .capacity = (size_t)b[FOUND].len / sizeof(int32_t),
       .count = count,
       .columns = columns,
       .rank = rank,
@@ -97,7 +101,7 @@ static PyObject *merge(PyObject *Py_UNUSED(module), PyObject *args) {
   outcome = merge_rows(&rows, scratch);
   Py_END_ALLOW_THREADS
   PyMem_RawFree(scratch);
-  result = Py_BuildValue("nO", (Py_ssize_t)outcome.found, outcome.nonfinite ? Py_True : Py_False);
+  result = Py_BuildValue("nO", (Py_ssize_t)outcome.again, outcome.nonfinite ? Py_True : Py_False);
 done:
   for (int i = 0; i < BUFFERS; i++) PyBuffer_Release(&b[i]);
   return result;

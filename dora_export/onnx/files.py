@@ -3,10 +3,68 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dora_export.onnx.model import DATA_BYTES
+from dora_export.writers.files import refusal
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 CHUNK = 1 << 20
+SMALL_BYTES = 1024  # weights below this stay in the graph
+
+
+def write(model: ir.Model, path: Path, data: str) -> None:
+    """Write a graph; weights above ``DATA_BYTES`` in all go into the file ``data`` beside it.
+
+    Weights are read one by one while they are written. The files are on the disk at the end, with
+    the mode that the umask gives.
+
+    Raises:
+        OutputError: The disk is full, or writing fails.
+    """
+    import onnx_ir as ir  # noqa: PLC0415 - an extra
+
+    tensors = [v.const_value for g in model.graphs() for v in g.initializers.values()
+               if v.const_value is not None]  # fmt: skip
+    own = {id(t): t for t in tensors if not isinstance(t, ir.ExternalTensor)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if sum(t.nbytes for t in own.values()) <= DATA_BYTES:
+            ir.save(model, path)  # tensors that lie in other files stay there
+        elif len(own) == len({id(t) for t in tensors}):
+            ir.save(model, path, external_data=data, size_threshold_bytes=SMALL_BYTES)
+        else:
+            large = [t for t in own.values() if t.nbytes > SMALL_BYTES]
+            moved = ir.external_data.convert_tensors_to_external(large, path.parent, data)
+            places = {id(t): m for t, m in zip(large, moved, strict=True)}
+            for graph in model.graphs():
+                for value in graph.initializers.values():
+                    value.const_value = places.get(id(value.const_value), value.const_value)
+            ir.save(model, path)
+        settle_all(path, data)
+    except OSError as error:
+        raise refusal(path, error) from error
+
+
+def settle_all(path: Path, data: str) -> None:
+    """Settle a graph and, where there is one, its data file."""
+    for file in (path, path.with_name(data)):
+        if file.exists():
+            settle(file)
+
+
+def settle(path: Path) -> None:
+    """Put a file that a library has written on the disk, with the mode that the umask gives."""
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(path, 0o666 & ~mask)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def sizes(folder: Path) -> dict[str, int]:
@@ -21,9 +79,14 @@ def digests(folder: Path, graphs: Iterable[str]) -> dict[str, str]:
     for graph in graphs:
         path = folder / graph
         for file in sorted(path.parent.glob(f"{path.name}*")):
-            digest = hashlib.sha256()
-            with file.open("rb") as opened:
-                while chunk := opened.read(CHUNK):
-                    digest.update(chunk)
-            found[file.relative_to(folder).as_posix()] = digest.hexdigest()
+            found[file.relative_to(folder).as_posix()] = sha256(file)
     return found
+
+
+def sha256(path: Path) -> str:
+    """Return a file's SHA-256."""
+    digest = hashlib.sha256()
+    with path.open("rb") as opened:
+        while chunk := opened.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

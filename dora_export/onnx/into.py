@@ -324,10 +324,7 @@ def write(
             if request.progress is not None:
                 request.progress(done, total)
 
-    paths = [request.folder / name for name in layout.names]
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with FileSink(paths, layout.sizes) as sink:
+    with FileSink(request.folder, layout.names, layout.sizes) as sink:
         writer = Rewriter(layout, sink, matches)
         writer.copy()
         on_bytes(sum(c.nbytes for c in layout.copied))

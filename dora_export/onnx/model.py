@@ -12,6 +12,7 @@ from dora_export.plan import Plan
 from dora_export.verification.model import TierResult, Verdict, VerifyReport
 
 if TYPE_CHECKING:
+    from dora_export.verification.models import ModelClass
     from dora_export.verification.runner import Runner
 
 Way = Literal["trace", "into", "adapters"]
@@ -116,6 +117,7 @@ class Parity:
         outputs: Outputs that the graph is meant to have, beside a cache's; None: all the model's.
         budget: Largest difference allowed, relative; None: the measured noise.
         padding: Where padding may be.
+        cls: Class to run the unmerged model with; None: the base's.
         needs_budget: The graph is quantised: it is compared only where the user gives a budget.
     """
 
@@ -125,6 +127,7 @@ class Parity:
     outputs: Sequence[str] | None = None
     budget: float | None = None
     padding: Padding = "any"
+    cls: ModelClass | None = None
     needs_budget: bool = False
 
 

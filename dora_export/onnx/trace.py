@@ -1,25 +1,204 @@
-"""A model class traced to a graph."""
+"""A model class traced to a graph: load the merged model, trace, tidy, write."""
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from dora_export.onnx.model import GraphError, Made, Request
+from dora_export.checkpoints.folder import read_json
+from dora_export.errors import shown
+from dora_export.onnx.model import (
+    DATA,
+    GRAPH,
+    GraphError,
+    GraphOptions,
+    Made,
+    Parity,
+    Request,
+)
+from dora_export.verification.measured import LoadFailure, Unsupported, library_of
+from dora_export.writers.files import write_small
+
+OPSETS = range(18, 26)  # what torch's exporter writes
+NEEDED = ("onnxscript", "onnx_ir")
+# Largest difference, relative to the largest expected value, that a quantised graph may have unless
+# the user says otherwise; the mistakes that it is held against as well allow less.
+BUDGETS = {"int8": 0.5, "int4": 0.5}
 
 
 def check(request: Request) -> None:
-    """Refuse what cannot be traced, from the config alone.
+    """Refuse what cannot be traced, from the config and the options alone.
 
     Raises:
         GraphError: It cannot.
     """
-    del request
+    options, config = request.options, request.plan.base.config
+    missing = [n for n in (library_of(config), *NEEDED) if importlib.util.find_spec(n) is None]
+    if missing:
+        raise GraphError(
+            f"{', '.join(missing)}: not installed, and tracing needs it. Install "
+            "dora-export[transformers], or give an existing graph the adapter with --into."
+        )
+    if options.opset is not None and options.opset not in OPSETS:
+        raise GraphError(
+            f"--opset {options.opset}: the exporter writes {OPSETS.start} to {OPSETS.stop - 1}."
+        )
+    if options.batch is not None and options.batch < 1:
+        raise GraphError(f"--batch {options.batch}: must be at least 1.")
+    if request.plan.base.folder is None:
+        raise GraphError(
+            f"{request.plan.base.path}: a weight file without config.json, so its class is not "
+            "known. Pass the model's folder."
+        )
+    from dora_export.onnx import fuse, quantise  # noqa: PLC0415 - imports onnx_ir
+
+    quantise.check(options)
+    fuse.check(options)
+    if options.share_weights and options.layout != "hf":
+        raise GraphError(
+            "--share-weights --layout transformers-js: a graph reads no file outside its folder. "
+            "Leave one of them out."
+        )
+    try:
+        _class(request.plan, options)
+    except Unsupported as why:
+        raise GraphError(
+            f"{why}. It cannot be traced; give an existing graph the adapter with --into."
+        ) from why
 
 
-def make(request: Request, folder: Path | None) -> Made:
+def make(request: Request, folder: Path) -> Made:
     """Trace the model in ``folder``, merged, and write its graph into ``request.folder``.
+
+    Memory: the weights are mapped from the files, and go from there into the graph's.
 
     Raises:
         GraphError: It cannot be traced.
     """
-    raise GraphError(f"{folder}: tracing is not part of this version; {request.options}.")
+    import torch  # noqa: PLC0415 - as below: seconds to import
+
+    from dora_export.onnx import (  # noqa: PLC0415
+        engines,
+        files,
+        fuse,
+        genai,
+        quantise,
+        share,
+        tasks,
+        tidy,
+    )
+    from dora_export.verification import models  # noqa: PLC0415
+
+    options = request.options
+    cls = _class(request.plan, options)
+    request.on_stage(f"loading {cls.name}")
+    torch.manual_seed(0)  # example inputs
+    try:
+        loaded = models.load(folder, cls, getattr(torch, TORCH[options.dtype]))
+    except LoadFailure as why:
+        raise GraphError(f"{cls.name}: the merged model does not load: {shown(why, 400)}.") from why
+    if lacking := sorted(loaded.problems["missing_keys"]):
+        raise GraphError(
+            f"{cls.name}: the model stores no '{shown(lacking[0])}' ({len(lacking)} such weights), "
+            "which would start at random values. Pass the --task it was trained for."
+        )
+    (part,) = tasks.parts(loaded.model, options.batch)
+    task = options.task or tasks.task_of(cls.name)
+    request.on_stage(f"tracing {cls.name}, the longest part")
+    model, engine, failures = engines.traced(part, options.opset, options.engine)
+    tidy.tidy(model)
+    if options.fuse != "none":
+        request.on_stage(f"fusing operators for {options.fuse}")
+        fuse.fuse(model, options.fuse)
+    name, data = graph_name(options)
+    path = request.folder / name
+    shared: list[str] = []
+    if options.share_weights:
+        shared = share.share(model, folder, request.folder, copy=folder.parent != request.folder)
+    request.on_stage(f"writing {name}")
+    facts = {"task": task, "class": cls.name, "dtype": options.dtype, "engine": engine,
+             **_facts(model, part), "padding": "any", "fused": options.fuse,
+             "shared_weights": len(shared)}  # fmt: skip
+    if options.quantize is not None:
+        quantise.reachable(model)
+        plain = path.with_name("float.onnx")
+        files.write(model, plain, f"{plain.name}.data")
+        request.on_stage(f"quantising to {options.quantize}")
+        facts["quantized"] = quantise.quantise(plain, path, data, options)
+        for file in (plain, plain.with_name(f"{plain.name}.data")):
+            file.unlink(missing_ok=True)
+        files.settle_all(path, data)
+    else:
+        files.write(model, path, data)
+    if task == "text-generation":
+        written = genai.genai_config(
+            loaded.model.config, _generation(folder), name, list(part.inputs), part.facts
+        )
+        write_small(request.folder / "genai_config.json", written)
+    budget = BUDGETS.get(options.quantize or "")
+    return Made(
+        graphs=(name,),
+        facts=facts,
+        parity=(Parity(name, request.plan, outputs=part.compared, budget=budget,
+                       cls=None if options.task is None else cls),),
+        notes=tuple(failures),
+    )  # fmt: skip
+
+
+def graph_name(options: GraphOptions) -> tuple[str, str]:
+    """Return the names of the graph, within the folder, and of the data file beside it.
+
+    transformers.js finds a graph by its type's suffix in the sub-folder "onnx", and the data by
+    "_data" behind the graph's name.
+    """
+    if options.layout == "hf":
+        return GRAPH, DATA
+    suffix = {"int8": "_int8", "int4": "_q4"}.get(options.quantize or "", "")
+    suffix = suffix or {"fp16": "_fp16", "bf16": "_bf16"}.get(options.dtype, "")
+    return f"onnx/model{suffix}.onnx", f"model{suffix}.onnx_data"
+
+
+def _generation(folder: Path) -> Mapping[str, Any]:
+    path = folder / "generation_config.json"
+    return read_json(path) if path.is_file() else {}
+
+
+TORCH = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def _class(plan: Any, options: GraphOptions) -> Any:
+    """Return the class to trace.
+
+    Raises:
+        Unsupported: The library has none.
+        GraphError: The task is not one of those known.
+    """
+    from dora_export.onnx import tasks  # noqa: PLC0415 - imports torch
+    from dora_export.verification import models  # noqa: PLC0415
+
+    if options.task is None:
+        return models.class_of(plan)
+    if options.task not in tasks.CLASSES:
+        raise GraphError(f"--task {options.task}: expected one of {', '.join(tasks.CLASSES)}.")
+    return models.ModelClass("transformers", tasks.CLASSES[options.task])
+
+
+def _facts(model: Any, part: Any) -> Mapping[str, Any]:
+    """Return what the manifest says of a graph."""
+    graph = model.graph
+
+    def described(values: Any) -> dict[str, Any]:
+        return {str(v.name): {"dtype": str(v.dtype), "shape": [
+            d if isinstance(d, int) else d.value for d in v.shape]} for v in values}  # fmt: skip
+
+    return {
+        "opset": model.opset_imports.get("", 0),
+        "ir": model.ir_version,
+        "operators": sorted({n.domain for n in graph if n.domain}),
+        "nodes": len(graph),
+        "inputs": described(graph.inputs),
+        "outputs": described(graph.outputs),
+        **part.facts,
+    }

@@ -278,6 +278,13 @@ FINDINGS: tuple[Meaning, ...] = (
     Meaning("graph-differs", "onnx", "wrong", "the graph computes something else",
             "Outputs of the graph differ from the unmerged model's beyond the tolerance.",
             "Export the graph again from a verified merge."),
+    Meaning("graph-mistaken", "onnx", "wrong", "the graph computes a known mistake",
+            "Its outputs are nearer to the base's, or to those of an adapter without its "
+            "magnitudes or with another scaling, than to those of base and adapter.",
+            "Export the graph again from a verified merge."),
+    Meaning("graph-stale", "onnx", "wrong", "the graph holds weights of the base",
+            "An initializer has the base's values where the adapter changes them.",
+            "Export the graph again from a verified merge."),
     Meaning("graph-outside", "onnx", "wrong", "the graph names files outside its folder",
             "Its external data would be read from elsewhere on the machine. It is not opened.",
             "Do not use it; export the graph again with its data beside it."),

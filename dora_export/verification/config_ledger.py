@@ -9,9 +9,10 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from dora_export.checkpoints.model import prefix_of
 from dora_export.errors import shown
 from dora_export.plan import Plan
 from dora_export.tensors import BY_TORCH, DType, TensorRef
@@ -28,7 +29,7 @@ OF_THE_TEXT = {"vocab_size", "tie_word_embeddings"}
 TEXT_PATHS = ("", "text_config.")
 # Keys that decide nothing of what a trained model computes from given inputs.
 INDIFFERENT = re.compile(
-    r"transformers_version|_name_or_path|_commit_hash|_attn_implementation(_\w+)?|use_cache"
+    r"transformers_version|_diffusers_version|_name_or_path|_commit_hash|_attn_implementation(_\w+)?|use_cache"
     r"|attn_implementation|use_flash_attn|_flash_attn_2_enabled|torchscript|return_dict|gradient_\w+"
     r"|use_return_dict|output_(attentions|hidden_states|router_logits|scores|past)"
     r"|keys_to_ignore_at_inference|pretraining_tp|tp_plan|initializer_\w+|init_std"
@@ -64,13 +65,14 @@ READS_PADDING = "ForSequenceClassification"
 
 @dataclass
 class _Book:
-    """What was found, and what was only written in another way."""
+    """What was found in one config, and what was only written in another way."""
 
+    file: str = "config.json"
     findings: list[Finding] = field(default_factory=list)
     rewritten: list[str] = field(default_factory=list)
 
     def wrong(self, code: str, key: str, what: str) -> None:
-        self.findings.append(Finding(code, f"config.json: {shown(key)}", what))
+        self.findings.append(Finding(code, f"{self.file}: {shown(key)}", what))
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class ConfigLedger:
 
 
 def check_config(plan: Plan, subject: Subject, *, quantised: bool) -> ConfigLedger:
-    """Compare config.json with the base's and with the tensors it describes.
+    """Compare config.json with the base's and with the tensors it describes; of a pipeline all.
 
     Args:
         plan: What the merged model should be; ``config_edits`` are expected.
@@ -99,20 +101,48 @@ def check_config(plan: Plan, subject: Subject, *, quantised: bool) -> ConfigLedg
     Raises:
         InputError: An embedding or a head cannot be read.
     """
+    if not plan.base.components:
+        return _check(plan, subject, "config.json", quantised)
+    ledgers = [
+        _check(_of_plan(plan, part), _of_subject(subject, part), f"{part}/config.json", quantised)
+        for part in plan.base.components
+    ]
+    return ConfigLedger(
+        tuple(f for ledger in ledgers for f in ledger.findings),
+        tuple(r for ledger in ledgers for r in ledger.rewritten),
+        any(ledger.checked for ledger in ledgers),
+    )
+
+
+def _of_plan(plan: Plan, part: str) -> Plan:
+    """Return the plan of one model of a pipeline."""
+    files = tuple(f for f in plan.files if prefix_of(f.name) == f"{part}.")
+    return replace(plan, base=plan.base.component(part), files=files)
+
+
+def _of_subject(subject: Subject, part: str) -> Subject:
+    """Return one model of a merged pipeline, its tensors under their names in the pipeline."""
+    model = subject.parts.get(part)
+    if model is None:
+        return replace(subject, tensors={}, config=None, problems=(), parts={})
+    return replace(model, tensors={f"{part}.{n}": t for n, t in model.tensors.items()})
+
+
+def _check(plan: Plan, subject: Subject, file: str, quantised: bool) -> ConfigLedger:
     if subject.folder is None or not plan.base.config:
         return ConfigLedger((), checked=False)
     if subject.config is None:
         told = any(f.code == "config-missing" for f in subject.problems)
-        missing = Finding("config-missing", "config.json", "not there")
+        missing = Finding("config-missing", file, "not there")
         return ConfigLedger(() if told else (missing,), checked=False)
-    book, expected, found = _Book(), _expected(plan), subject.config
+    book, expected, found = _Book(file), _expected(plan), subject.config
     _compare_all(book, expected, found, quantised)
     _vocabulary(book, plan, subject, expected, found)
     _tie(book, plan, subject, expected, found)
     _dtype(book, plan, subject, expected, found)
     if book.rewritten:
         what = f"{len(book.rewritten)} values: {', '.join(book.rewritten)}"
-        book.findings.append(Finding("config-rewritten", "config.json", what))
+        book.findings.append(Finding("config-rewritten", file, what))
     return ConfigLedger(tuple(book.findings), tuple(book.rewritten))
 
 

@@ -17,6 +17,7 @@ from dora_export.pieces import Region
 from dora_export.plan import Settings
 from dora_export.tensors import DType, Operand, TensorRef
 from dora_export.update import Change, Dense, Kronecker, Product
+from dora_export.verification import functions
 
 Floats = NDArray[np.float64]
 
@@ -40,6 +41,7 @@ class Part:
         factor: ``m / (||V|| + eps)`` per column, where norms run down columns and were computed.
         kept: Columns that keep the base's values, with ``factor``.
         value: Rows to put in place, for kind "rows".
+        whole: What the matrix becomes, for kind "function".
     """
 
     change: Change
@@ -48,6 +50,7 @@ class Part:
     factor: Floats | None = None
     kept: NDArray[np.bool_] | None = None
     value: Floats | None = None
+    whole: Floats | None = None
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,12 @@ class Exact:
 
     @classmethod
     def open(cls, source: TensorRef, region: Region, settings: Settings) -> Exact:
-        """Read the operands of a region; values and norms are left for later."""
-        return cls(source, region, settings, tuple(_part(c) for c in region.changes))
+        """Read the operands of a region; values and norms are left for later.
+
+        But for a function of the whole matrix, which is computed.
+        """
+        parts = tuple(_part(c, source, region) for c in region.changes)
+        return cls(source, region, settings, parts)
 
     @property
     def by_column(self) -> bool:
@@ -194,6 +201,8 @@ class Exact:
             return _normalised(part, values, own, start, rows, columns, self.settings)
         if part.change.kind in ("lora", "dora"):
             return _with_product(part, values, rows, columns)
+        if part.whole is not None:
+            return part.whole[rows][:, columns]
         if part.change.kind == "rows":
             return _with_rows(part, values, rows, self.region.rows, columns)
         assert part.change.value is not None, "Bug: kinds add and replace carry a value"
@@ -209,7 +218,10 @@ class Exact:
         return read_columns(ref, own, columns)
 
 
-def _part(change: Change) -> Part:
+def _part(change: Change, source: TensorRef, region: Region) -> Part:
+    if change.function is not None:
+        W = read_rows(source, region, slice(None))
+        return Part(change, whole=functions.exact(change.function, W, source.dtype))
     factors = [_operand(o) for o in change.delta.operands] if change.delta is not None else []
     if factors:
         factors[0] = change.scaling * factors[0]
@@ -303,7 +315,8 @@ def _factor(
     """Return ``m / (norm + eps)``, zero where the norm is, and which lines keep the base's."""
     zero = norm == 0
     factor = np.where(zero, 0.0, m / np.where(zero, 1.0, norm + eps))
-    return factor, zero & (m != 0) & (settings.zero_norm == "keep-base")
+    undefined = zero & (m != 0) & (eps == 0)  # 0 / eps is 0
+    return factor, undefined & (settings.zero_norm == "keep-base")
 
 
 def _with_rows(

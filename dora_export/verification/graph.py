@@ -12,7 +12,7 @@ import importlib.util
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dora_export.errors import shown
 from dora_export.plan import Plan
@@ -21,6 +21,13 @@ from dora_export.verification.measured import GraphMeasured, Progress, Unsupport
 from dora_export.verification.model import Finding, TierResult
 from dora_export.verification.parity import Compared, Distance, Tolerance, tolerance
 from dora_export.verification.runner import GraphUnusable, OnnxRuntime, Runner
+from dora_export.verification.script import Padding
+from dora_export.verification.stale import stale
+
+if TYPE_CHECKING:
+    from dora_export.verification.models import ModelClass
+
+GREEDY = 64  # tokens of greedy text
 
 
 def check_graph(
@@ -31,6 +38,9 @@ def check_graph(
     outputs: Sequence[str] | None = None,
     budget: float | None = None,
     prompts: Sequence[str] = (),
+    padding: Padding = "any",
+    tokens: int = GREEDY,
+    cls: ModelClass | None = None,
     progress: Progress | None = None,
 ) -> tuple[TierResult, tuple[Finding, ...]]:
     """Run an ONNX graph beside the unmerged base and adapter, and compare all outputs.
@@ -46,6 +56,10 @@ def check_graph(
         budget: Largest difference allowed, relative to the largest expected value, in place of
             the measured noise; needed for quantised graphs.
         prompts: Texts to run on, by the tokenizer in the graph's folder; none: generated tokens.
+        padding: Where the graph takes padding.
+        tokens: Tokens that the reference writes, one by one, for the graph to agree with, if it
+            keeps a cache.
+        cls: Class to run the reference with; None: the base's.
         progress: Called with stages done and stages in all.
 
     Returns:
@@ -55,9 +69,13 @@ def check_graph(
     name = shown(graph.name)
     found: tuple[Finding, ...]
     figures: dict[str, Any] = {}
+    own_runner = runner is None
     try:
-        measured = _measure(plan, graph, runner, outputs, budget, prompts, progress)
-        found = tuple(_judge(name, measured, budget))
+        measured = _measure(
+            plan, graph, runner, outputs, budget, prompts, progress, padding, tokens, cls
+        )
+        held = stale(plan, graph) if own_runner else ()
+        found = (*_judge(name, measured, budget), *held)
         figures = _figures(measured, budget) if measured.error else {}
     except GraphUnusable as why:
         found = (Finding(why.code, name, str(why)),)
@@ -75,6 +93,9 @@ def _measure(
     budget: float | None,
     prompts: Sequence[str],
     progress: Progress | None,
+    padding: Padding,
+    tokens: int,
+    cls: ModelClass | None,
 ) -> GraphMeasured:
     library = library_of(plan.base.config)
     if importlib.util.find_spec(library) is None:
@@ -84,7 +105,9 @@ def _measure(
         raise GraphUnusable("graph-unsupported", "is quantised: no noise floor, so give a budget")
     from dora_export.verification import named  # noqa: PLC0415 - torch takes a second to import
 
-    return named.measure(plan, graph, runner, outputs, budget is None, prompts, progress)
+    return named.measure(
+        plan, graph, runner, outputs, budget is None, prompts, progress, padding, tokens, cls
+    )
 
 
 # --- what the numbers mean
@@ -109,6 +132,13 @@ def _judge(name: str, measured: GraphMeasured, budget: float | None) -> Iterator
             yield Finding("graph-unsupported", where, what)
         elif bound.excess(error.distance) > 1:
             yield Finding("graph-differs", where, apart(error, bound))
+    nearer = {mistake: one for mistake, one in measured.leanings.items() if one.nearer}
+    if nearer:
+        mistake, one = max(nearer.items(), key=lambda pair: pair[1].ratio)
+        what = (f"its outputs are nearer to those of '{mistake}' ({one.share:.0%} of the way) than "
+                "to those of base and adapter")  # fmt: skip
+        yield Finding("graph-mistaken", name, what)
+    yield from _of_text(name, measured, budget)
     effects = measured.effect.items()
     if effects and all(
         _allowed(output, measured, budget).excess(effect.distance) <= 1
@@ -116,6 +146,19 @@ def _judge(name: str, measured: GraphMeasured, budget: float | None) -> Iterator
     ):
         what = "more is allowed than the adapter changes in any output"
         yield Finding("graph-blind", name, what)
+
+
+def _of_text(name: str, measured: GraphMeasured, budget: float | None) -> Iterator[Finding]:
+    text = measured.text
+    if text is None or text.agree == text.positions or "logits" not in measured.error:
+        return
+    # Both of two logits may be off by what is allowed.
+    room = 2 * _allowed("logits", measured, budget).largest
+    if not text.clearest_parting <= room:
+        what = (f"{text.positions - text.agree} of {text.positions} greedy tokens differ; the "
+                f"reference prefers its own by up to {text.clearest_parting:.3g} (allowed "
+                f"{room:.2g})")  # fmt: skip
+        yield Finding("graph-differs", name, what)
 
 
 def _figures(measured: GraphMeasured, budget: float | None) -> dict[str, Any]:
@@ -131,6 +174,10 @@ def _figures(measured: GraphMeasured, budget: float | None) -> dict[str, Any]:
         "storage": measured.storage,
         "budget": budget,
         "calls": list(measured.calls),
+        "mistakes": {name: one.to_dict() for name, one in measured.leanings.items()},
+        "text": None
+        if measured.text is None
+        else {"tokens": measured.text.positions, "equal": measured.text.agree},
         "outputs": {
             name: {
                 "excess": _allowed(name, measured, budget).excess(error.distance),
@@ -151,5 +198,13 @@ def _summary(found: Sequence[Finding], figures: Mapping[str, Any]) -> str:
     count = sum(script["calls"] for script in figures["calls"])
     parts = [f"{name} at {one['excess']:.0%}" for name, one in figures["outputs"].items()
              if not name.startswith("present.") or one["excess"] > 1]  # fmt: skip
+    if figures["text"]:
+        parts.append(
+            f"{figures['text']['equal']} of {figures['text']['tokens']} greedy tokens equal"
+        )
     allowed = "the stated budget" if figures["budget"] else f"the noise of {figures['storage']}"
+    worst = max(((one["share"], mistake) for mistake, one in figures["mistakes"].items()
+                 if one["share"] is not None), default=None)  # fmt: skip
+    if worst is not None:
+        parts.append(f"at most {max(0.0, worst[0]):.1%} of the way to a known mistake ({worst[1]})")
     return f"{count} calls; of what {allowed} allows: {', '.join(parts)}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from dora_export.errors import shown
@@ -48,10 +49,10 @@ def check_ledger(
     subject = under_base_names(subject, [s.name for s in plan.steps])
     tensors = check_tensors(plan, subject, threads)
     config = check_config(plan, subject, quantised=bool(tensors.quantised))
-    beside = check_side_files(subject, sources)
+    beside = check_side_files(subject, sources, plan.base.config_files)
     findings = [
         *subject.problems,
-        *_index(subject),
+        *_indexes(subject),
         *tensors.findings,
         *config.findings,
         *beside.findings,
@@ -77,6 +78,13 @@ def _summary(subject: Subject, figures: Mapping[str, Any]) -> str:
         f"{figures['tensors_found']} tensors and {files} files: {figures['untouched_equal']} of "
         f"{figures['untouched']} untouched tensors equal{cast}"
     )
+
+
+def _indexes(subject: Subject) -> Iterator[Finding]:
+    yield from _index(subject)
+    for part, model in subject.parts.items():
+        for found in _index(model):
+            yield replace(found, where=f"{part}: {found.where}")
 
 
 def _index(subject: Subject) -> Iterator[Finding]:

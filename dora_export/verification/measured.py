@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dora_export.verification.parity import Choices, Compared, Distance
+
+if TYPE_CHECKING:
+    from dora_export.verification.hypotheses import Leaning
 
 Progress = Callable[[int, int], None]
 
@@ -118,6 +121,8 @@ class GraphMeasured:
         error: The graph's outputs from the reference's, by name.
         noise: The reference's in ``storage`` from those in high precision; empty with a budget.
         effect: The base's from the reference's; empty where the base cannot take the inputs.
+        leanings: Known mistake -> where the graph's outputs lie on the way to it.
+        text: Choices at the tokens that the reference wrote one by one, or None.
     """
 
     precision: str = ""
@@ -129,3 +134,5 @@ class GraphMeasured:
     error: Mapping[str, Compared] = field(default_factory=dict)
     noise: Mapping[str, Compared] = field(default_factory=dict)
     effect: Mapping[str, Compared] = field(default_factory=dict)
+    leanings: Mapping[str, Leaning] = field(default_factory=dict)
+    text: Choices | None = None

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -19,10 +20,22 @@ from dora_export.errors import shown
 from dora_export.plan import Plan
 from dora_export.tensors import DTYPES
 from dora_export.verification import inputs, models, script
+from dora_export.verification.hypotheses import BASE, MISTAKES, Leaning, leaning
+from dora_export.verification.inputs import Batch
 from dora_export.verification.measured import GraphMeasured, Progress, Unsupported
-from dora_export.verification.reference import Reference, call, named, numbers, precisions, unit
+from dora_export.verification.models import ModelClass
+from dora_export.verification.parity import choices
+from dora_export.verification.reference import (
+    Reference,
+    call,
+    changed_steps,
+    named,
+    numbers,
+    precisions,
+    unit,
+)
 from dora_export.verification.runner import Arrays, GraphUnusable, Runner
-from dora_export.verification.script import DERIVED, PAST, PRESENT
+from dora_export.verification.script import DERIVED, PAST, PRESENT, Padding, Script
 from dora_export.verification.sidebyside import trained_tokens
 
 STAGES = 4
@@ -33,6 +46,7 @@ class NamedReference:
 
     Attributes:
         layers: Layers of its cache; 0 if it runs without one.
+        config: The model's.
     """
 
     def __init__(self, reference: Reference, *, cached: bool) -> None:
@@ -51,6 +65,7 @@ class NamedReference:
             raise Unsupported(where, "the cache of an encoder-decoder is not supported")
         self._reference = reference
         self._cached = cached
+        self.config = config
         self.layers = int(config.num_hidden_layers) if cached else 0
 
     def run(self, values: Arrays) -> dict[str, NDArray[Any]]:
@@ -117,6 +132,9 @@ def measure(
     with_noise: bool,
     prompts: Sequence[str],
     progress: Progress | None,
+    padding: Padding = "any",
+    tokens: int = 0,
+    cls: ModelClass | None = None,
 ) -> GraphMeasured:
     """Run everything that the ONNX tier compares; arguments as in ``check_graph``.
 
@@ -126,7 +144,7 @@ def measure(
     """
     report = progress or (lambda done, total: None)
     report(0, STAGES)
-    cls, factors = models.class_of(plan), numbers(plan)
+    cls, factors = cls or models.class_of(plan), numbers(plan)
     high, storage = precisions(plan, DTYPES.get(runner.precision or ""))
     reference = Reference(plan, high, factors, cls)
     report(1, STAGES)
@@ -137,10 +155,13 @@ def measure(
     if misnamed := list(_misnamed_inputs(runner, ours, reference.model, given[0])):
         return GraphMeasured(misnamed=misnamed)
     asked = [s for batch, values in zip(batches, given, strict=True)
-             for s in script.scripts(batch.name, values, runner.inputs)]  # fmt: skip
+             for s in script.scripts(batch.name, values, runner.inputs, padding)]  # fmt: skip
     if not asked:
         raise GraphUnusable("graph-unsupported", "takes none of the shapes that can be made up")
     expected = [script.play(s, ours.run, runner.inputs) for s in asked]
+    text = _text(ours, runner, batches, given, tokens) if cached and tokens else None
+    if text is not None:
+        asked, expected = [*asked, text[0]], [*expected, text[1]]
     names = _names(expected[0][0], outputs)
     if misnamed := list(_misnamed_outputs(runner, names)):
         return GraphMeasured(misnamed=misnamed)
@@ -150,9 +171,20 @@ def measure(
     if misfits := sorted(set(script.misfits(found, expected, names))):
         return GraphMeasured(misfits=misfits)
     bare = []
-    if "vocab_size" not in plan.config_edits:  # the base does not know the tokens that were added
-        with reference.without_adapter():
-            bare = [script.play(s, ours.run, runner.inputs) for s in asked]
+    leanings: dict[str, Leaning] = {}
+    if list(changed_steps(plan)):
+        if "vocab_size" not in plan.config_edits:  # the base does not know tokens that were added
+            with reference.without_adapter():
+                bare = [script.play(s, ours.run, runner.inputs) for s in asked]
+        # One call is enough to tell mistakes apart.
+        some, one, other = asked[:1], found[:1], expected[:1]
+        right, actual = (script.pieces(some, side, names) for side in (other, one))
+        if bare:
+            leanings[BASE] = leaning(actual, right, script.pieces(some, bare[:1], names))
+        for mistake in MISTAKES:
+            with reference.with_mistake(mistake):
+                wrong = [script.play(some[0], ours.run, runner.inputs)]
+            leanings[mistake] = leaning(actual, right, script.pieces(some, wrong, names))
     drawn = reference.drawn()
     del reference, ours
     report(3, STAGES)
@@ -170,7 +202,32 @@ def measure(
         error=script.compared(asked, found, expected, names),
         noise=script.compared(asked, noisy, expected, names) if noisy else {},
         effect=script.compared(asked, bare, expected, names) if bare else {},
+        leanings=leanings,
+        text=None if text is None else choices(_last(found[-1]), _last(expected[-1])),
     )
+
+
+def _last(results: Sequence[Arrays]) -> NDArray[Any]:
+    """Return the logits that the next token is chosen by, call by call."""
+    return np.concatenate([one["logits"][:, -1] for one in results])
+
+
+def _text(
+    ours: NamedReference,
+    runner: Runner,
+    batches: Sequence[Batch],
+    given: Sequence[Arrays],
+    tokens: int,
+) -> tuple[Script, list[dict[str, NDArray[Any]]]] | None:
+    """Return what the reference writes, with a cache, behind a batch without padding."""
+    for batch, values in zip(batches, given, strict=True):
+        if batch.grows == "input_ids" and "input_ids" in values:
+            start = values["input_ids"][:1]
+            most = getattr(ours.config, "max_position_embeddings", None)
+            room = tokens if most is None else min(tokens, most - start.shape[1])
+            if room > 0:
+                return script.written("greedy text", start, room, ours.run, runner.inputs)
+    return None
 
 
 def _misnamed_inputs(

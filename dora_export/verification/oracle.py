@@ -172,12 +172,12 @@ class _Families:
         self.members: dict[tuple[object, ...], list[tuple[Step, Region]]] = defaultdict(list)
         for step in steps:
             for region in regions(step):
-                self.members[_family(region)].append((step, region))
+                self.members[_family(step, region)].append((step, region))
         self._open = lru_cache(CACHED)(Exact.open)
 
     def others(self, step: Step, region: Region) -> diagnose.Others:
         """Return a source of the other members' exact results, the nearest in order first."""
-        members = self.members[_family(region)]
+        members = self.members[_family(step, region)]
         own = next(i for i, (s, r) in enumerate(members) if s is step and r.start == region.start)
         ordered = sorted(range(len(members)), key=lambda i: abs(i - own))[1:]
 
@@ -189,9 +189,11 @@ class _Families:
         return yield_them
 
 
-def _family(region: Region) -> tuple[object, ...]:
+def _family(step: Step, region: Region) -> tuple[object, ...]:
     kinds = tuple((c.kind, c.over) for c in region.changes)
-    return (region.rows, region.columns, kinds)
+    # whole tensors are computed for themselves alone: too much work, and memory, to try others
+    own = step.name if any(c.function is not None for c in region.changes) else None
+    return (region.rows, region.columns, kinds, own)
 
 
 def _place(step: Step, region: Region) -> str:

@@ -1,8 +1,10 @@
-"""Whether magnitudes can be norms at all: a look at some rows before anything is written.
+"""Whether base and adapter can belong together: a look at some rows before anything is written.
 
 TensorRT-LLM wants DoRA magnitudes divided by ``||W + s B A||`` beforehand; its script leaves names
 and config as they were, so such a file looks like the trainer's own. Only the base tells: a trained
 magnitude stays near the norm of its row, a divided one near 1.
+Likewise an adapter that begins with a part of the base (PiSSA, OLoRA) looks the same beside the
+original and beside what was left of it.
 Source: github.com/NVIDIA/TensorRT-LLM, examples/dora/normalize_weights.py.
 """
 
@@ -16,6 +18,7 @@ import numpy as np
 from dora_export.errors import PlanError
 from dora_export.pieces import Region, regions
 from dora_export.plan import Plan, Settings, Step
+from dora_export.residual import Residual
 from dora_export.verification.exact import Exact
 
 TENSORS, ROWS = 24, 16  # looked at, evenly spread
@@ -24,14 +27,16 @@ FAR = 10.0
 
 
 def refuse_implausible(plan: Plan) -> None:
-    """Refuse magnitudes that look divided by the norms, or cannot belong to this base.
+    """Refuse magnitudes that look divided by the norms, and a base that is not the one meant.
 
     Says nothing where the adapter's format stores no doubtful ones, or the user has said.
 
     Raises:
-        PlanError: The median magnitude is far from the median norm.
+        PlanError: The median magnitude is far from the median norm; or the base holds what the
+            adapter began with although it should be the residual, or does not though it should.
     """
     for position, adapter in enumerate(plan.adapters):
+        _refuse_other_base(plan, position)
         if adapter.doubtful_magnitudes:
             _refuse_implausible(plan, position)
 
@@ -68,6 +73,53 @@ def _alone(region: Region, position: int) -> Region | None:
     """Return a region as one adapter alone would change it, if by one norm along its rows."""
     own = tuple(c for c in region.changes if c.adapter == position)
     return replace(region, changes=own) if len(own) == 1 and own[0].over == "row" else None
+
+
+def _refuse_other_base(plan: Plan, position: int) -> None:
+    """Refuse the original base in the place of the residual, and the reverse.
+
+    Both begin with a projection P of the original W. PiSSA takes ``s B0 A0 = P W``: the original
+    base holds all of it, the residual nothing. OLoRA takes ``B0 A0 = P W``, so in units of its
+    ``s B0 A0`` the original holds ``1 / s`` and the residual ``1 / s - 1``. What the base holds of
+    ``s B A`` is nearer to one of the two.
+    """
+    adapter = plan.adapters[position]
+    found = [
+        (step, region, [c for c in region.changes if c.adapter == position])
+        for step in plan.steps
+        for region in regions(step)
+    ]
+    found = [(s, r, own) for s, r, own in found if any(c.delta is not None for c in own)]
+    computed = [c.function for *_, own in found for c in own if isinstance(c.function, Residual)]
+    recomputed, init = bool(computed), computed[0].init if computed else adapter.residual_init or ""
+    if not recomputed and not init.startswith(("pissa", "olora")):
+        return
+    held = size = middle = 0.0
+    for step, region, own in found[:: -(-len(found) // TENSORS) or 1]:
+        changes = tuple(c for c in own if c.delta is not None)
+        exact = Exact.open(step.source, replace(region, changes=changes), plan.settings)
+        rows = np.unique(np.linspace(0, region.rows - 1, ROWS).astype(np.intp))
+        product = exact.product(rows, slice(None))
+        assert product is not None, "Bug: only regions with products are looked at"
+        squares = float(np.vdot(product, product))
+        held += float(np.vdot(exact.base(rows), product))
+        size += squares
+        middle += squares * (1 / changes[0].scaling - 0.5 if init == "olora" else 0.5)
+    share = f"{held / size:.0%}" if size else "nothing"
+    if recomputed and held < middle:
+        raise PlanError(
+            f"{adapter.path}: this base holds {share} of the adapter's product, too little "
+            "for the original one. If this is the residual base "
+            "already, pass --base-is-residual in the place of --recompute-init; else it is not "
+            "the base that the adapter was begun on."
+        )
+    if not recomputed and held > middle:
+        raise PlanError(
+            f"{adapter.path}: this base holds {share} of the adapter's product, so it "
+            f"looks like the original one, not like what {init} left of it. Give the "
+            "residual base that was saved"
+            + (", or pass --recompute-init instead." if init in ("pissa", "olora") else ".")
+        )
 
 
 def _magnitudes_and_norms(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ DECODED = 4  # tokens given one by one behind a prefill
 DERIVED = ("attention_mask", "position_ids", "token_type_ids")
 
 Run = Callable[[Arrays], dict[str, NDArray[Any]]]
+Padding = Literal["any", "right", "none"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,13 +59,16 @@ class Script:
         return {"name": self.name, "shapes": shapes, "calls": len(self.asks)}
 
 
-def scripts(name: str, values: Arrays, slots: Mapping[str, Slot]) -> list[Script]:
+def scripts(
+    name: str, values: Arrays, slots: Mapping[str, Slot], padding: Padding = "any"
+) -> list[Script]:
     """Return the ways to ask a graph for one batch; none if it cannot take it.
 
     Args:
         name: Of the batch.
         values: Its inputs by name.
         slots: The graph's inputs.
+        padding: Where the graph takes padding.
     """
     if "input_ids" not in values:
         whole = _fitted(values, slots)
@@ -72,7 +76,7 @@ def scripts(name: str, values: Arrays, slots: Mapping[str, Slot]) -> list[Script
     ids = values["input_ids"]
     mask = values.get("attention_mask", np.ones_like(ids))
     padded = bool((mask == 0).any())
-    if padded and "attention_mask" not in slots:
+    if padded and ("attention_mask" not in slots or padding == "none"):
         return []
     rest = {n: v for n, v in values.items() if n not in ("input_ids", *DERIVED)}
     found = [_whole(name, ids, mask, rest, slots)]
@@ -82,7 +86,10 @@ def scripts(name: str, values: Arrays, slots: Mapping[str, Slot]) -> list[Script
                             {n: v[:1] for n, v in rest.items()}, slots))  # fmt: skip
     if any(n.startswith(PAST) for n in slots):
         # Backwards, padding comes first, as it does for models that write on.
-        direction = -1 if padded else 1
+        left = padded and padding == "any"
+        direction = -1 if left else 1
+        if left:
+            found.append(_whole(f"{name}, on the left", ids[:, ::-1], mask[:, ::-1], rest, slots))
         found.append(_stepwise(f"{name}, step by step", ids[:, ::direction],
                                mask[:, ::direction], rest, slots))  # fmt: skip
     return [script for script in found if script is not None]
@@ -151,6 +158,37 @@ def play(script: Script, run: Run, slots: Mapping[str, Slot], like: Arrays | Non
     return results
 
 
+def written(
+    name: str, ids: NDArray[Any], count: int, run: Run, slots: Mapping[str, Slot]
+) -> tuple[Script, list[dict[str, NDArray[Any]]]] | None:
+    """Let a side write on, each token the one with its largest logit.
+
+    Args:
+        name: For people.
+        ids: ``(batch, length)``, the beginning.
+        count: Tokens to write.
+        run: Of the side that writes.
+        slots: The graph's inputs, those of a cache among them.
+
+    Returns:
+        The calls, and what came out; None where the graph does not take such calls.
+    """
+    asks: list[Ask] = []
+    results: list[dict[str, NDArray[Any]]] = []
+    new = ids
+    for _ in range(count):
+        seen = np.ones((len(ids), ids.shape[1] + len(asks)), np.int64)
+        ask = _ask(new, np.ones_like(new), seen, {}, slots)
+        if ask is None:
+            return None
+        past = {n: _past(n, results[-1], None, slots[n])
+                for n in slots if n.startswith(PAST) and results}  # fmt: skip
+        asks.append(ask)
+        results.append(run({**ask.values, **past}))
+        new = results[-1]["logits"][:, -1:].argmax(axis=-1).astype(ids.dtype)
+    return Script(name, tuple(asks)), results
+
+
 def _past(name: str, last: Arrays | None, like: Arrays | None, slot: Slot) -> NDArray[Any]:
     twin = f"{PRESENT}{name.removeprefix(PAST)}"
     if last is not None:
@@ -174,6 +212,27 @@ def compared(
         for ask, one, other in zip(script.asks, ours, theirs, strict=True)
     ]  # fmt: skip
     return parity.added(parts)
+
+
+def pieces(
+    asked: Sequence[Script], found: Sequence[Sequence[Arrays]], names: Sequence[str]
+) -> list[NDArray[Any]]:
+    """Return the named outputs of all calls one after another, but for padding and caches."""
+    kept = [n for n in names if not n.startswith(PRESENT)]
+    return [
+        _tokens(one[name], ask)
+        for script, ours in zip(asked, found, strict=True)
+        for ask, one in zip(script.asks, ours, strict=True)
+        for name in kept
+    ]  # fmt: skip
+
+
+def _tokens(array: NDArray[Any], ask: Ask) -> NDArray[Any]:
+    """Return an output without what belongs to padding."""
+    if ask.mask is None or array.shape[:2] != ask.mask.shape:
+        return array
+    kept: NDArray[Any] = array[ask.mask.astype(bool)]
+    return kept
 
 
 def _lined(name: str, array: NDArray[Any]) -> NDArray[Any]:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -34,7 +34,10 @@ TOKENIZER_FILES = frozenset(("tokenizer_config.json", "tokenizer.json", *SUPERFL
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "cls_token", "sep_token", "mask_token")
 DECIDING = (*SPECIAL_TOKENS, "add_bos_token", "add_eos_token", "add_prefix_space", "do_lower_case")
 # What libraries write into settings of their own accord.
-LIBRARY_KEYS = ("transformers_version", "_from_model_config", "processor_class")
+LIBRARY_KEYS = ("transformers_version", "_diffusers_version", "_name_or_path",
+                "_from_model_config", "processor_class")  # fmt: skip
+# Configs of a pipeline's parts without weights, and its own, that decide what it computes.
+PIPELINE_CONFIGS = ("model_index.json", "scheduler_config.json")
 
 Owner = Literal["base", "adapter"]
 
@@ -65,11 +68,14 @@ class SideLedger:
     figures: Mapping[str, Any]
 
 
-def check_side_files(subject: Subject, sources: Mapping[str, Source]) -> SideLedger:
-    """Compare every file beside the weights with its source; config.json has a check of its own.
+def check_side_files(
+    subject: Subject, sources: Mapping[str, Source], configs: Collection[str]
+) -> SideLedger:
+    """Compare every file beside the weights with its source.
 
     Args:
         subject: The merged model.
+        configs: Paths of models' configs, which have a check of their own.
         sources: Path within the output, with "/" between folders -> where it comes from.
 
     Raises:
@@ -87,7 +93,7 @@ def check_side_files(subject: Subject, sources: Mapping[str, Source]) -> SideLed
     equal = 0
     template_told = False
     for name, source in sorted(sources.items()):
-        if name == "config.json":
+        if name in configs:
             continue
         path = subject.folder / name
         if path.is_file() and _same_bytes(path, source.path):
@@ -113,7 +119,9 @@ def check_manifest(plan: Plan, subject: Subject) -> tuple[Finding, ...]:
     told = _object(manifest.get("changed"))
     said = {n: _object(entry).get("status") for n, entry in told.items()}
     problems = [
-        *_other_files("base", manifest.get("base"), _base_files(plan)),
+        *_other_files(
+            "base", manifest.get("base"), {plan.base.relative(p): p for p in _base_files(plan)}
+        ),
         *_other_adapters(plan, manifest),
     ]
     if manifest.get("tensors") != dict(planned):
@@ -131,53 +139,57 @@ def _judge(
     name: str, path: Path, source: Source, subject: Subject, sources: Mapping[str, Source]
 ) -> list[Finding]:
     """Return what a file that is missing, or not its source byte for byte, amounts to."""
-    where = shown(name)
-    of_tokenizer = name in TOKENIZER_FILES
+    where, leaf = shown(name), path.name
+    of_tokenizer = leaf in TOKENIZER_FILES
     if not path.is_file():
         if of_tokenizer:
-            return _missing_tokenizer_file(name, source, subject)
+            return _missing_tokenizer_file(name, path, source)
+        if leaf in PIPELINE_CONFIGS:
+            return [Finding("config-missing", where, f"the {source.owner} has it")]
         code = "file-missing" if name.endswith(WEIGHTS) else "side-file-missing"
         return [Finding(code, where, f"the {source.owner} has it")]
     if name.endswith(WEIGHTS):
         return [Finding("bytes-differ", where, f"not the {source.owner}'s file")]
     try:
-        if name == "tokenizer.json":
-            return _tokenizer(path, source)
-        if name == "tokenizer_config.json":
-            return _tokenizer_config(path, source)
-        if name in SUPERFLUOUS and not name.endswith(".json"):
+        if leaf == "tokenizer.json":
+            return _tokenizer(where, path, source)
+        if leaf == "tokenizer_config.json":
+            return _tokenizer_config(where, path, source)
+        if leaf in SUPERFLUOUS and not name.endswith(".json"):
             return [_tokenizer_differs(where, f"not the {source.owner}'s file")]
+        if leaf in PIPELINE_CONFIGS:
+            return _pipeline_config(where, path, source)
         if name.endswith(".json"):
             return _settings(name, path, source, own=subject.manifest is not None)
     except InputError as error:
         if not str(error).startswith(str(path)):
             raise  # the source's fault
         code = "tokenizer-differs" if of_tokenizer else "side-file-differs"
+        code = "config-missing" if leaf in PIPELINE_CONFIGS else code
         return [Finding(code, where, "not JSON, unlike its source")]
     return [Finding("side-file-differs", where, f"not the {source.owner}'s file")]
 
 
-def _missing_tokenizer_file(name: str, source: Source, subject: Subject) -> list[Finding]:
+def _missing_tokenizer_file(name: str, path: Path, source: Source) -> list[Finding]:
     """A tokenizer.json holds what older files hold; without it, or settings, there is no model."""
-    assert subject.folder is not None, "Bug: side files are looked for in folders"
-    if name in SUPERFLUOUS and (subject.folder / "tokenizer.json").is_file():
+    if path.name in SUPERFLUOUS and path.with_name("tokenizer.json").is_file():
         return [Finding("tokenizer-rewritten", shown(name), "left out beside tokenizer.json")]
     return [Finding("tokenizer-missing", shown(name), f"the {source.owner} has it")]
 
 
-def _tokenizer(path: Path, source: Source) -> list[Finding]:
+def _tokenizer(where: str, path: Path, source: Source) -> list[Finding]:
     here, there = _tokenizer_parts(source.path), _tokenizer_parts(path)
     wrong = [part for part in ("vocabulary", "merges", "kind", "added tokens")
              if here[part] != there[part]]  # fmt: skip
     if wrong:
         sizes = f"{len(there['vocabulary'])} tokens, expected {len(here['vocabulary'])}"
         what = f"other {', '.join(wrong)} than the {source.owner}'s ({sizes})"
-        return [_tokenizer_differs("tokenizer.json", what)]
+        return [_tokenizer_differs(where, what)]
     other = [p for p in here["rest"].keys() | there["rest"].keys()
              if here["rest"].get(p) != there["rest"].get(p)]  # fmt: skip
     what = f"same vocabulary; other {', '.join(map(shown, sorted(other)))}" if other else (
         "same content, written in another way")  # fmt: skip
-    return [Finding("tokenizer-rewritten", "tokenizer.json", what)]
+    return [Finding("tokenizer-rewritten", where, what)]
 
 
 def _tokenizer_parts(path: Path) -> dict[str, Any]:
@@ -191,12 +203,12 @@ def _tokenizer_parts(path: Path) -> dict[str, Any]:
     added = content.get("added_tokens")
     return {
         "vocabulary": _object(vocabulary),
-        "merges": [" ".join(m) if isinstance(m, list) else m for m in merges]
+        "merges": [" ".join(map(str, m)) if isinstance(m, list) else m for m in merges]
         if isinstance(merges, list)
         else None,
         "kind": (model.get("type"), model.get("unk_token"), model.get("unk_id")),
         "added tokens": {
-            entry.get("id"): entry.get("content")
+            json.dumps(entry.get("id")): entry.get("content")
             for entry in (added if isinstance(added, list) else ())
             if isinstance(entry, dict)
         },
@@ -208,7 +220,7 @@ def _tokenizer_parts(path: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _tokenizer_config(path: Path, source: Source) -> list[Finding]:
+def _tokenizer_config(where: str, path: Path, source: Source) -> list[Finding]:
     here, there = read_json(source.path), read_json(path)
     # A template is compared wherever it stands.
     here.pop("chat_template", None)
@@ -220,9 +232,9 @@ def _tokenizer_config(path: Path, source: Source) -> list[Finding]:
         what = ", ".join(
             f"{k} {shown(_token(there[k]))}, expected {shown(_token(here[k]))}" for k in wrong
         )
-        return [_tokenizer_differs("tokenizer_config.json", what)]
+        return [_tokenizer_differs(where, what)]
     what = f"other {', '.join(map(shown, sorted(other)))}" if other else "written in another way"
-    return [Finding("tokenizer-rewritten", "tokenizer_config.json", what)]
+    return [Finding("tokenizer-rewritten", where, what)]
 
 
 def _token(value: Any) -> Any:
@@ -235,7 +247,7 @@ def _settings(name: str, path: Path, source: Source, *, own: bool) -> list[Findi
     here, there = read_json(source.path), read_json(path)
     other = sorted(k for k in here.keys() | there.keys()
                    if here.get(k) != there.get(k) and k not in LIBRARY_KEYS)  # fmt: skip
-    if name in TOKENIZER_FILES:
+    if path.name in TOKENIZER_FILES:
         if other:
             what = f"other {', '.join(map(shown, other[:5]))}"
             return [_tokenizer_differs(shown(name), what)]
@@ -244,6 +256,19 @@ def _settings(name: str, path: Path, source: Source, *, own: bool) -> list[Findi
         return []
     what = f"other {', '.join(map(shown, other))}" if other else "written in another way"
     return [Finding("side-file-differs", shown(name), what)]
+
+
+def _pipeline_config(where: str, path: Path, source: Source) -> list[Finding]:
+    """Compare what decides how a pipeline runs; libraries spell out defaults that were left out."""
+    here, there = read_json(source.path), read_json(path)
+    other = sorted(k for k in here.keys() | there.keys()
+                   if here.get(k) != there.get(k) and k not in LIBRARY_KEYS)  # fmt: skip
+    wrong = [k for k in other if k in here]
+    if wrong:
+        what = ", ".join(f"{k} {shown(there.get(k))}, expected {shown(here[k])}" for k in wrong[:5])
+        return [Finding("config-changed", where, what)]
+    what = f"also says {', '.join(map(shown, other))}" if other else "written in another way"
+    return [Finding("config-rewritten", where, what)]
 
 
 def _tokenizer_differs(where: str, what: str) -> Finding:
@@ -297,25 +322,27 @@ def _other_adapters(plan: Plan, manifest: Mapping[str, Any]) -> list[str]:
     return [
         problem
         for i, (entry, adapter) in enumerate(zip(entries, plan.adapters, strict=True), 1)
-        for problem in _other_files("adapter" if alone else f"adapter {i}", entry, adapter.files)
+        for problem in _other_files(
+            "adapter" if alone else f"adapter {i}", entry, {p.name: p for p in adapter.files}
+        )
     ]
 
 
-def _other_files(what: str, told_of: Any, paths: tuple[Path, ...]) -> list[str]:
+def _other_files(what: str, told_of: Any, paths: Mapping[str, Path]) -> list[str]:
     """Return how the files that went in differ from those given, by name, size and digest."""
     entries = _object(told_of).get("files")
     told = {e.get("name"): e for e in (entries if isinstance(entries, list) else ())
-            if isinstance(e, dict)}  # fmt: skip
+            if isinstance(e, dict) and isinstance(e.get("name"), str)}  # fmt: skip
     problems = []
-    for path in paths:
-        entry = told.pop(path.name, None)
+    for name, path in paths.items():
+        entry = told.pop(name, None)
         if entry is None:
-            problems.append(f"{what}: does not name {shown(path.name)}")
+            problems.append(f"{what}: does not name {shown(name)}")
         elif entry.get("bytes") != path.stat().st_size:
-            problems.append(f"{what}: {shown(path.name)} had {shown(entry.get('bytes'))} bytes, "
+            problems.append(f"{what}: {shown(name)} had {shown(entry.get('bytes'))} bytes, "
                             f"here {path.stat().st_size}")  # fmt: skip
         elif isinstance(entry.get("sha256"), str) and entry["sha256"] != _digest(path, what):
-            problems.append(f"{what}: {shown(path.name)} had another SHA-256")
+            problems.append(f"{what}: {shown(name)} had another SHA-256")
     return problems + [f"{what}: names {shown(name)}, which is not here" for name in told]
 
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dora_export.checkpoints.folder import NOT_THE_MODEL, read_json
+from dora_export.checkpoints import pipeline
+from dora_export.checkpoints.folder import NOT_THE_MODEL, STEMS, read_json
 from dora_export.errors import InputError, shown
-from dora_export.plan import INDEX
 from dora_export.storage import PICKLED
 from dora_export.storage.paths import contained, stays_inside
 from dora_export.storage.pickled import read_pickled
@@ -24,8 +24,10 @@ from dora_export.verification.model import Finding
 
 MANIFEST = "dora_export.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+INDEX = "model.safetensors.index.json"
 # Loaders take these before they look for an index.
-WHOLE = ("model.safetensors", "pytorch_model.bin")
+WHOLE = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors",
+         "diffusion_pytorch_model.bin")  # fmt: skip
 NUMBERED = re.compile(r"-\d{5}-of-\d{5}\.")
 # Wrappers whose names no loader strips.
 WRAPPERS = ("base_model", "module", "_orig_mod", "_fsdp_wrapped_module", "_forward_module")
@@ -65,6 +67,8 @@ class Subject:
         prefix: What was taken off (or, with a leading "-", put in front of) its tensor names to get
             the base's; empty: nothing.
         problems: What was found wrong on opening it.
+        parts: For a pipeline: folder -> the model in it, its tensors under their own names. All
+            other fields are about the pipeline, whose tensors and files have the folder in front.
     """
 
     path: Path
@@ -79,6 +83,7 @@ class Subject:
     maker: str = "another tool"
     prefix: str = ""
     problems: tuple[Finding, ...] = ()
+    parts: Mapping[str, Subject] = field(default_factory=dict)
 
     @property
     def places(self) -> dict[str, str]:
@@ -100,12 +105,56 @@ def open_subject(path: Path, *, allow_pickle: bool = False) -> Subject:
     """
     if not path.exists():
         raise InputError(f"{path}: no such file or folder. Check the path of the merged model.")
-    opening = _Opening(path, allow_pickle)
-    if path.is_dir():
+    if pipeline.is_pipeline(path):
+        return _open_pipeline(path, allow_pickle)
+    return _open_model(path, allow_pickle, is_folder=path.is_dir())
+
+
+def _open_model(path: Path, allow_pickle: bool, *, is_folder: bool) -> Subject:
+    opening = _Opening(path, allow_pickle, path if is_folder else None)
+    if is_folder:
         opening.read_folder()
     else:
         opening.read_file(path)
     return opening.subject()
+
+
+def _open_pipeline(path: Path, allow_pickle: bool) -> Subject:
+    opening = _Opening(path, allow_pickle, path)
+    index = opening.json_file(pipeline.MODEL_INDEX, "config-missing") or {}
+    try:
+        named = pipeline.parts(path) if index else {}
+    except InputError as error:
+        opening.found("config-changed", pipeline.MODEL_INDEX, clause(error, path / "model_index"))
+        named = {}
+    parts: dict[str, Subject] = {}
+    for name, class_name in named.items():
+        weightless = pipeline.WITHOUT_WEIGHTS.fullmatch(class_name)
+        absent = not weightless and not (path / name).exists()
+        if absent or pipeline.is_model(path / name, class_name):
+            parts[name] = _open_model(path / name, allow_pickle, is_folder=True)
+    for part, own in parts.items():
+        for found in own.problems:
+            at = "." if found.where in own.tensors else "/"
+            where = part if found.where == part else f"{part}{at}{found.where}"
+            opening.found(found.code, where, found.what)
+    subject = _joined(opening.subject(), parts)
+    return replace(subject, maker=_maker(subject.manifest, index, subject.files))
+
+
+def _joined(subject: Subject, parts: Mapping[str, Subject]) -> Subject:
+    """Return a pipeline with the tensors and files of its models."""
+    return replace(
+        subject,
+        tensors={f"{part}.{n}": t for part, own in parts.items() for n, t in own.tensors.items()},
+        files={
+            f"{part}/{name}": replace(file, names=tuple(f"{part}.{n}" for n in file.names))
+            for part, own in parts.items()
+            for name, file in own.files.items()
+        },
+        broken=frozenset(f"{part}/{n}" for part, own in parts.items() for n in own.broken),
+        parts=parts,
+    )
 
 
 def under_base_names(subject: Subject, names: Collection[str]) -> Subject:
@@ -118,6 +167,14 @@ def under_base_names(subject: Subject, names: Collection[str]) -> Subject:
         subject: The merged model.
         names: Names that the merged model should have.
     """
+    if subject.parts:
+        own = {
+            part: under_base_names(
+                found, [n.removeprefix(f"{part}.") for n in names if n.startswith(f"{part}.")]
+            )
+            for part, found in subject.parts.items()
+        }
+        return _joined(subject, own)
     if subject.prefix or not subject.tensors:
         return subject
     expected = set(names)
@@ -155,9 +212,8 @@ def _is_head(name: str) -> bool:
 class _Opening:
     """Gathers what can be read of a model, and what cannot."""
 
-    def __init__(self, path: Path, allow_pickle: bool) -> None:
-        self.path, self.allow_pickle = path, allow_pickle
-        self.folder = path if path.is_dir() else None
+    def __init__(self, path: Path, allow_pickle: bool, folder: Path | None) -> None:
+        self.path, self.allow_pickle, self.folder = path, allow_pickle, folder
         self.tensors: dict[str, TensorRef] = {}
         self.files: dict[str, StoredFile] = {}
         self.broken: set[str] = set()
@@ -200,7 +256,7 @@ class _Opening:
     def read_folder(self) -> None:
         for suffix, kind in ((".safetensors", "safetensors"), (".bin", "bin")):
             present = [p.name for p in sorted(self.path.glob(f"*{suffix}")) if _is_model(p)]
-            indexes = sorted(p.name for p in self.path.glob(f"*.{kind}.index.json"))
+            indexes = sorted(p.name for p in self.path.glob(f"*.{kind}.index*.json"))
             if present or indexes:
                 self.read_weights(present, self.choose_index(indexes))
                 return
@@ -208,7 +264,7 @@ class _Opening:
         self.found("file-missing", self.path.name, "the folder holds no weights")
 
     def choose_index(self, indexes: list[str]) -> str | None:
-        preferred = [n for n in indexes if n.startswith(("model.", "pytorch_model."))]
+        preferred = [n for n in indexes if n.partition(".")[0] in STEMS]
         chosen = next(iter(preferred or indexes), None)
         for name in indexes:
             if name != chosen:
@@ -319,5 +375,7 @@ def _maker(
         return "unsloth"
     if any(file.metadata.get("format") == "mlx" for file in files.values()):
         return "mlx"
-    version = config.get("transformers_version")
-    return f"another tool (transformers {shown(version)})" if version else "another tool"
+    for library in ("transformers", "diffusers"):
+        if version := config.get(f"{library}_version", config.get(f"_{library}_version")):
+            return f"another tool ({library} {shown(version)})"
+    return "another tool"

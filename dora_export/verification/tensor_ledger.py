@@ -158,10 +158,11 @@ def _names(book: _Book) -> None:
             book.found("head-stored", name, f"equal to {shown(twin)}")
         else:
             book.found("tensor-extra", name, f"{ref.dtype.name} {_sizes(ref.shape)}")
-    if subject.prefix:
-        sign = "without" if subject.prefix.startswith("-") else "with"
-        book.found("names-prefixed", subject.path.name,
-                   f"{sign} '{shown(subject.prefix.lstrip('-'))}' in front")  # fmt: skip
+    for model in subject.parts.values() or (subject,):
+        if model.prefix:
+            sign = "without" if model.prefix.startswith("-") else "with"
+            book.found("names-prefixed", model.path.name,
+                       f"{sign} '{shown(model.prefix.lstrip('-'))}' in front")  # fmt: skip
     book.figures |= {
         "tensors_expected": len(book.steps),
         "tensors_found": len(subject.tensors),
@@ -174,6 +175,9 @@ def _names(book: _Book) -> None:
 
 def _lost_with_a_file(subject: Subject, name: str) -> bool:
     """Return whether a tensor is, or must be, in a file that is missing or unreadable."""
+    if subject.parts:
+        part, _, own = name.partition(".")
+        return part in subject.parts and _lost_with_a_file(subject.parts[part], own)
     if not subject.broken or not subject.places:
         return bool(subject.broken)
     return subject.places.get(name) in subject.broken

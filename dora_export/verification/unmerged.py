@@ -24,6 +24,7 @@ from torch.nn import functional as F  # noqa: N812 - the name that everyone give
 from dora_export.plan import Settings, Step
 from dora_export.tensors import Operand, TensorRef
 from dora_export.update import Change, Over, Product
+from dora_export.verification import functions
 from dora_export.verification.measured import Unsupported
 
 BLOCK_ELEMENTS = 1 << 21  # float64 elements of one block of rows while norms are computed
@@ -147,6 +148,12 @@ def _term(step: Step, position: int, settings: Settings) -> Term:
     if change.columns != columns:
         raise Unsupported(step.name, f"a part of a fused weight {shape} is changed")
     first = change.start // columns
+    if change.function is not None:
+        if change.rows != rows:
+            raise Unsupported(step.name, "a part of it is made from all of that part")
+        base = stored(step.source).double().numpy().reshape(rows, columns)
+        whole = functions.exact(change.function, base, step.source.dtype)
+        return Term(value=torch.from_numpy(whole).reshape(shape), replaces=True)
     if change.value is not None:
         value = _value(step, change)
         return _of(change, Term(value=value, replaces=change.kind != "add"))
@@ -186,7 +193,7 @@ def _norm(
     length = _squares(step, position, left, right).sqrt()
     zero = length == 0
     factor = torch.where(zero, 0.0, m / torch.where(zero, 1.0, length + change.eps))
-    base_stays = zero & (m != 0)
+    base_stays = zero & (m != 0) & (change.eps == 0)
     kept = None
     if settings.zero_norm == "keep-base" and bool(base_stays.any()):
         kept = base_stays.double()
@@ -378,12 +385,14 @@ class Parts:
         base: Its base values, in working precision.
         terms: Its changes in working precision, in order.
         strength: ``y0 + strength (y - y0)``, dimensionless.
+        index: Which slice of that tensor it is, if one of a stack.
     """
 
     name: str
     base: Tensor
     terms: tuple[Term, ...]
     strength: float = 1.0
+    index: int | None = None
 
     def to(self, dtype: torch.dtype) -> Parts:
         """Return the parts rounded to another precision."""

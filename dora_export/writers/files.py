@@ -41,6 +41,7 @@ class _File:
     """One output file: opened when its first byte comes, closed and synced when all are in.
 
     Attributes:
+        name: What ``on_synced`` calls it.
         held: Bytes that were on the disk before this run.
         finished: Bytes that are held, or have been written.
         pending: Of those, the ones that no sync has been started for.
@@ -48,8 +49,8 @@ class _File:
         failed: A sync has failed: which bytes are on the disk cannot be known any more.
     """
 
-    def __init__(self, path: Path, nbytes: int, held: Ranges) -> None:
-        self.path, self.nbytes, self.held = path, nbytes, held
+    def __init__(self, path: Path, name: str, nbytes: int, held: Ranges) -> None:
+        self.path, self.name, self.nbytes, self.held = path, name, nbytes, held
         self.lock = threading.Lock()
         self.made = False
         self.descriptor: int | None = None
@@ -102,28 +103,37 @@ class FileSink:
     On leaving with an error what is finished is put on the disk, and told of, as well.
 
     Args:
-        paths: Files to make; none may exist, but for those of which ``held`` has bytes.
+        folder: An existing folder.
+        names: Files to make in it, or in sub-folders ("/" between the parts), which are made too;
+            none may exist, but for those of which ``held`` has bytes.
         sizes: Their sizes in bytes.
         held: For each file the bytes that are on the disk already, if any.
-        on_synced: Called from a thread of its own with file names and ranges whose bytes have come
-            to the disk, and after that the file's entry in its folder.
+        on_synced: Called from a thread of its own with names of files and ranges whose bytes have
+            come to the disk, and after that the file's entry in its folder and the folder's own.
     """
 
     def __init__(
         self,
-        paths: Sequence[Path],
+        folder: Path,
+        names: Sequence[str],
         sizes: Sequence[int],
         held: Sequence[Ranges] = (),
         on_synced: Synced = lambda _: None,
     ) -> None:
-        held = held or [Ranges() for _ in paths]
-        self._files = [_File(p, n, h) for p, n, h in zip(paths, sizes, held, strict=True)]
+        held = held or [Ranges() for _ in names]
+        self._folder = folder
+        self._files = [
+            _File(folder / name, name, nbytes, ranges)
+            for name, nbytes, ranges in zip(names, sizes, held, strict=True)
+        ]
         self._on_synced = on_synced
         self._to_sync: queue.Queue[_File | None] = queue.Queue(WAITING)
         self._failure: BaseException | None = None
         self._syncer = threading.Thread(target=self._sync_files, name="sync", daemon=True)
 
     def __enter__(self) -> FileSink:
+        for parent in dict.fromkeys(file.path.parent for file in self._files):
+            make_folder(parent)
         start(self._syncer)
         return self
 
@@ -268,12 +278,27 @@ class FileSink:
             file.failed = True
             raise refusal(file.path, error) from error
         if not file.synced_once:
-            sync_folder(file.path.parent)
+            for folder in (file.path.parent, *file.path.parent.parents):
+                sync_folder(folder)
+                if folder == self._folder:
+                    break
             file.synced_once = True
-        self._on_synced({file.path.name: ranges})
+        self._on_synced({file.name: ranges})
         if complete:
             file.descriptor = None
             os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, unless they are there.
+
+    Raises:
+        OutputError: It cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise refusal(folder, error) from error
 
 
 def sync_folder(folder: Path) -> None:
@@ -297,8 +322,8 @@ def write_small(path: Path, data: bytes) -> None:
     Raises:
         OutputError: The disk is full, or writing fails.
     """
+    make_folder(path.parent)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("xb") as file:
             file.write(data)
             file.flush()

@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def job(plan: Plan, resources: Resources, digests: Mapping[Path, str]) -> Job:
         **{_option(name): value for name, value in _settings(plan)},
     }
     for path in base_files(plan):
-        identity[f"base {path.name}"] = _base_file(path)
+        identity[f"base {plan.base.relative(path)}"] = _base_file(path)
     for i, adapter in enumerate(plan.adapters, 1):
         number = f" {i}" if len(plan.adapters) > 1 else ""
         for path in adapter.files:
@@ -145,18 +146,25 @@ def _step(step: Step) -> tuple[Any, ...]:
 
 def _canonical(value: Any) -> Any:
     """Return a value as nested tuples of plain values that are the same in every process."""
+    if value is None or isinstance(value, str | int | float):
+        return value
     if isinstance(value, DType):
         return value.name
     if isinstance(value, HeldBytes):
         return value.nbytes
     if isinstance(value, os.PathLike):
-        return Path(value).name
+        return os.path.basename(value)
     if is_dataclass(value):
-        parts = (_canonical(getattr(value, f.name)) for f in fields(value))
+        parts = (_canonical(getattr(value, name)) for name in _field_names(value.__class__))
         return (type(value).__qualname__, *parts)  # rearrangements may differ in their class alone
     if isinstance(value, tuple):
         return tuple(_canonical(v) for v in value)
     return _name(value) if callable(value) else value
+
+
+@cache
+def _field_names(kind: Any) -> tuple[str, ...]:
+    return tuple(f.name for f in fields(kind))
 
 
 def _name(function: Callable[..., Any]) -> str:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from dora_export import limits
+from dora_export.checkpoints import pipeline
 from dora_export.checkpoints.folder import read_json
 from dora_export.errors import InputError, PlanError, shown
 from dora_export.machine import advice
 from dora_export.plan import Plan
-from dora_export.storage.paths import contained
+from dora_export.storage.json_file import parse
+from dora_export.storage.paths import contained, leads_out
 from dora_export.writers.config import edited
 from dora_export.writers.files import write_small
 from dora_export.writers.staging import MANIFEST
@@ -39,6 +42,7 @@ TOKENIZER = frozenset(
 WHOLE_TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
                    "sentencepiece.bpe.model", "tekken.json")  # fmt: skip
 TEMPLATES = "additional_chat_templates"
+INDEX = re.compile(r"\.index(\.\w+)?\.json$")  # of shards; diffusers' variants have a word more
 BIN_TOKENIZERS = ("sentencepiece.bpe.model",)
 
 
@@ -62,18 +66,20 @@ def collect(plan: Plan) -> tuple[SideFile, ...]:
 
     From the base: everything but weights, other formats of the same model and hidden files;
     weights in sub-folders only where modules.json (sentence-transformers) makes them part of the
-    model. From the adapter: tokenizer and chat template, which win over the base's.
+    model. Of a pipeline: its own files, and those in the folders that it names. From the adapters
+    of a single model: tokenizer and chat template, which win over the base's.
 
     Raises:
         PlanError: Two adapters bring tokenizers that differ.
     """
     found: dict[str, SideFile] = {}
-    written = {file.name for file in plan.files} | {plan.index_name}
+    written = {file.name for file in plan.files} | plan.indexes.keys()
     if plan.base.folder is not None:
-        for name, path in _walk(plan.base.folder):
+        for name, path in _walk(plan.base.folder, _parts(plan)):
             if name not in written and _belongs(name, path, plan.base.folder):
                 found[name] = SideFile(name, path, "base")
-    adapter = _one_tokenizer([a.folder for a in plan.adapters if a.folder])
+    own = [] if plan.base.components else plan.adapters
+    adapter = _one_tokenizer([a.folder for a in own if a.folder])
     if any(name in WHOLE_TOKENIZER for name in adapter):
         # One tokenizer, not a mix: the base's leave where the adapter has its own.
         found = {n: f for n, f in found.items() if n not in TOKENIZER or _is_template(n)}
@@ -114,12 +120,12 @@ def write(plan: Plan, files: tuple[SideFile, ...], folder: Path) -> None:
                 f"{shown(file.source, 400)}: cannot be read: {error.strerror}. "
                 f"{advice(error, 'Check the file.')}"
             ) from error
-        if file.name == "config.json" and plan.config_edits:
+        if file.name in plan.base.config_files and plan.config_edits:
             data = edited(data.decode("utf-8"), plan.config_edits).encode("utf-8")
         write_small(folder / file.name, data)
-    if plan.index is not None:
-        text = json.dumps(plan.index, indent=2, ensure_ascii=False) + "\n"
-        write_small(folder / plan.index_name, text.encode())
+    for name, index in plan.indexes.items():
+        text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
+        write_small(folder / name, text.encode())
 
 
 def side_bytes(files: tuple[SideFile, ...]) -> int:
@@ -127,7 +133,13 @@ def side_bytes(files: tuple[SideFile, ...]) -> int:
     return sum(file.source.stat().st_size for file in files)
 
 
-def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
+def _parts(plan: Plan) -> Collection[str] | None:
+    """Return the folders that belong to a pipeline; None for a model, to which all of them do."""
+    folder = plan.base.folder
+    return pipeline.parts(folder) if plan.base.components and folder is not None else None
+
+
+def _walk(folder: Path, parts: Collection[str] | None = None) -> Iterator[tuple[str, Path]]:
     def refuse(error: OSError) -> None:  # os.walk would leave the folder out without a word
         raise InputError(
             f"{shown(error.filename, 400)}: cannot be listed: {error.strerror}. {advice(error)}"
@@ -137,6 +149,8 @@ def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
         folders[:] = sorted(
             d for d in folders if d not in OTHER_FORMATS and not d.startswith((".", "checkpoint-"))
         )
+        if parts is not None and Path(root) == folder:
+            folders[:] = [d for d in folders if d in parts]
         for name in folders:
             _refuse_linked(Path(root) / name)
         for name in sorted(names):
@@ -161,7 +175,7 @@ def _belongs(name: str, path: Path, folder: Path) -> bool:
     leaf = name.rpartition("/")[2]
     if leaf.startswith(".") or leaf in (*ADAPTER_OWN, MANIFEST, "README.md", "trainer_state.json"):
         return False
-    if name.endswith(".index.json"):
+    if INDEX.search(leaf):
         return False
     if path.suffix in WEIGHT_SUFFIXES and leaf not in BIN_TOKENIZERS:
         inside = name.rpartition("/")[0] in _modules(folder) and _is_module_weight(path)
@@ -197,9 +211,10 @@ def _modules(folder: Path) -> set[str]:
     if not path.is_file():
         return set()
     try:
-        modules = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return set()
+        with contained(path, folder).open("rb") as file:
+            modules = parse(file.read(limits.CARD_BYTES), path)
+    except InputError:
+        return set()  # not what sentence-transformers would load either
     paths = (
         [m.get("path") for m in modules if isinstance(m, dict)] if isinstance(modules, list) else []
     )
@@ -256,9 +271,11 @@ def _holds_template(adapter: Mapping[str, Path]) -> bool:
 def licence(plan: Plan) -> dict[str, str]:
     """Return ``license``, ``license_name`` and ``license_link`` of the base's model card."""
     card = plan.base.folder / "README.md" if plan.base.folder else None
-    if card is None or not card.is_file():
+    if card is None or not (card.is_file() and not leads_out(card, card.parent)):
         return {}
-    lines = card.read_text(encoding="utf-8", errors="replace")[:20_000].splitlines()
+    with card.open("rb") as file:
+        text = file.read(limits.CARD_BYTES).decode("utf-8", "replace")
+    lines = text.splitlines()
     if not lines or lines[0].strip() != "---":
         return {}
     found: dict[str, str] = {}

@@ -28,7 +28,7 @@ from pathlib import Path
 from dora_export.errors import DoraExportError, InputError, MachineError, OutputError, listing
 from dora_export.words import size
 from dora_export.writers.files import sync_folder
-from dora_export.writers.journal import Contents, Job, Journal, decode, differences
+from dora_export.writers.journal import Contents, Job, Journal, decode, differences, stored
 from dora_export.writers.names import hidden_name
 from dora_export.writers.ranges import Ranges
 
@@ -126,7 +126,7 @@ class Leftover:
         return {
             name: ranges
             for name, ranges in self.contents.done.items()
-            if name in job.files and _is_file_of(self.folder / name, job.files[name])
+            if name in job.files and _is_file_of(self.folder, name, job.files[name])
         }
 
 
@@ -140,7 +140,7 @@ def find_leftover(target: Path) -> Leftover | None:
         try:
             if not _is_staged(folder) or (published and not _is_own(folder)):
                 continue
-            contents = decode((folder / MARK).read_bytes())
+            contents = decode(stored(folder / MARK))
             return Leftover(folder, published, contents, _disk_bytes(folder))
         except OSError as error:
             raise OutputError(
@@ -276,18 +276,36 @@ def _whole(job: Job) -> dict[str, Ranges]:
     return {name: Ranges([(0, nbytes)]) for name, nbytes in job.files.items()}
 
 
-def _is_file_of(path: Path, nbytes: int) -> bool:
+def _is_file_of(folder: Path, name: str, nbytes: int) -> bool:
+    """Return whether there is a file of that size, reached over no link."""
+    path = folder / name
     try:
         status = path.lstat()
-    except FileNotFoundError:
+        between = [p.lstat() for p in path.parents if folder in p.parents]
+    except (FileNotFoundError, NotADirectoryError):
         return False
-    return stat.S_ISREG(status.st_mode) and status.st_size == nbytes
+    real = all(stat.S_ISDIR(s.st_mode) for s in between) and stat.S_ISREG(status.st_mode)
+    # One with a second name may be anyone's: going on with it would write into that too.
+    return real and status.st_size == nbytes and status.st_nlink == 1
 
 
 def _disk_bytes(folder: Path) -> int:
     """Return the disk space of a folder's files; 0 where the system does not tell."""
-    files = [f for f in folder.iterdir() if f.is_file() and not f.is_symlink()]
-    return sum(getattr(f.stat(), "st_blocks", 0) * 512 for f in files)
+    found = [f.lstat() for f in _files_below(folder)]
+    return sum(getattr(s, "st_blocks", 0) * 512 for s in found if stat.S_ISREG(s.st_mode))
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Yield all that is no folder, in a folder and in those below it.
+
+    Raises:
+        OSError: One of them cannot be listed.
+    """
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            yield from _files_below(path)
+        else:
+            yield path
 
 
 # --- beginning ---
@@ -400,11 +418,13 @@ def _taken_over(partial: Path, job: Job, journal: Journal, *, restart: bool) -> 
     else:
         journal.truncate(0)
     with _refused(f"{partial}: what an interrupted run left there cannot be removed"):
-        for path in partial.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path.name not in (MARK, *held):
+        for path in list(_files_below(partial)):
+            if path.relative_to(partial).as_posix() not in (MARK, *held):
                 os.unlink(path)
+        used = {partial / name for name in held}
+        for path in partial.iterdir():
+            if path.is_dir() and not any(path in file.parents for file in used):
+                shutil.rmtree(path)
     return Stage(partial, held, _journal=journal)
 
 

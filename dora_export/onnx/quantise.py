@@ -1,0 +1,193 @@
+"""Quantised graphs, by onnxruntime's own quantisers.
+
+int8 is dynamic: weights of eight bits, activations rounded on the way. int4 is of weights only
+(``MatMulNBits``): blocks along the inputs share a scale, and a zero point where asymmetric; the
+output head, to which logits are most sensitive, has eight bits unless asked otherwise.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+
+from dora_export.onnx.model import DATA_BYTES, GraphError, GraphOptions
+from dora_export.onnx.tidy import TRANSPOSED
+
+if TYPE_CHECKING:
+    import onnx
+
+BLOCK_SIZES = (16, 32, 64, 128, 256)  # what MatMulNBits takes
+# The activations of int4 are rounded to int8 on the way, as in onnxruntime-genai's graphs: twice as
+# fast on CPUs as float32, and the error is that of the weights.
+ACCURACY_LEVEL = 4
+HEADS = ("lm_head", "embed_out", "output_projection")
+
+
+def reachable(model: ir.Model) -> None:
+    """Store the weights of ``MatMul(x, Transpose(W))`` transposed, so that quantisers see them.
+
+    Exporters leave such a node where W is used elsewhere as well: a tied output head.
+    """
+    graph = model.graph
+    for node in list(graph):
+        if node.op_type != "MatMul":
+            continue
+        turned = node.inputs[1]
+        turn = turned.producer() if turned is not None else None
+        if turn is None or turn.op_type != "Transpose" or turn.domain != "":
+            continue
+        weight = turn.inputs[0]
+        tensor = None if weight is None else weight.const_value
+        if weight is None or tensor is None or len(tensor.shape) != 2:
+            continue
+        name = f"{weight.name}{TRANSPOSED}"
+        if name not in graph.initializers:
+            value = ir.Value(name=name, const_value=_turned(tensor, name))
+            value.shape, value.dtype = _shape(tensor), tensor.dtype
+            graph.register_initializer(value)
+        node.replace_input_with(1, graph.initializers[name])
+    ir.passes.common.RemoveUnusedNodesPass()(model)
+
+
+def _turned(tensor: ir.TensorProtocol, name: str) -> ir.LazyTensor:
+    shape = _shape(tensor)
+
+    def turn() -> ir.TensorProtocol:
+        return ir.Tensor(tensor.numpy().T, dtype=tensor.dtype, shape=shape, name=name)
+
+    return ir.LazyTensor(turn, dtype=tensor.dtype, shape=shape, name=name)
+
+
+def _shape(tensor: ir.TensorProtocol) -> ir.Shape:
+    return ir.Shape([int(n) for n in reversed(tensor.shape.numpy())])
+
+
+def quantise(source: Path, target: Path, data: str, options: GraphOptions) -> dict[str, Any]:
+    """Quantise a graph; its weights are held in memory, and the quantised ones beside them.
+
+    Args:
+        source: The float graph.
+        target: The quantised one.
+        data: Name of the file for its weights, where they are large.
+        options: How.
+
+    Returns:
+        What the manifest says of it.
+
+    Raises:
+        GraphError: Nothing in the graph can be quantised so.
+    """
+    with _quiet():
+        if options.quantize == "int8":
+            return _dynamic(source, target, data)
+        return _blocks(source, target, data, options)
+
+
+def check(options: GraphOptions) -> None:
+    """Refuse options that do not go together.
+
+    Raises:
+        GraphError: They do not.
+    """
+    if options.quantize is None:
+        return
+    if options.dtype == "bf16" or (options.quantize == "int8" and options.dtype != "fp32"):
+        raise GraphError(
+            f"--quantize {options.quantize} --dtype {options.dtype}: onnxruntime's quantiser does "
+            "not take it. Use fp32" + (" or fp16." if options.quantize == "int4" else ".")
+        )
+    if options.block_size not in BLOCK_SIZES:
+        known = ", ".join(map(str, BLOCK_SIZES))
+        raise GraphError(f"--block-size {options.block_size}: expected one of {known}.")
+    if options.share_weights:
+        raise GraphError("--share-weights --quantize: quantised weights are no one else's.")
+
+
+def _dynamic(source: Path, target: Path, data: str) -> dict[str, Any]:
+    from onnxruntime.quantization import QuantType, quantize_dynamic  # noqa: PLC0415 - seconds
+
+    quantize_dynamic(source, target, weight_type=QuantType.QInt8, per_channel=True,
+                     use_external_data_format=_is_large(source))  # fmt: skip
+    if _is_large(target):  # under the name that onnxruntime has chosen
+        model = ir.load(target)
+        ir.external_data.load_to_model(model)
+        target.with_name(f"{target.name}.data").unlink()
+        ir.save(model, target, external_data=data)
+    count = _count(target, ("MatMulInteger", "ConvInteger", "DynamicQuantizeMatMul"))
+    return _facts(source, count, {"method": "int8", "weights": "per output"})
+
+
+def _blocks(source: Path, target: Path, data: str, options: GraphOptions) -> dict[str, Any]:
+    import onnx  # noqa: PLC0415 - takes a second
+    from onnxruntime.quantization.matmul_nbits_quantizer import (  # noqa: PLC0415
+        MatMulNBitsQuantizer,
+    )
+
+    model = onnx.load(str(source))
+    matmuls = _named_matmuls(model)
+    heads = [n for n, weight in matmuls.items() if weight.split(".")[0] in HEADS
+             or ".lm_head." in weight]  # fmt: skip
+    passes = [(4, [])] if options.head_bits == 4 else [
+        (8, [n for n in matmuls if n not in heads]), (4, [])]  # fmt: skip
+    for bits, left in passes:
+        quantizer = MatMulNBitsQuantizer(
+            model, bits=bits, block_size=options.block_size, is_symmetric=options.symmetric,
+            accuracy_level=ACCURACY_LEVEL, nodes_to_exclude=left,
+        )  # fmt: skip
+        quantizer.process()
+        model = quantizer.model.model
+    large = sum(len(t.raw_data) for t in model.graph.initializer) > DATA_BYTES
+    onnx.save(model, str(target), save_as_external_data=large, location=data)
+    count = sum(n.op_type == "MatMulNBits" for n in model.graph.node)
+    said = {"method": "int4", "block_size": options.block_size, "symmetric": options.symmetric,
+            "head_bits": options.head_bits if heads else 4,
+            "accuracy_level": ACCURACY_LEVEL}  # fmt: skip
+    return _facts(source, count, said)
+
+
+def _named_matmuls(model: onnx.ModelProto) -> dict[str, str]:
+    """Give every MatMul with a stored weight a name; return their weights' names by it."""
+    stored = {t.name for t in model.graph.initializer if len(t.dims) == 2}
+    found = {}
+    for position, node in enumerate(model.graph.node):
+        if node.op_type == "MatMul" and node.input[1] in stored:
+            node.name = node.name or f"matmul_{position}"
+            found[node.name] = node.input[1]
+    return found
+
+
+def _is_large(path: Path) -> bool:
+    return path.with_name(f"{path.name}.data").exists()
+
+
+def _count(path: Path, kinds: tuple[str, ...]) -> int:
+    import onnx  # noqa: PLC0415 - as above
+
+    model = onnx.load(str(path), load_external_data=False)
+    return sum(node.op_type in kinds for node in model.graph.node)
+
+
+def _facts(source: Path, count: int, said: dict[str, Any]) -> dict[str, Any]:
+    if not count:
+        raise GraphError(
+            f"{source.name}: holds no matrix product that --quantize {said['method']} could take. "
+            "Leave the option out."
+        )
+    return {**said, "nodes": count}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep onnxruntime's advice about preprocessing off the terminal."""
+    root = logging.getLogger()
+    disabled = root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(disabled)

@@ -1,0 +1,211 @@
+"""What a model is for, by its class, and the graph that users of that task expect."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dora_export.onnx.model import GraphError
+from dora_export.onnx.wrappers import BATCH, LENGTH, SIZES, TOTAL, Axes, Part, cached, plain
+
+# End of a class's name -> task. Names of tasks are those of the Hugging Face hub.
+TASKS = {
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "ForMaskedLM": "fill-mask",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForImageClassification": "image-classification",
+    "ForAudioClassification": "audio-classification",
+    "ForSequenceToSequenceLM": "text2text-generation",
+    "ForSpeechSeq2Seq": "automatic-speech-recognition",
+    "ForCTC": "automatic-speech-recognition",
+    "ForConditionalGeneration": "text2text-generation",
+    "ModelWithProjection": "feature-extraction",
+    "Model": "feature-extraction",
+}
+# Task -> the library's class that loads any model for it.
+CLASSES = {
+    "text-generation": "AutoModelForCausalLM",
+    "fill-mask": "AutoModelForMaskedLM",
+    "text-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
+    "image-classification": "AutoModelForImageClassification",
+    "audio-classification": "AutoModelForAudioClassification",
+    "text2text-generation": "AutoModelForSeq2SeqLM",
+    "automatic-speech-recognition": "AutoModelForSpeechSeq2Seq",
+    "feature-extraction": "AutoModel",
+}
+IMAGE_SIZE = 64  # pixels, where the config leaves it open
+SOUND_SAMPLES = 6400
+
+
+def task_of(name: str) -> str | None:
+    """Return the task that a class of the library is for, or None."""
+    return next((task for end, task in TASKS.items() if name.endswith(end)), None)
+
+
+def parts(model: nn.Module, batch: int | None = None) -> list[Part]:
+    """Return the graphs of a model.
+
+    Args:
+        model: Of transformers or diffusers, in eval mode.
+        batch: Batch size to fix, or None.
+
+    Raises:
+        GraphError: It takes inputs that this tool cannot make up.
+    """
+    found = _parts(model, SIZES[BATCH] if batch is None else batch)
+    return found if batch is None else [_fixed(part) for part in found]
+
+
+def _fixed(part: Part) -> Part:
+    axes = {n: {i: a for i, a in axes.items() if a != BATCH} for n, axes in part.axes.items()}
+    return Part(part.module, part.inputs, axes, part.outputs, part.compared, part.graph, part.facts)
+
+
+def _parts(model: nn.Module, rows: int) -> list[Part]:
+    takes = inspect.signature(model.forward).parameters
+    config: Any = model.config
+    if "timestep" in takes:
+        return [_diffusion(model, takes, rows)]
+    main = getattr(model, "main_input_name", "input_ids")
+    if getattr(config, "is_encoder_decoder", False):
+        return [_sequence_to_sequence(model, main, rows)]
+    if main == "input_ids" and "pixel_values" in takes and hasattr(config, "projection_dim"):
+        return [_two_towers(model, rows)]
+    if main == "input_ids":
+        if task_of(type(model).__name__) == "text-generation":
+            return [_decoder(model, takes, rows)]
+        return [_encoder(model, takes, rows)]
+    if main == "pixel_values":
+        pixels = _pixels(config, rows)
+        return [plain(model, {main: pixels}, {main: {0: BATCH}})]
+    if main in ("input_features", "input_values"):
+        sound, axes = _sound(model, main, rows)
+        return [plain(model, {main: sound}, {main: axes})]
+    raise GraphError(
+        f"{type(model).__name__}: takes '{main}', for which no example input can be made up. "
+        "Export it from Python with export_module() and example inputs of your own."
+    )
+
+
+def _tokens(model: nn.Module, shape: tuple[int, int]) -> Tensor:
+    embedding: Any = getattr(model, "get_input_embeddings", lambda: None)()
+    config: Any = model.config
+    rows = int(config.vocab_size if embedding is None else embedding.weight.shape[0])
+    return torch.randint(min(3, rows - 1), rows, shape)
+
+
+TEXT_AXES: Axes = {0: BATCH, 1: LENGTH}
+
+
+def _encoder(model: nn.Module, takes: Mapping[str, Any], rows: int) -> Part:
+    ids = _tokens(model, (rows, SIZES[LENGTH]))
+    inputs = {"input_ids": ids}
+    if "attention_mask" in takes:
+        inputs["attention_mask"] = torch.ones_like(ids)
+    config: Any = model.config
+    if "token_type_ids" in takes and (getattr(config, "type_vocab_size", 0) or 0) > 1:
+        inputs["token_type_ids"] = torch.zeros_like(ids)
+    options = {"use_cache": False} if "use_cache" in takes else {}
+    return plain(model, inputs, dict.fromkeys(inputs, TEXT_AXES), options=options)
+
+
+def _decoder(model: nn.Module, takes: Mapping[str, Any], rows: int) -> Part:
+    ids = _tokens(model, (rows, SIZES[LENGTH]))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones(rows, SIZES[TOTAL], dtype=torch.long)}
+    axes: dict[str, Axes] = {"input_ids": TEXT_AXES, "attention_mask": {0: BATCH, 1: TOTAL}}
+    if "position_ids" in takes:
+        past = SIZES[TOTAL] - SIZES[LENGTH]
+        inputs["position_ids"] = torch.arange(past, SIZES[TOTAL])[None].repeat(rows, 1)
+        axes["position_ids"] = TEXT_AXES
+    return cached(model, inputs, axes)
+
+
+def _two_towers(model: nn.Module, rows: int) -> Part:
+    config: Any = model.config
+    ids = _tokens(model, (rows + 1, SIZES[LENGTH]))
+    vocabulary = config.text_config.vocab_size
+    inputs = {
+        "input_ids": ids.clamp(max=vocabulary - 1),
+        "pixel_values": _pixels(config.vision_config, rows),
+        "attention_mask": torch.ones_like(ids),
+    }
+    text = {0: "text_batch_size", 1: LENGTH}
+    axes = {"input_ids": text, "pixel_values": {0: "image_batch_size"}, "attention_mask": text}
+    return plain(model, inputs, axes)
+
+
+def _pixels(config: Any, rows: int) -> Tensor:
+    size = getattr(config, "image_size", None) or IMAGE_SIZE
+    height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
+    return torch.randn(rows, getattr(config, "num_channels", None) or 3, height, width)
+
+
+def _sound(model: nn.Module, kind: str, rows: int) -> tuple[Tensor, Axes]:
+    config: Any = model.config
+    if kind == "input_values":
+        return torch.randn(rows, SOUND_SAMPLES), {0: BATCH, 1: LENGTH}
+    bins = getattr(config, "num_mel_bins", None)
+    frames = getattr(config, "max_source_positions", None)
+    if bins is None or frames is None:
+        raise GraphError(
+            f"{type(model).__name__}: takes features of sound of an unknown shape. Export it from "
+            "Python with export_module() and example inputs of your own."
+        )
+    return torch.randn(rows, bins, 2 * frames), {0: BATCH}  # two convolutions, one of stride 2
+
+
+def _sequence_to_sequence(model: nn.Module, main: str, rows: int) -> Part:
+    """Return encoder and decoder as one graph without a cache."""
+    target = "decoder_sequence_length"
+    inputs: dict[str, Tensor] = {}
+    axes: dict[str, Axes] = {}
+    if main == "input_ids":
+        source = {0: BATCH, 1: "encoder_sequence_length"}
+        ids = _tokens(model, (rows, SIZES["encoder_sequence_length"]))
+        inputs = {main: ids, "attention_mask": torch.ones_like(ids)}
+        axes = {main: source, "attention_mask": source}
+    else:
+        inputs[main], axes[main] = _sound(model, main, rows)
+    inputs["decoder_input_ids"] = _tokens(model, (rows, SIZES[target]))
+    axes["decoder_input_ids"] = {0: BATCH, 1: target}
+    return plain(model, inputs, axes, options={"use_cache": False})
+
+
+def _diffusion(model: nn.Module, takes: Mapping[str, Any], rows: int) -> Part:
+    """Return a diffusers UNet or transformer: noise, a time, and a text's states."""
+    config: Any = model.config
+    main = "sample" if "sample" in takes else "hidden_states"
+    channels, side = config.get("in_channels"), config.get("sample_size")
+    if channels is None or side is None:
+        raise GraphError(
+            f"{type(model).__name__}: takes noise of a shape that its config leaves open. Export "
+            "it from Python with export_module() and example inputs of your own."
+        )
+    height, width = (side, side) if isinstance(side, int) else side
+    inputs = {main: torch.randn(rows, channels, height, width),
+              "timestep": torch.tensor([10 * (i + 1) for i in range(rows)])}  # fmt: skip
+    axes: dict[str, Axes] = {main: {0: BATCH}, "timestep": {0: BATCH}}
+    states = config.get("cross_attention_dim") or config.get("joint_attention_dim")
+    states = config.get("caption_channels") or states
+    if "encoder_hidden_states" in takes and isinstance(states, int):
+        inputs["encoder_hidden_states"] = torch.randn(rows, 11, states)
+        axes["encoder_hidden_states"] = {0: BATCH, 1: LENGTH}
+    pooled = config.get("pooled_projection_dim")
+    if "pooled_projections" in takes and isinstance(pooled, int):
+        inputs["pooled_projections"] = torch.randn(rows, pooled)
+        axes["pooled_projections"] = {0: BATCH}
+    return plain(model, inputs, axes)
+
+
+def names(found: Sequence[Part]) -> list[str]:
+    """Return the file names of graphs."""
+    return [part.graph for part in found]

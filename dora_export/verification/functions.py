@@ -1,0 +1,62 @@
+"""What a function of a whole weight gives, computed by another way than the merge's.
+
+A PiSSA residual is W less its projection onto the leading eigenvectors of its Gram matrix; an OLoRA
+residual is W less what its first columns explain of it by least squares.
+Source: as ``dora_export/residual.py``; the formulas are other ones with the same result.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dora_export.residual import Residual
+from dora_export.tensors import DType
+from dora_export.update import Function
+
+Floats = NDArray[np.float64]
+FRACTION = {"F16": (10, -24), "BF16": (7, -133)}  # bits of fraction, exponent of the smallest step
+
+
+def exact(function: Function, W: Floats, dtype: DType) -> Floats:
+    """Return the new weight for the old one, both float64 and as they are stored.
+
+    Args:
+        function: The plan's.
+        W: The base's values, rows and columns.
+        dtype: How they are stored.
+    """
+    assert isinstance(function, Residual), f"Bug: {type(function).__name__} has no second way"
+    return _residual(function, W, dtype)
+
+
+def _residual(function: Residual, W: Floats, dtype: DType) -> Floats:
+    if function.init == "pissa":
+        left = _without_leading(W, function.rank)
+    else:
+        columns = W[:, : function.rank]
+        shares = np.linalg.lstsq(columns, W, rcond=None)[0]
+        left = W - function.scaling * (columns @ shares)
+    return _stored(left, dtype)
+
+
+def _without_leading(W: Floats, rank: int) -> Floats:
+    """Return W less its best approximation of a rank."""
+    if W.shape[0] > W.shape[1]:
+        left: Floats = _without_leading(W.T, rank).T
+        return left
+    _, vectors = np.linalg.eigh(W @ W.T)
+    leading = vectors[:, -rank:]
+    difference: Floats = W - leading @ (leading.T @ W)
+    return difference
+
+
+def _stored(values: Floats, dtype: DType) -> Floats:
+    """Return the values as PEFT stores its residual: rounded, where the type has 16 bits."""
+    if dtype.name not in FRACTION:
+        return values
+    fraction, smallest = FRACTION[dtype.name]
+    _, exponent = np.frexp(values)
+    step = np.ldexp(1.0, np.maximum(exponent - 1 - fraction, smallest))
+    nearest: Floats = np.rint(values / step) * step
+    return nearest

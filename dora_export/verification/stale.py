@@ -1,0 +1,96 @@
+"""Initializers of a graph that still hold the base's values where the adapter changes them.
+
+Found by content, stored as in the checkpoint or transposed, whatever their names: a graph that was
+exported from the base, or from a merge that missed a layer, is told by the very tensor.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dora_export.errors import shown
+from dora_export.pieces import regions
+from dora_export.plan import Plan, Settings, Step
+from dora_export.tensors import DTYPES
+from dora_export.verification.exact import Exact, floats, rounded
+from dora_export.verification.model import Finding
+
+if TYPE_CHECKING:
+    import onnx
+
+# TensorProto.DataType -> stored type.
+TYPES = {1: "F32", 10: "F16", 16: "BF16", 11: "F64"}
+LEAST = 64  # elements; smaller tensors may well be equal by chance
+ROWS = 4  # of a tensor that are looked at to see whether its values change at all
+
+
+def stale(plan: Plan, path: Path) -> Iterator[Finding]:
+    """Yield a finding for every initializer with the base's values of a tensor that changes.
+
+    Memory: a few times the largest changed tensor in float64.
+
+    Args:
+        plan: Base, adapter and what becomes of them.
+        path: The graph; its external data must have been found to lie in its folder.
+    """
+    import onnx  # noqa: PLC0415 - takes a second
+
+    by_shape: dict[tuple[int, ...], list[Step]] = defaultdict(list)
+    for step in plan.steps:
+        if step.changes and step.source.size >= LEAST:
+            by_shape[tuple(sorted(step.shape))].append(step)
+    model = onnx.load(str(path), load_external_data=False)
+    for tensor in model.graph.initializer:
+        for step in by_shape.get(tuple(sorted(tensor.dims)), ()):
+            dtype = DTYPES.get(TYPES.get(tensor.data_type, ""))
+            if dtype is None:
+                continue
+            stored = _bytes(tensor, path.parent).view(f"u{dtype.itemsize}")
+            held = floats(stored, dtype).reshape(tuple(tensor.dims))
+            base = rounded(floats(step.source.raw(), step.source.dtype), dtype).reshape(step.shape)
+            if _same(held, base) and _changes(step, plan.settings, tensor.data_type):
+                what = "has the base's values, which the adapter changes"
+                yield Finding("graph-stale", f"{shown(tensor.name)} ({shown(step.name)})", what)
+
+
+def _same(held: NDArray[np.float64], base: NDArray[np.float64]) -> bool:
+    turned = held.ndim == 2 and held.shape == base.shape[::-1] and np.array_equal(held.T, base)
+    return turned or (held.shape == base.shape and np.array_equal(held, base))
+
+
+def _changes(step: Step, settings: Settings, kind: int) -> bool:
+    """Return whether the exact values differ from the base's, once rounded to the graph's type."""
+    dtype = DTYPES[TYPES[kind]]
+    for region in regions(step):
+        if not region.changes:
+            continue
+        exact = Exact.open(step.source, region, settings)
+        if exact.by_column:
+            return True
+        rows = np.unique(np.linspace(0, region.rows - 1, ROWS).astype(np.int64))
+        base, values = exact.rows(rows)
+        if not np.array_equal(rounded(base, dtype), rounded(values, dtype)):
+            return True
+    return False
+
+
+def _bytes(tensor: onnx.TensorProto, folder: Path) -> NDArray[np.uint8]:
+    """Return a tensor's stored bytes, mapped where they are in another file."""
+    import onnx  # noqa: PLC0415 - as above
+
+    entries = {e.key: e.value for e in tensor.external_data}
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        offset, length = int(entries.get("offset", 0)), int(entries.get("length", 0))
+        found: NDArray[np.uint8] = np.memmap(
+            folder / entries["location"], np.uint8, "r", offset, (length,)
+        )
+        return found
+    if tensor.raw_data:
+        return np.frombuffer(tensor.raw_data, np.uint8)
+    return np.ascontiguousarray(onnx.numpy_helper.to_array(tensor)).view(np.uint8).reshape(-1)

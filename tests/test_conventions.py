@@ -1,0 +1,334 @@
+"""Names of two ages: adapters of a class's names on a checkpoint's, and the reverse."""
+
+import re
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+import dora_export
+from dora_export import DoraExportError, conventions
+from tests import rider_models
+from tests.peft_models import rekey
+from tests.rider_models import VOCABULARY, WARNINGS, edit_json, rewrite, shapes, tensors
+from tests.small import PREFIX
+
+# Reasons stand beside the entries.
+pytestmark = [pytest.mark.filterwarnings(w) for w in WARNINGS]
+
+TEXT = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+        "max_position_embeddings": 64, "initializer_range": 0.2, "bos_token_id": 1,
+        "eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": False}  # fmt: skip
+VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+          "num_attention_heads": 2, "image_size": 16, "patch_size": 8}  # fmt: skip
+ROTARY = {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+}
+
+
+def multimodal(name, text=None, vision=None, **options):
+    """A tiny model of that class, its two parts given or as the config has them."""
+
+    def make():
+        config = getattr(transformers, f"{name}Config")(
+            text_config={**TEXT, **(text or {})}, vision_config={**VISION, **(vision or {})},
+            tie_word_embeddings=False, **options,
+        )  # fmt: skip
+        return getattr(transformers, f"{name}ForConditionalGeneration")(config)
+
+    return make
+
+
+def plain(model_class, config_class, **options):
+    def make():
+        return getattr(transformers, model_class)(getattr(transformers, config_class)(**options))
+
+    return make
+
+
+MIXTURE = {"num_local_experts": 4, "num_experts_per_tok": 2}
+IMAGE = {"image_token_index": 90}
+MODELS = {
+    "llava": multimodal("Llava", {"model_type": "llama"}, {"model_type": "clip_vision_model"},
+                        **IMAGE),
+    "llava_next": multimodal("LlavaNext", {"model_type": "llama"},
+                             {"model_type": "clip_vision_model"}, **IMAGE),
+    "gemma3": multimodal("Gemma3", {"sliding_window": 16, "query_pre_attn_scalar": 8},
+                         image_token_index=90, mm_tokens_per_image=4),
+    "paligemma": multimodal("PaliGemma", {"model_type": "gemma"},
+                            {"model_type": "siglip_vision_model", "projection_dim": 32}, **IMAGE),
+    "mistral3": multimodal("Mistral3", {"model_type": "mistral"}, {"model_type": "pixtral"},
+                           image_token_index=90),
+    "internvl": multimodal("InternVL", {"model_type": "qwen2"}, {"image_size": [16, 16],
+                           "patch_size": [8, 8]}, image_token_id=90),
+    "got_ocr2": multimodal("GotOcr2", {"model_type": "qwen2"},
+                           {"depth": 1, "num_heads": 2, "mlp_dim": 24, "output_channels": 8,
+                            "global_attn_indexes": [0], "window_size": 2}, image_token_index=90),
+    "qwen2_vl": multimodal("Qwen2VL", ROTARY, {"depth": 1, "embed_dim": 16, "hidden_size": 32,
+                           "num_heads": 2}, image_token_id=90, video_token_id=91,
+                           vision_start_token_id=92, vision_end_token_id=93),
+    "qwen2_5_vl": multimodal("Qwen2_5_VL", ROTARY, {"depth": 1, "out_hidden_size": 32,
+                             "num_heads": 2}, image_token_id=90, video_token_id=91,
+                             vision_start_token_id=92, vision_end_token_id=93),
+    "gpt_neox": plain("GPTNeoXForCausalLM", "GPTNeoXConfig",
+                      **{k: v for k, v in TEXT.items() if "head_dim" not in k}),
+    "nemotron_h": plain("NemotronHForCausalLM", "NemotronHConfig", **TEXT, mamba_num_heads=4,
+                        mamba_head_dim=8, ssm_state_size=8, n_groups=1, chunk_size=8,
+                        layers_block_type=["mamba", "attention"]),
+    "mixtral": plain("MixtralForCausalLM", "MixtralConfig", **TEXT, **MIXTURE),
+    "phimoe": plain("PhimoeForCausalLM", "PhimoeConfig", **TEXT, **MIXTURE,
+                    rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
+    "granitemoe": plain("GraniteMoeForCausalLM", "GraniteMoeConfig", **TEXT, **MIXTURE),
+}  # fmt: skip
+ROUTER = {"target_modules": ["q_proj"], "use_dora": False}
+LORA = {
+    "gpt_neox": {"target_modules": ["query_key_value", "dense_4h_to_h", "lm_head"]},
+    "nemotron_h": {"target_modules": ["q_proj", "in_proj"]},
+    "mixtral": {**ROUTER, "target_parameters": ["gate.weight"]},
+    "phimoe": {**ROUTER, "target_parameters": ["router.weight"]},
+    "granitemoe": {**ROUTER, "target_parameters": ["router.weight"]},
+}
+
+
+def prepare(folder, kind, original, **lora):
+    """As in ``rider_models``, and with the names of either age in the base."""
+    torch.manual_seed(0)
+    model = MODELS[kind]().eval()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 or "bias" in name:
+            parameter.data.normal_(0, 0.15)
+    settings = {"target_modules": ["q_proj", "down_proj", "lm_head"], "use_dora": True,
+                **LORA.get(kind, {}), **lora}  # fmt: skip
+    case = rider_models.prepare(folder, model, tokens=rider_models.TOKENS % 80 + 3, **settings)
+    model = case.model_class.from_pretrained(case.base)
+    for names in (True, False):
+        model.save_pretrained(folder / f"names {names}", save_original_format=names)
+    model.save_pretrained(case.base, save_original_format=original)
+    return case
+
+
+def check(case, output):
+    report = dora_export.merge(case.base, case.adapter, output, verify="full")
+    assert shapes(output) == shapes(case.base)
+    found = rider_models.logits(case.model_class.from_pretrained(output), case.tokens)
+    assert case.distance(found) < 1e-5
+    assert case.distance(case.before) > 1e-2
+    return report
+
+
+@pytest.mark.parametrize("original", [True, False], ids=["checkpoint names", "class names"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_adapters_of_the_class_fit_checkpoints_of_either_age(kind, original, tmp_path):
+    case = prepare(tmp_path, kind, original)
+    check(case, tmp_path / "out")
+
+
+def other_names(folder):
+    """Module path in the class -> in the checkpoint, by the bytes that both hold of a tensor."""
+    held = {}
+    for names in (True, False):
+        for name, tensor in tensors(folder / f"names {names}").items():
+            if tensor.ndim == 2:
+                held.setdefault(tensor.numpy().tobytes(), {})[names] = name
+    return {both[False].rpartition(".")[0]: both[True].rpartition(".")[0]
+            for both in held.values() if len(both) == 2}  # fmt: skip
+
+
+@pytest.mark.parametrize("original", [True, False], ids=["checkpoint names", "class names"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_adapters_of_earlier_classes_fit_checkpoints_of_either_age(kind, original, tmp_path):
+    """Before transformers 5 a class had the names of its checkpoint."""
+    case = prepare(tmp_path, kind, original)
+    modules = other_names(tmp_path)
+
+    def earlier(key):
+        module, part = re.split(r"(?=\.lora_|\.base_layer)", key.removeprefix(PREFIX), maxsplit=1)
+        return PREFIX + modules[module] + part
+
+    rekey(case.adapter, earlier)
+    renamed = [m for m, old in modules.items() if m != old]
+    assert renamed, "the class has the checkpoint's own names"
+    if kind in ("mixtral", "phimoe", "granitemoe"):  # routers were linear layers
+        edit_json(case.adapter / "adapter_config.json", target_parameters=None)
+    check(case, tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["llava", "gemma3", "qwen2_5_vl"])
+def test_adapters_of_the_headless_class_fit(kind, tmp_path):
+    """Trained on AutoModel's class: without "model." and without the head."""
+    case = prepare(tmp_path, kind, True, target_modules=["q_proj"])
+    rekey(case.adapter, lambda key: key.replace(f"{PREFIX}model.", PREFIX))
+    check(case, tmp_path / "out")
+
+
+# --- encoders for images and text, by PEFT's own merge
+
+ENCODER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+           "num_attention_heads": 4, "image_size": 16, "patch_size": 4}  # fmt: skip
+ENCODERS = {
+    "vit": (plain("ViTForImageClassification", "ViTConfig", **ENCODER), ["q_proj", "fc1", "fc2"]),
+    "deit": (plain("DeiTForImageClassification", "DeiTConfig", **ENCODER), ["k_proj", "o_proj"]),
+    "vit_msn": (plain("ViTMSNForImageClassification", "ViTMSNConfig", **ENCODER),
+                ["q_proj", "fc1"]),
+    "vivit": (plain("VivitForVideoClassification", "VivitConfig", **ENCODER, num_frames=4),
+              ["q_proj", "fc2"]),
+    "ast": (plain("ASTForAudioClassification", "ASTConfig", **{**ENCODER, "max_length": 32,
+                  "num_mel_bins": 16}), ["v_proj", "fc2"]),
+    "dinov2": (plain("Dinov2ForImageClassification", "Dinov2Config", **ENCODER, mlp_ratio=2),
+               ["q_proj", "fc1"]),
+    "clip text": (plain("CLIPTextModel", "CLIPTextConfig", **{**ENCODER, "vocab_size": 60}),
+                  ["q_proj", "fc2"]),
+    "siglip text": (plain("SiglipTextModel", "SiglipTextConfig", **{**ENCODER, "vocab_size": 60}),
+                    ["q_proj", "fc2"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("original", [True, False], ids=["checkpoint names", "class names"])
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_encoders_fit_under_the_names_of_either_age(kind, original, tmp_path):
+    import peft
+
+    make, targets = ENCODERS[kind]
+    torch.manual_seed(0)
+    model = make().eval()
+    model.save_pretrained(tmp_path / "base", save_original_format=original)
+    wrapped = peft.get_peft_model(
+        model, peft.LoraConfig(r=4, lora_alpha=10, target_modules=targets, use_dora=True)
+    )
+    rider_models.train(wrapped)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    dora_export.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", verify="full")
+    wrapped.merge_and_unload().save_pretrained(tmp_path / "peft", save_original_format=original)
+    base, found, theirs = (tensors(tmp_path / f) for f in ("base", "out", "peft"))
+    assert found.keys() == theirs.keys()
+    changed = [n for n in base if not torch.equal(base[n], found[n])]
+    assert len(changed) >= 2 * len(targets)
+    for name, tensor in found.items():
+        size = theirs[name].abs().max()
+        assert (tensor - theirs[name]).abs().max() <= 2e-6 * size, name
+
+
+# --- the table, row by row
+
+
+def samples(row):
+    """Checkpoint names that a row is about."""
+    tail = "layers.0.self_attn.q_proj.weight"
+    yield from (old + (tail if old.endswith(".") else "") for old, _ in row.prefixes
+                if not old.endswith("lm_head."))  # fmt: skip
+    yield from (old + "weight" for old, _ in row.prefixes if old.endswith("lm_head."))
+    start = "vit" if row.inside and ".encoder" in row.inside[0][0] else "model.layers.0"
+    yield from (
+        f"{start}{old if old.startswith('.') else '.' + old}weight" for old, _ in row.inside
+    )
+
+
+def renamed_by_transformers(name, keys):
+    mappings = [m for key in keys if (m := get_checkpoint_conversion_mapping(key)) is not None]
+    assert mappings, keys
+    found = set()
+    for mapping in mappings:
+        renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+        outer = rename_source_key(name, renamings, [])[0]
+        found.add(outer)
+        if outer.startswith("model."):  # the class inside has a mapping of its own
+            nested = get_checkpoint_conversion_mapping(NESTED.get(keys[0], "LlavaModel"))
+            inner = rename_source_key(outer.removeprefix("model."), nested, [])[0]
+            found.add(f"model.{inner}")
+    return found
+
+
+# Rows without model types, or whose type has its mapping under the name of a class.
+CLASSES = {
+    "qwen2_vl": ["Qwen2VLForConditionalGeneration"],
+    "qwen2_5_vl": ["Qwen2_5_VLForConditionalGeneration"],
+    "qwen3_5": ["qwen3_5_text"],
+    "qwen3_5_moe": ["qwen3_5_moe_text"],
+    "gemma3n": ["gemma3n_text"],
+    "vit": ["ViTModel"],
+    "deit": ["DeiTModel"],
+    "audio-spectrogram-transformer": ["ASTModel"],
+    "ijepa": ["IJepaModel"],
+    "vit_msn": ["ViTMSNModel"],
+    "vivit": ["VivitModel"],
+    "dinov2": ["Dinov2Model"],
+    "dinov2_with_registers": ["Dinov2WithRegistersModel"],
+}
+NESTED = {"emu3": "Emu3Model"}
+ANY_TYPE = ("llava", "gemma3", "paligemma", "mistral3", "internvl", "aria", "got_ocr2",
+            "aya_vision", "vipllava", "llava_next", "llava_onevision", "qwen2_audio", "voxtral",
+            "granite_speech", "video_llava", "fuyu", "mllama")  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(conventions.CONVENTIONS)))
+def test_every_row_is_what_transformers_does_while_it_loads(number):
+    row = conventions.CONVENTIONS[number]
+    types = sorted(row.model_types) or ANY_TYPE
+    seen = set()
+    for model_type in types:
+        either_way = list(conventions.renamings((model_type,)))
+        forward, back = either_way[-2:] if row.model_types else either_way[:2]
+        for name in samples(row):
+            theirs = renamed_by_transformers(name, CLASSES.get(model_type, [model_type]))
+            if name in theirs and not row.model_types:
+                continue  # this model has no such part
+            assert forward(name) in theirs, (model_type, name, theirs)
+            assert back(forward(name)) == name
+            seen.add(name)
+    assert seen == set(samples(row))
+
+
+def test_ends_of_names_are_those_of_transformers():
+    for old, new in conventions.LEAVES:
+        for theirs in renamed_by_transformers(f"bert{old}", ["legacy"]):
+            assert theirs == f"bert{new}"
+    ((old, new),) = conventions.HEADS["gpt_neox"]
+    assert renamed_by_transformers(old, ["GPTNeoXForCausalLM"]) == {new}
+
+
+def test_norms_under_their_earlier_names_are_replaced_and_not_written_beside(tmp_path):
+    """BERT's first checkpoints call the two parameters of a LayerNorm gamma and beta."""
+    case = rider_models.prepare(
+        tmp_path, rider_models.bert_classifier(), target_modules=["query"],
+        modules_to_save=["LayerNorm"], use_dora=True,
+    )  # fmt: skip
+    ends = {".LayerNorm.weight": ".LayerNorm.gamma", ".LayerNorm.bias": ".LayerNorm.beta"}
+
+    def earlier(name):
+        for new, old in ends.items():
+            name = name.replace(new, old)
+        return name
+
+    rewrite(case.base, lambda held: {earlier(n): t for n, t in held.items()})
+    case.check(tmp_path / "out")
+    assert shapes(tmp_path / "out").keys() == shapes(case.base).keys()
+
+
+def test_a_head_saved_whole_goes_under_the_name_of_the_checkpoint(tmp_path):
+    case = prepare(tmp_path, "gpt_neox", True, target_modules=["query_key_value"],
+                   modules_to_save=["lm_head"])  # fmt: skip
+    assert "embed_out.weight" in shapes(case.base)
+    report = check(case, tmp_path / "out")
+    assert report.tensors.get("replaced") == 1
+
+
+def test_rows_of_other_models_are_not_tried(tmp_path):
+    """A text adapter on a checkpoint whose model is not known to name its parts so."""
+    case = prepare(tmp_path, "qwen2_vl", False, target_modules=["q_proj"])
+    rekey(case.adapter, lambda key: key.replace("model.language_model.", "model."))
+    check(case, tmp_path / "out")
+    edit_json(case.base / "config.json", model_type="model_of_ours", text_config=None)
+    with pytest.raises(DoraExportError, match=r"--map-prefix model\.=model\.language_model\."):
+        dora_export.merge(case.base, case.adapter, tmp_path / "no")
+
+
+def test_names_that_two_conventions_explain_alike_are_no_question(tmp_path):
+    case = prepare(tmp_path, "qwen2_vl", True, target_modules=["q_proj"])
+    assert any(n.startswith("visual.") for n in shapes(case.base))
+    assert any(".visual." not in n for n in load_file(case.adapter / "adapter_model.safetensors"))
+    report = check(case, tmp_path / "out")
+    assert report.names == "'model.language_model.' as 'model.'"

@@ -1,0 +1,444 @@
+"""Traced graphs: what is published, that it is right, and what is refused."""
+
+import json
+import os
+import shutil
+import stat
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+
+import dora_export
+from dora_export import DoraExportError, GraphOptions, api_onnx
+from dora_export.cli.main import cli
+from dora_export.onnx import engines, files, quantise, share, tasks, tidy, trace
+from dora_export.onnx.model import GraphError, Made, Parity, ParityError
+from dora_export.onnx.wrappers import Flat, Part
+from dora_export.verification.graph import check_graph
+from tests.forward_models import KINDS, prepare
+from tests.rider_models import WARNINGS
+
+# Reasons stand beside the entries.
+pytestmark = [pytest.mark.filterwarnings(w) for w in WARNINGS]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Models this small are slower in two threads, and far slower beside other tests."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A decoder and its adapter, exported by the command's defaults."""
+    folder = tmp_path_factory.mktemp("traced")
+    make, lora = KINDS["llama"]
+    pair = prepare(folder, make(), **lora)
+    (pair.base / "tokenizer.json").write_text("{}")
+    (pair.base / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
+    stages = []
+    report = dora_export.export_onnx(
+        pair.base, pair.adapter, folder / "out", on_stage=stages.append
+    )
+    return pair, report, folder / "out", stages
+
+
+def graph_of(path):
+    return onnx.load(path / "model.onnx").graph
+
+
+def dims(value):
+    return [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+
+
+def test_a_decoder_is_published_and_equals_the_unmerged_model(exported):
+    _, report, out, _ = exported
+    assert (report.verdict, report.exit_code, report.way) == ("right", 0, "trace")
+    figures = report.verified.tiers[0].figures
+    assert figures["text"]["equal"] == figures["text"]["tokens"] > 40
+    assert all(abs(m["share"]) < 1e-3 for m in figures["mistakes"].values())
+    assert {"base", "magnitudes dropped"} < set(figures["mistakes"])
+    assert sorted(p.name for p in out.iterdir()) == [
+        "config.json", "dora_export.json", "genai_config.json", "generation_config.json",
+        "model.onnx", "tokenizer.json"]  # fmt: skip
+    assert not [p for p in out.parent.iterdir() if p.name.startswith(".")]
+    assert report.files["model.onnx"] == (out / "model.onnx").stat().st_size
+
+
+def test_a_decoders_graph_has_the_names_and_axes_that_run_times_expect(exported):
+    graph = graph_of(exported[2])
+    past = ["batch_size", 2, "past_sequence_length", 8]
+    assert {v.name: dims(v) for v in graph.input} == {
+        "input_ids": ["batch_size", "sequence_length"],
+        "attention_mask": ["batch_size", "total_sequence_length"],
+        "position_ids": ["batch_size", "sequence_length"],
+        **{f"past_key_values.{i}.{k}": past for i in range(2) for k in ("key", "value")},
+    }
+    assert {v.name: dims(v) for v in graph.output} == {
+        "logits": ["batch_size", "sequence_length", 97],
+        **{f"present.{i}.{k}": ["batch_size", 2, "total_sequence_length", 8]
+           for i in range(2) for k in ("key", "value")},
+    }  # fmt: skip
+
+
+def test_initializers_have_the_models_names_and_nothing_of_the_machine_is_left(exported):
+    pair, _, out, _ = exported
+    graph = graph_of(out)
+    names = {t.name.removesuffix(tidy.TRANSPOSED) for t in graph.initializer
+             if np.prod(t.dims) > 96}  # fmt: skip
+    assert names == {n for n in pair.plan().base.tensors if "norm" not in n}
+    content = (out / "model.onnx").read_bytes()
+    for word in (b"/tmp", b".py", b"site-packages", str(pair.base).encode(), b"stack_trace"):
+        assert word not in content
+    assert not any(n.metadata_props or n.doc_string for n in graph.node)
+
+
+def test_what_is_published_is_readable_by_all_as_the_umask_says(exported):
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in exported[2].iterdir():
+        assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~mask
+
+
+def test_the_manifest_says_what_was_made_and_what_was_found(exported):
+    _, _, out, stages = exported
+    said = json.loads((out / "dora_export.json").read_text())
+    onnx_part = said["onnx"]
+    assert onnx_part["files"] == {"model.onnx": files.sha256(out / "model.onnx")}
+    assert (onnx_part["engine"], onnx_part["dtype"], onnx_part["padding"]) == (
+        "torch", "fp32", "any")  # fmt: skip
+    assert onnx_part["task"] == "text-generation"
+    assert onnx_part["parity"]["verdict"] == "right"
+    assert len(said["changed"]) == 14
+    assert stages[0] == "merging"
+
+
+def test_the_config_is_the_bases_and_not_one_that_a_library_rewrote(exported):
+    pair, _, out, _ = exported
+    base = json.loads((pair.base / "config.json").read_text())
+    ours = json.loads((out / "config.json").read_text())
+    assert ours == base
+
+
+def test_genai_config_names_what_the_graph_has(exported):
+    out = exported[2]
+    said = json.loads((out / "genai_config.json").read_text())["model"]
+    names = {v.name for v in graph_of(out).input}
+    decoder = said["decoder"]
+    assert decoder["inputs"]["past_key_names"] % 1 in names
+    assert set(decoder["inputs"].values()) - {"past_key_values.%d.key", "past_key_values.%d.value"}
+    assert (decoder["num_key_value_heads"], decoder["head_size"]) == (2, 8)
+    assert (said["type"], said["eos_token_id"]) == ("llama", [2, 3])
+
+
+# --- weights
+
+
+def test_quantised_graphs_are_held_against_the_unmerged_model_too(exported, tmp_path):
+    pair, _, out, _ = exported
+    for method, most in (("int8", 0.2), ("int4", 0.2)):
+        options = GraphOptions(quantize=method, block_size=16)
+        target = tmp_path / f"{method}.onnx"
+        facts = quantise.quantise(out / "model.onnx", target, f"{method}.data", options)
+        assert facts["nodes"] == 15  # seven layers twice, and the head
+        tier, findings = check_graph(pair.plan(), target, budget=0.9)
+        # A single logit of dynamic int8 may well be off by all of its size.
+        assert {f.code for f in findings} <= ({"graph-differs"} if method == "int8" else set())
+        errors = tier.figures["outputs"]["logits"]["error"]
+        assert 1e-3 < errors["rms"] / errors["scale"] < most
+        assert all(abs(m["share"]) < 0.2 for m in tier.figures["mistakes"].values())
+        assert {f.code for f in check_graph(pair.plan(), target, budget=1e-4)[1]} == {
+            "graph-differs"}  # fmt: skip
+
+
+def test_int4_keeps_eight_bits_for_the_head_unless_asked_otherwise(exported, tmp_path):
+    out = exported[2]
+    for bits, expected in ((8, [4] * 14 + [8]), (4, [4] * 15)):
+        options = GraphOptions(quantize="int4", block_size=16, head_bits=bits, symmetric=False)
+        quantise.quantise(out / "model.onnx", tmp_path / f"{bits}.onnx", "data", options)
+        nodes = [n for n in onnx.load(tmp_path / f"{bits}.onnx").graph.node
+                 if n.op_type == "MatMulNBits"]  # fmt: skip
+        said = [{a.name: a.i for a in n.attribute} for n in nodes]
+        assert sorted(a["bits"] for a in said) == expected
+        assert {a["block_size"] for a in said} == {16}
+        assert all(len(n.input) > 3 and n.input[3] for n in nodes)  # zero points
+
+
+def test_a_tied_head_is_within_reach_of_quantisers(tmp_path):
+    """Where exporters leave Transpose(embedding) in front of the last product."""
+    weight = np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32)
+    x = ir.Value(name="x", shape=ir.Shape([1, 32]), type=ir.TensorType(ir.DataType.FLOAT))
+    tied = ir.Value(name="embed.weight", const_value=ir.tensor(weight, name="embed.weight"))
+    tied.shape, tied.dtype = ir.Shape([64, 32]), ir.DataType.FLOAT
+    turn = ir.node("Transpose", [tied], attributes={"perm": [1, 0]})
+    product = ir.node("MatMul", [x, turn.outputs[0]], name="head")
+    product.outputs[0].name = "y"
+    graph = ir.Graph([x], product.outputs, nodes=[turn, product], initializers=[tied],
+                     opset_imports={"": 20})  # fmt: skip
+    model = ir.Model(graph, ir_version=10)
+    quantise.reachable(model)
+    assert [n.op_type for n in graph] == ["MatMul"]
+    ir.save(model, tmp_path / "m.onnx")
+    held = onnx.numpy_helper.to_array(onnx.load(tmp_path / "m.onnx").graph.initializer[0])
+    assert np.array_equal(held, weight.T)
+
+
+def test_one_copy_of_the_weights_serves_graph_and_folder(exported, tmp_path):
+    pair, _, out, _ = exported
+    dora_export.merge(pair.base, pair.adapter, tmp_path / "merged")
+    model = ir.load(out / "model.onnx")
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    shared = share.share(model, tmp_path / "merged", folder, copy=True)
+    files.write(model, folder / "model.onnx", "model.onnx.data")
+    assert len(shared) == 16  # all but the norms, which are below the threshold
+    assert (folder / "model.onnx").stat().st_size < 50_000
+    assert not (folder / "model.onnx.data").exists()
+    assert check_graph(pair.plan(), folder / "model.onnx")[1] == ()
+    held = {t.name: t for t in onnx.load(folder / "model.onnx", load_external_data=False)
+            .graph.initializer}  # fmt: skip
+    entry = {e.key: e.value for e in held["model.layers.0.mlp.up_proj.weight"].external_data}
+    assert entry["location"] == "model.safetensors"
+
+
+def test_weights_above_the_threshold_go_into_a_file_of_their_own(exported, tmp_path, monkeypatch):
+    pair, _, out, _ = exported
+    monkeypatch.setattr(files, "DATA_BYTES", 1000)
+    files.write(ir.load(out / "model.onnx"), tmp_path / "model.onnx", "model.onnx.data")
+    assert (tmp_path / "model.onnx.data").stat().st_size > 80_000
+    assert stat.S_IMODE((tmp_path / "model.onnx.data").stat().st_mode) & 0o444
+    onnx.checker.check_model(str(tmp_path / "model.onnx"))
+    assert check_graph(pair.plan(), tmp_path / "model.onnx")[1] == ()
+
+
+# --- publishing
+
+
+@pytest.fixture
+def traced_already(exported, monkeypatch):
+    """The tracer stands still: what it makes is the graph that is there."""
+    _, report, out, _ = exported
+
+    def make(request, folder):
+        assert (folder / "model.safetensors").is_file()
+        shutil.copyfile(out / "model.onnx", request.folder / "model.onnx")
+        parity = Parity("model.onnx", request.plan, outputs=["logits"])
+        return Made(("model.onnx",), dict(report.facts), (parity,))
+
+    monkeypatch.setattr(trace, "make", make)
+
+
+def other_alpha(pair, folder):
+    shutil.copytree(pair.adapter, folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 5}))
+    return folder
+
+
+@pytest.mark.usefixtures("traced_already")
+def test_a_graph_that_computes_something_else_is_not_published(exported, tmp_path):
+    pair = exported[0]
+    other = other_alpha(pair, tmp_path / "other")
+    with pytest.raises(ParityError, match="--allow-mismatch") as raised:
+        dora_export.export_onnx(pair.base, other, tmp_path / "out")
+    assert raised.value.exit_code == 1
+    assert raised.value.report.verdict == "wrong"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["other"]
+    report = dora_export.export_onnx(pair.base, other, tmp_path / "out", allow_mismatch=True)
+    assert (report.verdict, report.exit_code) == ("wrong", 1)
+    said = json.loads((tmp_path / "out" / "dora_export.json").read_text())
+    assert said["onnx"]["parity"]["verdict"] == "wrong"
+
+
+@pytest.mark.usefixtures("traced_already")
+def test_the_command_ends_with_1_and_writes_the_page_all_the_same(exported, tmp_path):
+    pair = exported[0]
+    other = other_alpha(pair, tmp_path / "other")
+    arguments = ["onnx", str(pair.base), str(other), "-o", str(tmp_path / "out")]
+    result = CliRunner().invoke(cli, [*arguments, "--html", str(tmp_path / "page.html")])
+    assert result.exit_code == 1
+    assert "graph-mistaken" in result.stderr
+    assert "graph-mistaken" in (tmp_path / "page.html").read_text()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("traced_already")
+def test_without_verification_the_report_says_so(exported, tmp_path):
+    pair = exported[0]
+    result = CliRunner().invoke(
+        cli, ["onnx", str(pair.base), str(pair.adapter), "-o", str(tmp_path / "o"), "--no-verify"]
+    )
+    assert result.exit_code == 0, result.stderr
+    assert "not compared with the unmerged model" in result.stdout
+    assert json.loads((tmp_path / "o" / "dora_export.json").read_text())["onnx"]["parity"] is None
+
+
+@pytest.mark.usefixtures("traced_already")
+def test_a_merged_folder_is_exported_as_it_is_stored(exported, tmp_path):
+    """Cast where its dtype is another than the graph's, its own files left alone."""
+    pair = exported[0]
+    dora_export.merge(pair.base, pair.adapter, tmp_path / "merged")
+    report = dora_export.export_onnx(tmp_path / "merged", None, tmp_path / "out")
+    assert report.verdict == "right"
+    assert report.verified.tiers[0].figures["mistakes"] == {}
+    said = json.loads((tmp_path / "out" / "dora_export.json").read_text())
+    assert said["adapters"] == []
+    dora_export.merge(pair.base, pair.adapter, tmp_path / "half", dtype="bf16")
+    before = sorted(p.name for p in (tmp_path / "half").iterdir())
+    with pytest.raises(ParityError):  # bfloat16 weights are not the graph's
+        dora_export.export_onnx(tmp_path / "half", None, tmp_path / "out2")
+    assert sorted(p.name for p in (tmp_path / "half").iterdir()) == before
+
+
+@pytest.mark.usefixtures("traced_already")
+def test_an_interrupted_export_leaves_nothing(exported, tmp_path, monkeypatch):
+    pair = exported[0]
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(api_onnx, "_verified", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        dora_export.export_onnx(pair.base, pair.adapter, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- engines
+
+
+class Scaled(nn.Module):
+    """As small as a model can be."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.layer(x) * 2
+
+
+def small_part(run=lambda model, values: [model(values["x"])], axes=None):
+    module = Scaled()
+    axes = {"x": {0: "batch_size"}} if axes is None else axes
+    return Part(Flat(module, ["x"], run, ["y"]), {"x": torch.randn(3, 8)}, axes, ["y"])
+
+
+@pytest.mark.parametrize("engine", ["torch", "transformers"])
+def test_both_engines_give_the_same_names_and_values(engine, tmp_path):
+    part = small_part()
+    model = engines.export(part, None, engine)
+    tidy.tidy(model)
+    assert [v.name for v in model.graph.inputs] == ["x"]
+    assert [v.name for v in model.graph.outputs] == ["y"]
+    assert str(model.graph.inputs[0].shape[0]) == "batch_size"
+    ir.save(model, tmp_path / "m.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    x = torch.randn(5, 8)
+    expected = part.module(x)[0].detach().numpy()
+    assert np.abs(session.run(None, {"x": x.numpy()})[0] - expected).max() < 1e-5
+
+
+def test_the_next_engine_is_asked_where_one_fails_and_the_reason_is_kept(monkeypatch):
+    def fail(part, opset):
+        raise RuntimeError("no such operator: aten.frobnicate")
+
+    monkeypatch.setattr(engines, "_by_torch", fail)
+    _, engine, why = engines.traced(small_part(), None, "auto")
+    assert engine == "transformers"
+    assert why == ["engine torch: RuntimeError: no such operator: aten.frobnicate"]
+    monkeypatch.setattr(engines, "_by_transformers", fail)
+    with pytest.raises(GraphError, match="--into") as raised:
+        engines.traced(small_part(), None, "auto")
+    assert str(raised.value).count("aten.frobnicate") == 2
+
+
+def test_an_axis_that_the_exporter_fixes_is_refused():
+    def run(model, values):
+        return [model(values["x"][:3])[:3] + values["x"].reshape(3, 8)]
+
+    with pytest.raises((GraphError, engines.TraceFailure), match=r"batch_size|3"):
+        engines.export(small_part(run), None, "torch")
+
+
+def test_an_input_that_the_model_does_not_use_is_told():
+    part = small_part()
+    inputs = {**part.inputs, "unused": torch.randn(3, 8)}
+    module = Flat(Scaled(), list(inputs), lambda m, v: [m(v["x"])], ["y"])
+    model = engines.export(Part(module, inputs, part.axes, ["y"]), None, "torch")
+    assert [v.name for v in model.graph.inputs] == ["x", "unused"]  # torch keeps it
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        ({"opset": 9}, "the exporter writes 18 to"),
+        ({"task": "divination"}, "expected one of"),
+        ({"batch": 0}, "at least 1"),
+        ({"dtype": "int3"}, "expected fp32, fp16, bf16"),
+        ({"quantize": "int4", "block_size": 17}, "expected one of 16"),
+        ({"quantize": "int8", "dtype": "fp16"}, "Use fp32"),
+        ({"quantize": "int4", "dtype": "bf16"}, "Use fp32 or fp16"),
+        ({"quantize": "int8", "share_weights": True}, "quantised weights"),
+        ({"layout": "transformers-js", "share_weights": True}, "Leave one of them out"),
+    ],
+)
+def test_options_that_do_not_go_are_refused_before_any_work(exported, options, remedy, tmp_path):
+    pair = exported[0]
+    with pytest.raises(DoraExportError, match=remedy):
+        dora_export.export_onnx(
+            pair.base, pair.adapter, tmp_path / "out", options=GraphOptions(**options)
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_code_of_the_models_own_is_not_run(exported, tmp_path):
+    pair = exported[0]
+    shutil.copytree(pair.base, tmp_path / "base")
+    config = json.loads((pair.base / "config.json").read_text())
+    config["architectures"] = ["LlamaWithSurprise"]
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(GraphError, match=r"never executed.*--into"):
+        dora_export.export_onnx(tmp_path / "base", pair.adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_task_whose_head_the_model_does_not_store_is_refused(exported, tmp_path):
+    pair = exported[0]
+    with pytest.raises(GraphError, match=r"random values.*--task"):
+        dora_export.export_onnx(
+            pair.base, pair.adapter, tmp_path / "out",
+            options=GraphOptions(task="text-classification"),
+        )  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_graph_names_are_those_that_transformers_js_looks_for():
+    names = {
+        (): "onnx/model.onnx",
+        (("dtype", "fp16"),): "onnx/model_fp16.onnx",
+        (("quantize", "int8"),): "onnx/model_int8.onnx",
+        (("quantize", "int4"),): "onnx/model_q4.onnx",
+    }
+    for options, name in names.items():
+        graph, data = trace.graph_name(GraphOptions(layout="transformers-js", **dict(options)))
+        assert (graph, data) == (name, f"{name.removeprefix('onnx/')}_data")
+    assert trace.graph_name(GraphOptions()) == ("model.onnx", "model.onnx.data")
+
+
+def test_every_class_of_the_list_has_its_task():
+    assert tasks.task_of("GPT2LMHeadModel") == "text-generation"
+    assert tasks.task_of("BertModel") == "feature-extraction"
+    assert tasks.task_of("CLIPTextModelWithProjection") == "feature-extraction"
+    assert tasks.task_of("Frobnicator") is None

@@ -1,0 +1,334 @@
+"""Pipelines of several models: read as one checkpoint, written in the same layout, verified."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import dora_export
+from dora_export.checkpoints import open_checkpoint
+from dora_export.errors import InputError
+from tests import pipelines, small
+from tests.pipelines import check_merged, write_pair
+from tests.small import entries, run
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+VAE = "vae/diffusion_pytorch_model.safetensors"
+FILES = {
+    "README.md", "dora_export.json", "model_index.json", "scheduler/scheduler_config.json",
+    "text_encoder/config.json", "text_encoder/model.safetensors", "tokenizer/merges.txt",
+    "tokenizer/tokenizer_config.json", "tokenizer/vocab.json", UNET, "unet/config.json", VAE,
+    "vae/config.json",
+}  # fmt: skip
+
+
+def merged(base, adapter, out, *options):
+    result = run("merge", base, adapter, "-o", out, "--verify", "full", *options)
+    assert result.exit_code == 0, result.stdout + result.stderr
+    return out
+
+
+def files(folder):
+    return {name for name, digest in entries(folder).items() if digest is not None}
+
+
+def refusal(*args):
+    result = run(*args)
+    assert result.exit_code == 2, result.stdout + result.stderr
+    return " ".join(result.stderr.split())
+
+
+def test_pipeline_is_merged_whole_into_its_own_layout(tmp_path):
+    base, adapter = write_pair(tmp_path)
+    # What repositories hold beside a pipeline and what is no part of it.
+    for clutter in ("vae_1_0/model.safetensors", "sd.safetensors", "unet/model.onnx_data",
+                    "unet/openvino_model.bin", "unet/flax_model.msgpack"):  # fmt: skip
+        (base / clutter).parent.mkdir(exist_ok=True)
+        (base / clutter).write_bytes(b"x")
+    small.write_json(base / "vae_1_0/config.json", {})
+    out = merged(base, adapter, tmp_path / "out")
+    assert files(out) == FILES
+    check_merged(out, base)
+    assert entries(out)[VAE] == entries(base)[VAE]
+    with safe_open(out / UNET, "pt") as file:
+        assert "mid_block.conv.weight" in file.keys()  # noqa: SIM118 - not a dictionary
+    manifest = json.loads((out / "dora_export.json").read_text())
+    assert {f["name"] for f in manifest["base"]["files"]} == {
+        UNET, VAE, "text_encoder/model.safetensors"
+    }  # fmt: skip
+
+
+def test_shards_stay_shards_with_an_index_for_each_model(tmp_path):
+    base, adapter = write_pair(tmp_path)
+    pipelines.write_shards(base, "unet")
+    pipelines.write_shards(base, "text_encoder")
+    out = merged(base, adapter, tmp_path / "out")
+    check_merged(out, base)
+    for part, stem in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        index = json.loads((out / part / f"{stem}.safetensors.index.json").read_text())
+        assert index == json.loads((base / part / f"{stem}.safetensors.index.json").read_text())
+    assert run("verify", base, adapter, out).exit_code == 0
+
+
+def test_each_model_is_cut_into_shards_of_its_own(tmp_path):
+    base, adapter = write_pair(tmp_path)
+    out = merged(base, adapter, tmp_path / "out", "--max-shard-size", "2kB")
+    check_merged(out, base)
+    own = sorted(n for n in files(out) if n.startswith("unet/"))
+    assert own[1] == "unet/diffusion_pytorch_model-00001-of-00004.safetensors"
+    assert own[-1] == "unet/diffusion_pytorch_model.safetensors.index.json"
+    assert VAE in files(out)
+    assert run("verify", base, adapter, out).exit_code == 0
+
+
+def test_component_folder_keeps_its_file_name(tmp_path):
+    base, adapter = write_pair(tmp_path)
+    out = merged(base / "unet", adapter, tmp_path / "out")
+    assert files(out) == {"README.md", "config.json", "diffusion_pytorch_model.safetensors",
+                          "dora_export.json"}  # fmt: skip
+    exact = pipelines.expected(load_file(base / UNET), pipelines.adapter(load_file(base / UNET)))
+    written = load_file(out / "diffusion_pytorch_model.safetensors")
+    assert all(small.oracle.ulps(written[name], exact[name]) <= 1 for name in exact)
+    cut = merged(base / "unet", adapter, tmp_path / "cut", "--max-shard-size", "4kB")
+    assert "diffusion_pytorch_model-00001-of-00003.safetensors" in files(cut)
+    assert "diffusion_pytorch_model.safetensors.index.json" in files(cut)
+
+
+def test_only_variant_is_taken_and_keeps_its_name(tmp_path):
+    base, adapter = write_pair(tmp_path, variant="fp16")
+    out = merged(base, adapter, tmp_path / "out")
+    assert "unet/diffusion_pytorch_model.fp16.safetensors" in files(out)
+    check_merged(out, base)
+    assert run("verify", base, adapter, out).exit_code == 0
+    cut = merged(base, adapter, tmp_path / "cut", "--max-shard-size", "4kB")
+    stem = "unet/diffusion_pytorch_model"
+    assert f"{stem}.safetensors.index.fp16.json" in files(cut)
+    assert f"{stem}.fp16-00001-of-00003.safetensors" in files(cut)
+    assert run("verify", base, adapter, cut).exit_code == 0
+
+
+def test_weights_without_variant_win_where_they_are_whole(tmp_path):
+    base, adapter = write_pair(tmp_path)
+    for variant in ("fp16", "non_ema"):
+        pipelines.write_weights(base, "unet", pipelines.tensors(seed=9)["unet"], variant)
+    result = run("merge", base, adapter, "-o", tmp_path / "out")
+    assert "those of 'fp16', 'non_ema' are left out" in result.stdout
+    assert files(tmp_path / "out") == FILES
+    check_merged(tmp_path / "out", base)
+
+
+def test_variant_completed_by_weights_without_one_is_taken(tmp_path):
+    base = pipelines.write(tmp_path / "base", variant="fp16")
+    (base / "vae/diffusion_pytorch_model.fp16.safetensors").rename(base / VAE)
+    checkpoint = open_checkpoint(base)
+    assert sorted(f.name for f in checkpoint.files)[1] == (
+        "unet/diffusion_pytorch_model.fp16.safetensors"
+    )
+    assert VAE in [f.name for f in checkpoint.files]
+
+
+def test_two_whole_variants_are_not_chosen_between(tmp_path):
+    base, adapter = write_pair(tmp_path, variant="fp16")
+    for part, own in pipelines.tensors().items():
+        pipelines.write_weights(base, part, own, "bf16")
+    said = refusal("merge", base, adapter, "-o", tmp_path / "out")
+    assert "the variants bf16 and fp16 are both whole" in said
+    assert "Leave the files of one of them there" in said
+
+
+def test_file_beside_an_index_is_ambiguous(tmp_path):
+    base, adapter = write_pair(tmp_path)
+    pipelines.write_shards(base, "unet")
+    save_file(pipelines.tensors()["unet"], base / UNET)
+    said = refusal("merge", base, adapter, "-o", tmp_path / "out")
+    assert "diffusion_pytorch_model.safetensors.index.json" in said
+    assert "Leave one of them there" in said
+
+
+def remove_folder(base):
+    shutil.rmtree(base / "vae")
+
+
+def remove_weights(base):
+    (base / VAE).unlink()
+
+
+def name_outside(base):
+    small.edit_json(base / "model_index.json", **{"../adapter": ["diffusers", "AutoencoderKL"]})
+
+
+BROKEN = {
+    "folder": (remove_folder, "names folders that are not there: vae. Copy the whole pipeline"),
+    "weights": (remove_weights, "no weights found for vae"),
+    "outside": (name_outside, "names folders outside its own: ['../adapter']"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_incomplete_pipeline_is_refused(case, tmp_path):
+    base, adapter = write_pair(tmp_path)
+    damage, message = BROKEN[case]
+    damage(base)
+    assert message in refusal("merge", base, adapter, "-o", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_pickled_model_of_a_pipeline_needs_permission(tmp_path):
+    base, adapter = write_pair(tmp_path)
+    torch.save(pipelines.tensors()["vae"], base / "vae/diffusion_pytorch_model.bin")
+    (base / VAE).unlink()
+    assert "--allow-pickle" in refusal("merge", base, adapter, "-o", tmp_path / "out")
+    out = merged(base, adapter, tmp_path / "out", "--allow-pickle")
+    assert files(out) == FILES
+
+
+def test_cast_edits_only_configs_that_name_a_type(tmp_path):
+    base, adapter = write_pair(tmp_path)
+    out = merged(base, adapter, tmp_path / "out", "--dtype", "bf16")
+    assert json.loads((out / "text_encoder/config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert entries(out)["unet/config.json"] == entries(base)["unet/config.json"]
+    assert all(t.dtype == torch.bfloat16 for t in load_file(out / VAE).values())
+    assert run("verify", base, adapter, out).exit_code == 0
+
+
+def test_names_that_fit_two_models_are_refused_with_both(tmp_path):
+    base, adapter = write_pair(tmp_path)
+    small.edit_json(base / "model_index.json", unet_2=["diffusers", "UNet2DConditionModel"])
+    shutil.copytree(base / "unet", base / "unet_2")
+    said = refusal("merge", base, adapter, "-o", tmp_path / "out")
+    assert "'unet.' added or 'unet_2.' added" in said
+    assert "--map-prefix" in said
+
+
+# --- verification finds what is wrong with a pipeline
+
+
+def flip(path, offset=-1):
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+
+
+FAULTS = {
+    "a byte of an untouched model": (lambda m: flip(m / VAE), "bytes-differ", "vae."),
+    "a byte of a merged tensor": (lambda m: flip(m / UNET), None, "unet."),
+    "no weights": (lambda m: (m / VAE).unlink(), "file-missing", "vae"),
+    "no folder": (lambda m: shutil.rmtree(m / "vae"), "file-missing", "vae"),
+    "scheduler": (
+        lambda m: small.edit_json(m / "scheduler/scheduler_config.json", beta_end=0.02),
+        "config-changed", "scheduler/scheduler_config.json",
+    ),
+    "no scheduler": (
+        lambda m: (m / "scheduler/scheduler_config.json").unlink(),
+        "config-missing", "scheduler/scheduler_config.json",
+    ),
+    "config": (
+        lambda m: small.edit_json(m / "unet/config.json", sample_size=9),
+        "config-changed", "unet/config.json: sample_size",
+    ),
+    "no config": (lambda m: (m / "vae/config.json").unlink(), "config-missing", "vae/config.json"),
+    "class": (
+        lambda m: small.edit_json(m / "model_index.json", scheduler=["diffusers", "PNDMScheduler"]),
+        "config-changed", "model_index.json",
+    ),
+    "no model index": (
+        lambda m: (m / "model_index.json").unlink(), "config-missing", "model_index.json"
+    ),
+    "tokenizer": (
+        lambda m: (m / "tokenizer/vocab.json").unlink(), "tokenizer-missing", "tokenizer/vocab.json"
+    ),
+    "two copies": (
+        lambda m: shutil.copy(m / UNET, m / "unet/model.safetensors"), "tensor-twice", "unet"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_fault_in_a_merged_pipeline_is_found(case, tmp_path):
+    base, adapter = write_pair(tmp_path)
+    out = merged(base, adapter, tmp_path / "out")
+    plant, code, where = FAULTS[case]
+    plant(out)
+    report = dora_export.verify(base, adapter, out)
+    assert report.exit_code == 1
+    wrong = [f for f in report.findings if f.severity == "wrong"]
+    assert any((code in (None, f.code)) and f.where.startswith(where) for f in wrong), wrong
+    if case.startswith("no folder"):
+        assert not [f for f in wrong if f.code == "tensor-missing"]  # told once, with the folder
+
+
+def test_index_of_one_model_is_held_against_its_files(tmp_path):
+    base, adapter = write_pair(tmp_path)
+    pipelines.write_shards(base, "vae")
+    out = merged(base, adapter, tmp_path / "out")
+    path = out / "vae/diffusion_pytorch_model.safetensors.index.json"
+    places = json.loads(path.read_text())["weight_map"]
+    small.edit_json(path, weight_map=dict.fromkeys(places, max(places.values())))
+    report = dora_export.verify(base, adapter, out)
+    assert ("index-wrong", "vae: conv_in.weight") in {(f.code, f.where) for f in report.findings}
+
+
+# --- interrupted work
+
+
+def interrupt(base, adapter, out, after):
+    def progress(done, total):
+        if done >= after * total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        dora_export.merge(base, adapter, out, threads=1, progress=progress)
+
+
+def partial(out):
+    return out.with_name(f".{out.name}.dora_export-partial")
+
+
+def test_interrupted_merge_goes_on_in_all_folders(tmp_path):
+    base, adapter = write_pair(tmp_path)
+    whole = merged(base, adapter, tmp_path / "whole")
+    interrupt(base, adapter, tmp_path / "out", 0.9)
+    assert "unet" in entries(partial(tmp_path / "out"))
+    report = dora_export.merge(base, adapter, tmp_path / "out")
+    assert report.resumed_bytes > 0
+    assert entries(tmp_path / "out") == entries(whole)
+
+
+def test_link_in_the_place_of_a_staged_folder_is_not_followed(tmp_path):
+    base, adapter = write_pair(tmp_path)
+    whole = merged(base, adapter, tmp_path / "whole")
+    interrupt(base, adapter, tmp_path / "out", 0.9)
+    staged = partial(tmp_path / "out")
+    for part in ("unet", "vae", "text_encoder"):
+        shutil.move(staged / part, tmp_path / f"elsewhere-{part}")
+        os.symlink(tmp_path / f"elsewhere-{part}", staged / part)
+    elsewhere = {p: entries(tmp_path / f"elsewhere-{p}") for p in ("unet", "vae", "text_encoder")}
+    assert dora_export.merge(base, adapter, tmp_path / "out").resumed_bytes == 0
+    assert entries(tmp_path / "out") == entries(whole)
+    assert not (tmp_path / "out/unet").is_symlink()
+    for part, before in elsewhere.items():
+        assert entries(tmp_path / f"elsewhere-{part}") == before
+
+
+def test_work_of_another_base_is_told_by_component(tmp_path):
+    base, adapter = write_pair(tmp_path)
+    interrupt(base, adapter, tmp_path / "out", 0.9)
+    flip(base / VAE)
+    said = refusal("merge", base, adapter, "-o", tmp_path / "out")
+    assert f"base {VAE}" in said
+    assert f"base {UNET}" not in said
+
+
+def test_input_that_changes_in_a_sub_folder_is_noticed(tmp_path):
+    base, adapter = write_pair(tmp_path)
+    config = base / "scheduler/scheduler_config.json"
+
+    def progress(done, total):
+        config.write_text("{}")
+
+    with pytest.raises(InputError, match=r"scheduler_config\.json: had"):
+        dora_export.merge(base, adapter, tmp_path / "out", progress=progress)
