@@ -132,7 +132,7 @@ class NBits:
 
     def encode(self, rows: NDArray[Any]) -> tuple[Bytes, ...]:
         """Return packed values, scales, and zero points unless symmetric."""
-        from onnxruntime.quantization import matmul_nbits_quantizer as ort  # noqa: PLC0415 - slow
+        from onnxruntime.capi import _pybind_state as ort  # noqa: PLC0415 - slow to import
 
         quantise = ort.quantize_matmul_8bits if self.bits == 8 else ort.quantize_matmul_4bits
         count, length = rows.shape

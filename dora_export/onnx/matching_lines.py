@@ -105,10 +105,10 @@ class Index:
         )
 
 
-def base_keys(weight: Weight, length: int, sample: Sample) -> Keys:
-    """Return the keys of all rows of a base tensor; reads it a few MB at a time."""
+def base_keys(weight: Weight, length: int, sample: Sample, most: int | None = None) -> Keys:
+    """Return the keys of all rows of a base tensor, or of the first ones; a few MB at a time."""
     ref = values_of(weight)
-    count = ref.size // length
+    count = ref.size // length if most is None else min(most, ref.size // length)
     step = max(1, BLOCK_BYTES // (length * ref.dtype.itemsize))
     keys = np.empty(count, np.uint64)
     for first in range(0, count, step):

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     import onnx
 
 BLOCK_LINES = 4096
+FIRST_ROWS = 8
 UINT8, INT8 = 2, 3  # TensorProto.DataType
 # Operator -> inputs with the quantised weight, its scale and its zero point; None: found elsewhere.
 INT8_INPUTS: Mapping[str, tuple[int, int | None, int]] = {
@@ -112,7 +113,7 @@ def find(what: Quantised, by_lines: ByLines) -> list[Found]:
         if not weights:
             continue
         keys = guess.line_keys()
-        whole = [m for w in weights if (m := _whole(guess, w, keys)) is not None]
+        whole = [_whole(guess, w, keys.size) for w in weights if _is_whole(guess, w, keys)]
         if whole:
             none = np.empty(0, np.int64)
             return [Found(m, m.lines.count, none, none) for m in whole]
@@ -124,17 +125,24 @@ def find(what: Quantised, by_lines: ByLines) -> list[Found]:
     return []
 
 
-def _whole(guess: Guess, weight: Weight, keys: Keys) -> Match | None:
+def _is_whole(guess: Guess, weight: Weight, keys: Keys) -> bool:
+    """Return whether all lines seem to be a base tensor's rows in turn; most fail at the first."""
     assert weight.base is not None, "Bug: gathered by the length of its rows"
-    if weight.base.size // guess.like.length != keys.size:
-        return None
-    if not np.array_equal(base_keys(weight, guess.like.length, guess.sample), keys):
-        return None
+    length = guess.like.length
+    if weight.base.size // length != keys.size:
+        return False
+    first = base_keys(weight, length, guess.sample, FIRST_ROWS)
+    return np.array_equal(first, keys[:FIRST_ROWS]) and np.array_equal(
+        base_keys(weight, length, guess.sample), keys
+    )
+
+
+def _whole(guess: Guess, weight: Weight, count: int) -> Match:
     return replace(
         guess.like,
         weights=(weight,),
-        weight_of=np.zeros(keys.size, np.int32),
-        row_of=np.arange(keys.size),
+        weight_of=np.zeros(count, np.int32),
+        row_of=np.arange(count),
     )
 
 
