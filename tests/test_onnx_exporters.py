@@ -79,7 +79,7 @@ def test_a_graph_of_each_exporter_computes_what_the_unmerged_model_does(
     expected, base = reference[kind]
     assert distance(logits(graph), base) < TOLERANCE
     report = export(kind, graph, tmp_path / "out")
-    assert report.facts["rewritten"] >= 10
+    assert report.facts["rewritten"] >= 8  # packed ones count once
     assert distance(logits(tmp_path / "out/model.onnx"), expected) < TOLERANCE
     assert distance(base, expected) > 1000 * TOLERANCE
 
