@@ -92,6 +92,22 @@ def test_the_parity_check_runs_on_a_re_weighted_graph(tmp_path):
     assert all(t.ran for t in report.verified.tiers)
 
 
+def test_a_graph_that_counts_tokens_is_compared_without_padding(tmp_path):
+    graph = FIXTURES / "llama/graphs/genai-fp32/model.onnx"
+    report = export("llama", graph, tmp_path / "out", verify=True)
+    assert report.verdict == "right"
+    assert report.verified.tiers[-1].tier == "onnx"
+    assert any("padding on the right only" in n for n in report.notes)
+
+
+def test_a_graph_with_names_of_its_own_is_not_run_and_says_so(tmp_path):
+    graph = FIXTURES / "llama/graphs/transformers/model.onnx"
+    report = export("llama", graph, tmp_path / "out", verify=True)
+    assert report.verdict == "right"
+    assert [t.tier for t in report.verified.tiers] == ["ledger", "oracle"]
+    assert any("input.past_key_values.layers.0.keys" in n for n in report.notes)
+
+
 def merged_weights(kind):
     """Every merged weight in float64, by the oracle."""
     base = load_file(FIXTURES / kind / "base/model.safetensors")

@@ -23,7 +23,7 @@ from dora_export.checkpoints.folder import read_json
 from dora_export.engine import Engine, Resources, check_adapter
 from dora_export.errors import OutputError, listing, shown
 from dora_export.onnx.encodings import Int8, NeverZero, Plain
-from dora_export.onnx.graph_file import Graph, StoredTensor, open_graph
+from dora_export.onnx.graph_file import Graph, StoredTensor, nodes, open_graph
 from dora_export.onnx.layout import Layout, lay_out
 from dora_export.onnx.matching import Match, weights_of
 from dora_export.onnx.matching_graph import Matched, match_graph
@@ -39,6 +39,17 @@ from dora_export.writers.staging import MANIFEST
 
 LEAST_BLOCK, MOST_BLOCK = 2 << 20, 16 << 20
 COLUMNS = 1024  # rows of a piece that goes into columns: fewer make too many writes
+# Names that the comparison with the unmerged model knows, beside those of a cache.
+INPUTS = frozenset(
+    """input_ids attention_mask position_ids token_type_ids inputs_embeds pixel_values
+    pixel_mask input_features input_values decoder_input_ids decoder_attention_mask
+    encoder_hidden_states encoder_outputs encoder_attention_mask""".split()
+)
+OUTPUTS = frozenset(
+    """logits last_hidden_state pooler_output hidden_states start_logits end_logits
+    image_embeds text_embeds logits_per_image logits_per_text encoder_last_hidden_state
+    sentence_embedding token_embeddings""".split()
+)
 RUNS = 24  # of a tensor that are listed in the manifest; reordered ones have thousands
 
 
@@ -343,8 +354,39 @@ def _block_bytes(matches: Sequence[Match]) -> int:
 
 
 def _parity(plan: Plan, graph: Graph, changed: Sequence[Match]) -> tuple[Parity, ...]:
+    if _own_names(graph):
+        return ()
     outputs = [o.name for o in graph.model.graph.output if not o.name.startswith("present")]
-    return (Parity(graph.path.name, plan, outputs=outputs, needs_budget=_is_quantised(changed)),)
+    return (
+        Parity(
+            graph.path.name,
+            plan,
+            outputs=outputs,
+            padding="none" if _counts_tokens(graph) else "any",
+            needs_budget=_is_quantised(changed),
+        ),
+    )
+
+
+def _own_names(graph: Graph) -> list[str]:
+    """Return the inputs and outputs whose names say nothing to the comparison."""
+    inner = graph.model.graph
+    stored = {t.name for t in inner.initializer}
+    given = [i.name for i in inner.input if i.name not in stored]
+    made = [o.name for o in inner.output]
+    return [n for n in given if n not in INPUTS and not n.startswith("past_key_values.")] + [
+        n for n in made if n not in OUTPUTS and not n.startswith("present.")
+    ]
+
+
+def _counts_tokens(graph: Graph) -> bool:
+    """Return whether a graph takes lengths from the mask's sums, so padding on the right only.
+
+    Its cache then leaves padding out, so that it has no counterpart in the unmerged model's.
+
+    Source: onnxruntime's contrib operator GroupQueryAttention, input ``seqlens_k``.
+    """
+    return any(node.op_type == "GroupQueryAttention" for node, _ in nodes(graph.model))
 
 
 def _is_quantised(changed: Sequence[Match]) -> bool:
@@ -372,6 +414,11 @@ def beside(path: Path, files: Sequence[SideFile]) -> tuple[SideFile, ...]:
 
 
 def _notes(matched: Matched, changed: Sequence[Match]) -> Iterator[str]:
+    if _counts_tokens(matched.graph):
+        yield "as before, the graph takes padding on the right only; it is compared without any"
+    if own := _own_names(matched.graph):
+        said = ", ".join(shown(n) for n in own[:3]) + (" ..." if len(own) > 3 else "")
+        yield f"not run beside the unmerged model: {said} are names of the exporter's own"
     if _is_quantised(changed):
         yield (
             "quantised: the unmerged model is run beside the graph only with --budget, the largest "
