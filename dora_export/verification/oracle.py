@@ -177,12 +177,13 @@ class _Families:
 
     def others(self, step: Step, region: Region) -> diagnose.Others:
         """Return a source of the other members' exact results, the nearest in order first."""
-        members = self.members[_family(step, region)]
-        own = next(i for i, (s, r) in enumerate(members) if s is step and r.start == region.start)
-        ordered = sorted(range(len(members)), key=lambda i: abs(i - own))[1:]
 
         def yield_them() -> Iterable[tuple[str, Exact]]:
-            for i in ordered:
+            members = self.members[_family(step, region)]
+            own = next(
+                i for i, (s, r) in enumerate(members) if s is step and r.start == region.start
+            )
+            for i in sorted(range(len(members)), key=lambda i: abs(i - own))[1:]:
                 other, where = members[i]
                 yield _place(other, where), self._open(other.source, where, self.settings)
 
