@@ -13,14 +13,16 @@ import pytest
 import torch
 from click.testing import CliRunner
 from torch import nn
+from transformers import BertConfig, BertModel
 
 import dora_export
 from dora_export import DoraExportError, GraphOptions, api_onnx
 from dora_export.cli.main import cli
-from dora_export.onnx import engines, files, quantise, share, tasks, tidy, trace
+from dora_export.onnx import engines, files, pooling, quantise, share, tasks, tidy, trace
 from dora_export.onnx.model import GraphError, Made, Parity, ParityError
 from dora_export.onnx.wrappers import Flat, Part
 from dora_export.verification.graph import check_graph
+from dora_export.verification.pooling import embedding
 from tests.forward_models import KINDS, prepare
 from tests.rider_models import WARNINGS
 
@@ -375,6 +377,76 @@ def test_an_input_that_the_model_does_not_use_is_told():
     module = Flat(Scaled(), list(inputs), lambda m, v: [m(v["x"])], ["y"])
     model = engines.export(Part(module, inputs, part.axes, ["y"]), None, "torch")
     assert [v.name for v in model.graph.inputs] == ["x", "unused"]  # torch keeps it
+
+
+# --- pooling
+
+
+def sentence_folder(tmp_path, modules=("Transformer", "Pooling", "Normalize"), **pooling):
+    (tmp_path / "1_Pooling").mkdir()
+    pooling = pooling or {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    entries = [{"type": f"sentence_transformers.models.{m}",
+                "path": "1_Pooling" if m == "Pooling" else ""} for m in modules]  # fmt: skip
+    (tmp_path / "modules.json").write_text(json.dumps(entries))
+    return tmp_path
+
+
+def test_pooling_is_as_the_folder_says(tmp_path):
+    folder = sentence_folder(tmp_path)
+    assert pooling.pooling_of(folder, "config") == pooling.Pooling("mean", True)
+    assert pooling.pooling_of(folder, "last") == pooling.Pooling("last", True)
+
+
+@pytest.mark.parametrize(
+    ("modules", "config", "remedy"),
+    [
+        (("Transformer",), {}, "Pass --pooling mean, cls or last"),
+        (("Transformer", "Pooling", "Dense"), {}, "Leave the option out"),
+        (("Transformer", "Pooling"), {"pooling_mode_max_tokens": True}, "if one of them is meant"),
+        (("Transformer", "Pooling"), {"pooling_mode_mean_tokens": True,
+                                      "pooling_mode_cls_token": True}, "if one of them is meant"),
+    ],
+)  # fmt: skip
+def test_pooling_that_cannot_be_in_the_graph_is_refused(tmp_path, modules, config, remedy):
+    folder = sentence_folder(tmp_path, modules, **config)
+    with pytest.raises(GraphError, match=remedy):
+        pooling.pooling_of(folder, "config")
+
+
+@pytest.mark.parametrize("mode", ["mean", "cls", "last"])
+@pytest.mark.parametrize("normalise", [True, False])
+def test_embeddings_in_the_graph_and_in_the_reference_are_of_one_definition(mode, normalise):
+    """Each written on its own, and both from the definition: padding on either side counts not."""
+    states = torch.randn(3, 5, 8)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 0, 1, 1, 1]])
+    ours = pooling._embedding(states, mask, pooling.Pooling(mode, normalise)).numpy()
+    values, outputs = {"attention_mask": mask.numpy()}, {"last_hidden_state": states.numpy()}
+    theirs = embedding(mode, normalise=normalise)(values, outputs)["sentence_embedding"]
+    assert np.abs(ours - theirs).max() < 1e-6
+    row = {"mean": states[2, 2:].mean(0), "cls": states[2, 0], "last": states[2, 4]}[mode]
+    row = row / row.norm() if normalise else row
+    assert np.abs(ours[2] - row.numpy()).max() < 1e-6
+
+
+def test_a_sentence_encoder_is_published_with_its_pooling(tmp_path):
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                        num_attention_heads=4, max_position_embeddings=64,
+                        initializer_range=0.2)  # fmt: skip
+    pair = prepare(tmp_path, BertModel(config), target_modules=["query", "dense"])
+    sentence_folder(pair.base)
+    report = dora_export.export_onnx(
+        pair.base, pair.adapter, tmp_path / "out", options=GraphOptions(pooling="config")
+    )
+    assert report.verdict == "right"
+    figures = report.verified.tiers[0].figures["outputs"]
+    assert {"last_hidden_state", "sentence_embedding"} < set(figures)
+    assert figures["sentence_embedding"]["effect"]["max"] > 0.01
+    assert figures["sentence_embedding"]["error"]["max"] < 1e-5
+    assert report.facts["pooling"] == {"mode": "mean", "normalise": True}
+    (output,) = [v for v in graph_of(tmp_path / "out").output if v.name == "sentence_embedding"]
+    assert dims(output) == ["batch_size", 32]
 
 
 # --- refusals

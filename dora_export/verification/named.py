@@ -25,6 +25,7 @@ from dora_export.verification.inputs import Batch
 from dora_export.verification.measured import GraphMeasured, Progress, Unsupported
 from dora_export.verification.models import ModelClass
 from dora_export.verification.parity import choices
+from dora_export.verification.pooling import Derive
 from dora_export.verification.reference import (
     Reference,
     call,
@@ -49,12 +50,13 @@ class NamedReference:
         config: The model's.
     """
 
-    def __init__(self, reference: Reference, *, cached: bool) -> None:
+    def __init__(self, reference: Reference, *, cached: bool, derive: Derive | None = None) -> None:
         """Take the model.
 
         Args:
             reference: The model.
             cached: Whether to run it with a cache.
+            derive: Gives outputs that the graph has beside the model's, from inputs and outputs.
 
         Raises:
             Unsupported: A cache is asked for of an encoder-decoder, which keeps two.
@@ -65,6 +67,7 @@ class NamedReference:
             raise Unsupported(where, "the cache of an encoder-decoder is not supported")
         self._reference = reference
         self._cached = cached
+        self._derive = derive
         self.config = config
         self.layers = int(config.num_hidden_layers) if cached else 0
 
@@ -87,7 +90,7 @@ class NamedReference:
             for position, pair in enumerate(_pairs(found)):
                 for part, tensor in zip(("key", "value"), pair, strict=True):
                     result[f"{PRESENT}{position}.{part}"] = _array(tensor)
-        return result
+        return result if self._derive is None else result | self._derive(values, result)
 
     def _cache(self, values: Arrays) -> Any:
         from transformers import DynamicCache  # noqa: PLC0415 - an extra
@@ -135,6 +138,7 @@ def measure(
     padding: Padding = "any",
     tokens: int = 0,
     cls: ModelClass | None = None,
+    derive: Derive | None = None,
 ) -> GraphMeasured:
     """Run everything that the ONNX tier compares; arguments as in ``check_graph``.
 
@@ -149,7 +153,7 @@ def measure(
     reference = Reference(plan, high, factors, cls)
     report(1, STAGES)
     cached = any(n.startswith((PAST, PRESENT)) for n in (*runner.inputs, *runner.outputs))
-    ours = NamedReference(reference, cached=cached)
+    ours = NamedReference(reference, cached=cached, derive=derive)
     batches = inputs.batches(reference.model, graph.parent, prompts, trained_tokens(plan))
     given = [{n: v.numpy() for n, v in batch.values.items()} for batch in batches]
     if misnamed := list(_misnamed_inputs(runner, ours, reference.model, given[0])):
@@ -191,7 +195,7 @@ def measure(
     noisy = []
     if with_noise:
         rough = Reference(plan, storage, factors, cls, drawn, noisy=True)
-        theirs = NamedReference(rough, cached=cached)
+        theirs = NamedReference(rough, cached=cached, derive=derive)
         noisy = [script.play(s, theirs.run, runner.inputs) for s in asked]
     report(4, STAGES)
     return GraphMeasured(
