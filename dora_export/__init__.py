@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dora_export.api_onnx import export_onnx
     from dora_export.errors import DoraExportError
     from dora_export.onnx.model import GraphOptions, GraphReport
+    from dora_export.onnx.module import export_module
     from dora_export.report import InspectReport, MergeReport
     from dora_export.update import Update
     from dora_export.verification.model import Finding, TensorResult, VerifyReport
@@ -36,6 +37,7 @@ __all__ = [
     "Update",
     "VerifyReport",
     "__version__",
+    "export_module",
     "export_onnx",
     "inspect",
     "load_adapter",
@@ -54,6 +56,7 @@ _HOMES = {
     "TensorResult": "verification.model",
     "Update": "update",
     "VerifyReport": "verification.model",
+    "export_module": "onnx.module",
     "export_onnx": "api_onnx",
     "inspect": "api",
     "load_adapter": "api",

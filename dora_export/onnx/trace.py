@@ -138,6 +138,7 @@ def make(request: Request, folder: Path) -> Made:
         for file in (plain, plain.with_name(f"{plain.name}.data")):
             file.unlink(missing_ok=True)
         files.settle_all(path, data)
+        files.check(path)
     else:
         files.write(model, path, data)
     if task == "text-generation":
