@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from dora_export.errors import DoraExportError
     from dora_export.onnx.model import GraphOptions, GraphReport
     from dora_export.onnx.module import export_module
+    from dora_export.onnx.session import AdapterSession
     from dora_export.report import InspectReport, MergeReport
     from dora_export.update import Update
     from dora_export.verification.model import Finding, TensorResult, VerifyReport
 
 __all__ = [
     "Adapter",
+    "AdapterSession",
     "DoraExportError",
     "Finding",
     "GraphOptions",
@@ -47,6 +49,7 @@ __all__ = [
 
 _HOMES = {
     "Adapter": "adapters.model",
+    "AdapterSession": "onnx.session",
     "DoraExportError": "errors",
     "Finding": "verification.model",
     "GraphOptions": "onnx.model",

@@ -82,8 +82,10 @@ def export_onnx(
         adapter: As in ``merge``; several with ``adapters``. None: ``base`` is merged already, and
             the graph is held against it as it is stored.
         output: Folder to publish; must not exist, be empty, or with ``force`` be an earlier output.
-        into: An ``.onnx`` graph of the base to give the merged weights, instead of tracing.
-        adapters: Make one graph of the base whose adapters are swapped at run time.
+        into: An ``.onnx`` graph of the base to give the merged weights (with ``adapters``: places
+            for adapters), instead of tracing.
+        adapters: Make one graph of the base whose adapters are swapped at run time, see
+            ``AdapterSession``; nothing is merged.
         options: What kind of graph.
         verify: Hold the graph against the unmerged model.
         budget: Largest difference allowed, relative to the largest expected value, in place of the
@@ -113,7 +115,7 @@ def export_onnx(
     """
     started = time.monotonic()
     _check_options(options)
-    way: Way = "into" if into is not None else "adapters" if adapters else "trace"
+    way: Way = "adapters" if adapters else "into" if into is not None else "trace"
     target = place.target_of(output)
     settings = Settings(
         dtype=OUTPUT_WORDS[options.dtype] if way == "trace" else None,
@@ -133,7 +135,7 @@ def export_onnx(
     inputs |= {f"adapter {a.path.name}": a.path for p in plans for a in p.adapters}
     inputs |= {} if into is None else {"graph": Path(into)}
     place.check_place(target, inputs, force=force, leftover=leftover)
-    if way != "into":  # which checks for itself what the graph needs
+    if into is None:  # re-weighting checks for itself what the graph needs
         place.check_space(target, 2 * plans[0].output_bytes, leftover)  # merged weights, the graph
     # Two exports need not give the same bytes, so none goes on with another's.
     job = Job({FORMAT_LABEL: FORMAT, "dora-export": __version__, "run": uuid.uuid4().hex}, {})
@@ -223,9 +225,7 @@ def _make(
 
         return into.make(request)
     if way == "adapters":
-        from dora_export.onnx import swappable  # noqa: PLC0415
-
-        return swappable.make(request)
+        return _swappable(request)
     from dora_export.onnx import trace  # noqa: PLC0415
 
     trace.check(request)  # before minutes of work
@@ -247,6 +247,23 @@ def _make(
         return trace.make(request, folder)
     finally:
         shutil.rmtree(merged, ignore_errors=True)
+
+
+def _swappable(request: Request) -> Made:
+    """Make a graph with places for adapters: of a graph of the base, or of the base traced."""
+    from dora_export.onnx import swappable, trace  # noqa: PLC0415 - as above
+
+    if request.into is not None:
+        return swappable.make(request)
+    settings = replace(request.plan.settings, dtype=OUTPUT_WORDS[request.options.dtype])
+    bare = replace(request, plans=(plan_unchanged(request.plan.base, settings),))
+    trace.check(bare)
+    made = trace.make(bare, _as_stored(bare, request.folder / MERGED))
+    shutil.rmtree(request.folder / MERGED, ignore_errors=True)
+    slotted = swappable.make(request, request.folder / made.graphs[0])
+    return replace(
+        slotted, facts={**made.facts, **slotted.facts}, notes=(*made.notes, *slotted.notes)
+    )
 
 
 def _as_stored(request: Request, merged: Path) -> Path:
@@ -337,6 +354,8 @@ def _write_manifest(
     beside: tuple[side_files.SideFile, ...],
     report: VerifyReport | None,
 ) -> None:
+    if way == "adapters":
+        plan = plan_unchanged(plan.base, plan.settings)  # nothing is merged
     content = manifest.manifest(plan, Resources("cpu", None, None), beside, adapter_digests(plan))
     content["onnx"] = {
         "way": way,

@@ -35,6 +35,7 @@ COMMON = {
     "tie_word_embeddings": False,
     "num_experts_per_tok": 2,
 }
+PARTS = ("gate_proj", "up_proj", "down_proj")
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
 
 

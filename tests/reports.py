@@ -77,7 +77,7 @@ def right(**changes):
               "untouched_bytes": 56_700_000, "side_files": 5}  # fmt: skip
     report = VerifyReport(
         Path("models/smollm2-135m"),
-        Path("adapters/smollm2-135m-dora"),
+        (Path("adapters/smollm2-135m-dora"),),
         Path("merged"),
         "full",
         "dora-export 0.1.0",

@@ -97,16 +97,16 @@ def test_options_reach_the_api(given):
         "verify", "b", "a", "m", "--level", "fast", "--forward", "--prompt", "one", "--prompt",
         "two", "--dtype", "bf16", "--strength", "0.5", "--zero-norm", "zero", "--alpha", "4",
         "--no-fan-in-fan-out", "--threads", "3", "--axis", "in", "--map-prefix", "x=y",
-        "--adapter-format", "peft", "--allow-pickle",
+        "--adapter-format", "peft", "--allow-pickle", "--weight", "0.25",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     ((args, options),) = calls
     assert args == ("b", ("a",), "m")
-    assert options == {
+    assert options.pop("fan_in_fan_out") is False
+    assert {name: value for name, value in options.items() if value} == {
         "level": "fast", "forward": True, "prompts": ("one", "two"), "dtype": "bf16",
-        "strength": 0.5, "zero_norm": "zero", "alpha": 4.0, "fan_in_fan_out": False, "threads": 3,
+        "strength": 0.5, "zero_norm": "zero", "alpha": 4.0, "threads": 3, "weights": (0.25,),
         "axis": "in", "map_prefix": ("x=y",), "adapter_format": "peft", "allow_pickle": True,
-        "torchtune_dora_fix": None, "magnitude_is_normalised": None,
     }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from dora_export.checkpoints.folder import read_json
 from dora_export.errors import shown
+from dora_export.expert_names import Address, address
 from dora_export.plan import Plan
 from dora_export.tensors import TensorRef
 from dora_export.verification.measured import LoadFailure, Unsupported, library_of
@@ -31,6 +33,7 @@ from dora_export.verification.unmerged import stored
 # Problems with keys that transformers and diffusers report of loading.
 PROBLEMS = {"missing_keys": "missing", "unexpected_keys": "not part of the model",
             "mismatched_keys": "of another shape"}  # fmt: skip
+NUMBERS = re.compile(r"(?<=\.)\d+(?=\.|$)")
 # PEFT's task -> transformers' class with such a head, for heads that the base's class has not.
 # Source: github.com/huggingface/peft, src/peft/peft_model.py.
 TASK_CLASSES = {
@@ -161,6 +164,8 @@ def load(folder: Path, cls: ModelClass, dtype: torch.dtype) -> Loaded:
     if getattr(model, "_hf_peft_config_loaded", False):
         raise LoadFailure("the library applies an adapter that it finds in the same folder")
     problems = {kind: _names(info.get(kind)) for kind in PROBLEMS}
+    if getattr(model.config, "_experts_implementation", None) not in (None, "eager"):
+        model.set_experts_implementation("eager")  # one expert after the other, to be watched
     return Loaded(model.eval().requires_grad_(False), folder, problems)
 
 
@@ -196,11 +201,23 @@ class Place:
 
     Attributes:
         path: Path of its parameter.
-        how: "name", "end of name" or "content".
+        how: "name", "end of name", "content" or "part of a stack".
+        index: Slice of the parameter, where the tensor is one of an expert.
+        outputs: Which outputs of that slice; None: all.
+        turned: The tensor is the transpose of the parameter, or of its part.
     """
 
     path: str
     how: str
+    index: int | None = None
+    outputs: slice | None = None
+    turned: bool = False
+
+    def part(self, parameter: Tensor) -> Tensor:
+        """Return the tensor's part of its parameter, as the checkpoint holds it."""
+        found = parameter if self.index is None else parameter[self.index]
+        found = found.mT if self.turned else found
+        return found if self.outputs is None else found[self.outputs]
 
 
 def places(loaded: Loaded, names: Sequence[str], refs: Mapping[str, TensorRef]) -> dict[str, Place]:
@@ -247,10 +264,55 @@ def _by_content(
     if ref is None:
         raise Unsupported(shown(name), "the model has no parameter of that name")
     paths = [p for p in by_shape.get(ref.shape, ()) if _holds(parameters[p], ref)]
+    if not paths:
+        parts = _in_stacks(name, ref, parameters)
+        if len(parts) == 1:
+            return parts[0]
     if len({id(parameters[p]) for p in paths}) != 1:
         why = "in several places" if paths else "nowhere"
         raise Unsupported(shown(name), f"the library renames it, and its values are {why}")
     return Place(paths[0], "content")
+
+
+def _in_stacks(name: str, ref: TensorRef, parameters: Mapping[str, Tensor]) -> list[Place]:
+    """Return where stacked parameters hold an expert's tensor, or the transpose of a whole stack.
+
+    Only parameters of the same layer are looked at: the numbers in their paths are the same ones.
+    """
+    stacked = len(ref.shape) == 3
+    wanted = address(name, stacked=stacked)
+    if wanted is None:
+        return []
+    places = []
+    for path, parameter in parameters.items():
+        held = address(path, stacked=True) if parameter.ndim == 3 else None
+        if held is None or NUMBERS.findall(held.block) != NUMBERS.findall(wanted.block):
+            continue
+        if stacked:
+            tried = [Place(path, "part of a stack", turned=True)]
+        elif wanted.expert is None or wanted.expert >= len(parameter):
+            continue
+        else:
+            tried = _arrangements(path, wanted, held, parameter)
+        places += [p for p in tried if _holds(p.part(parameter), ref)]
+    return places
+
+
+def _arrangements(path: str, wanted: Address, held: Address, parameter: Tensor) -> list[Place]:
+    """Return the ways in which a slice may hold one matrix of an expert."""
+    outputs: list[slice | None] = []
+    if held.part == wanted.part:
+        outputs = [None]
+    elif held.part == "gate_up" and wanted.part in ("gate", "up"):
+        second = wanted.part == "up"
+        for count in {parameter.shape[1] // 2, parameter.shape[2] // 2}:
+            outputs.append(slice(count, 2 * count) if second else slice(0, count))
+        outputs.append(slice(int(second), None, 2))
+    return [
+        Place(path, "part of a stack", wanted.expert, output, turned)
+        for output in outputs
+        for turned in (False, True)
+    ]
 
 
 def _holds(parameter: Tensor, ref: TensorRef) -> bool:
@@ -265,11 +327,10 @@ def _refuse_shared(found: Mapping[str, Place]) -> None:
     """Two tensors in one place would hide each other."""
     owners: dict[str, str] = {}
     for name, place in found.items():
-        if place.path in owners:
-            raise Unsupported(
-                shown(name), f"the model holds it where it holds {owners[place.path]}"
-            )
-        owners[place.path] = name
+        where = f"{place.path} {place.index} {place.outputs}"
+        if where in owners:
+            raise Unsupported(shown(name), f"the model holds it where it holds {owners[where]}")
+        owners[where] = name
 
 
 def put(model: nn.Module, path: str, tensor: Tensor) -> None:

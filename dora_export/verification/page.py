@@ -137,8 +137,7 @@ def _compared(report: VerifyReport) -> list[Element]:
     memory = "" if report.peak_rss_bytes is None else f", {size(report.peak_rss_bytes)} of memory"
     pairs: list[tuple[str, Child]] = [
         ("base", el("span", _path(report.base), class_="path")),
-        *(("adapter", el("span", _path(path), class_="path")) for path in report.adapters),
-        ("method", shown(report.method)),
+        *_adapters(report),
         ("merged", el("span", _path(report.merged), class_="path")),
         ("written by", shown(report.maker, 300)),
         ("level", read[report.level]),
@@ -146,6 +145,13 @@ def _compared(report: VerifyReport) -> list[Element]:
     ]
     rows = [part for name, value in pairs for part in (el("dt", name), el("dd", value))]
     return [el("h2", "What was compared"), el("dl", *rows, class_="pairs")]
+
+
+def _adapters(report: VerifyReport) -> list[tuple[str, Child]]:
+    """Return the adapters in order, and after the last of them what they are."""
+    paths = [_path(path) for path in report.adapters]
+    paths[-1:] = [f"{path} ({shown(report.method)})" for path in paths[-1:]]
+    return [("adapter", el("span", path, class_="path")) for path in paths]
 
 
 def _path(path: object) -> str:

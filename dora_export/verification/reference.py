@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dora_export.errors import shown
 from dora_export.plan import Plan, Step
 from dora_export.tensors import DTYPES, DType, TensorRef
-from dora_export.verification import models
+from dora_export.verification import mixture, models
 from dora_export.verification.hypotheses import mistaken
 from dora_export.verification.inputs import Batch
 from dora_export.verification.measured import LoadFailure, Unsupported
@@ -31,7 +31,8 @@ from dora_export.verification.unmerged import (
     values,
 )
 
-Numbers = Mapping[str, tuple[Term, ...]]
+# Tensor name -> its changes, or those of each of its slices.
+Numbers = Mapping[str, tuple[Term, ...] | Mapping[int, tuple[Term, ...]]]
 HIGHER = {"BF16": "F32", "F16": "F32", "F32": "F64", "F64": "F64"}
 
 
@@ -69,7 +70,11 @@ def numbers(plan: Plan) -> Numbers:
         Unsupported: A change has no activation form.
     """
     settings = plan.settings
-    return {s.name: terms(s, settings) for s in changed_steps(plan) if _has_product(s)}
+    return {
+        s.name: mixture.slice_terms(s, settings) if mixture.is_stack(s) else terms(s, settings)
+        for s in changed_steps(plan)
+        if _has_product(s)
+    }
 
 
 def _has_product(step: Step) -> bool:
@@ -124,7 +129,8 @@ class Reference:
         known = {t.name: t for t in plan.base.tensors.values()}
         refs = {s.name: ref for s in steps if (ref := _stored_in_base(s, known)) is not None}
         self.places: dict[str, Place] = models.places(self.loaded, [s.name for s in steps], refs)
-        self.weights: dict[str, Unmerged] = {}
+        self.weights: dict[str, Unmerged | mixture.Cells] = {}
+        self._stacks = mixture.Stacks()
         self._swaps: list[tuple[str, Tensor, Tensor]] = []
         for step in steps:
             self._change(step, numbers)
@@ -136,18 +142,20 @@ class Reference:
 
     def _change(self, step: Step, numbers: Numbers) -> None:
         """Give a weight its changes, wherever the model shares it with no tensor of its own."""
-        path = self.places[step.name].path
+        place = self.places[step.name]
+        path = place.path
+        if place.index is not None or place.turned or mixture.is_stack(step):
+            self._change_experts(step, numbers)
+            return
         own = {place.path for place in self.places.values()} - {path}
         parameters = self.loaded.parameters()
         parameter = parameters[path]
         paths = [p for p, t in parameters.items() if t is parameter and p not in own]
         if step.name in numbers:
             base = self._base_values(step, parameter)
-            changes = tuple(t.to(self.precision) for t in numbers[step.name])
-            parts = Parts(step.name, base, changes, self.plan.settings.strength)
-            if self._noisy:
-                parts = parts.measured()
-            new: Tensor = Unmerged.of(parts)
+            changes = numbers[step.name]
+            assert isinstance(changes, tuple), "Bug: a matrix has one list of changes"
+            new: Tensor = Unmerged.of(self._parts(step, base, changes))
             self.weights[step.name] = new  # type: ignore[assignment]
         elif not step.changes and any(step.source is t for t in self.plan.base.tensors.values()):
             return  # a head parted from the embedding: it keeps the base's values
@@ -157,6 +165,47 @@ class Reference:
         self._swaps += [(p, parameter, new) for p in paths]
         for p in paths:
             models.put(self.model, p, new)
+
+    def _parts(
+        self, step: Step, base: Tensor, changes: tuple[Term, ...], index: int | None = None
+    ) -> Parts:
+        own = tuple(t.to(self.precision) for t in changes)
+        parts = Parts(step.name, base, own, self.plan.settings.strength, index)
+        return parts.measured() if self._noisy else parts
+
+    def _change_experts(self, step: Step, numbers: Numbers) -> None:
+        """Give a tensor of experts its changes, in the parameter that holds it with others."""
+        place = self.places[step.name]
+        if step.name not in numbers:
+            raise Unsupported(step.name, "experts of a stack are replaced by stored values")
+        if place.path not in self._stacks.by_path:
+            parameter = self.loaded.parameters()[place.path]
+            stack = self._stacks.at(place.path, parameter)
+            self._swaps.append((place.path, parameter, stack))
+            models.put(self.model, place.path, stack)
+        else:
+            stack = self._stacks.by_path[place.path]
+            parameter = next(base for path, base, _ in self._swaps if path == place.path)
+        base, changes = place.part(parameter), numbers[step.name]
+        if isinstance(changes, tuple):
+            assert place.index is not None, "Bug: a matrix in a stack has its slice"
+            cell = mixture.Cell(
+                self._parts(step, base, changes), place.index, place.turned, place.outputs
+            )
+            cells = [cell]
+        else:
+            cells = [
+                mixture.Cell(self._parts(step, base[i], own, i), i, place.turned)
+                for i, own in changes.items()
+            ]
+        for cell in cells:
+            stack.add_cell(cell)
+        self.weights[step.name] = mixture.Cells(cells)
+
+    def reach(self) -> None:
+        """Compute with all experts that no input was routed to, as with one that was."""
+        with torch.no_grad():
+            self._stacks.reach()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every parameter, the changed ones included, by path."""
@@ -188,9 +237,14 @@ class Reference:
         for path, weight in kept:
             wrong = made.setdefault(id(weight), Unmerged.of(mistaken(weight.parts, name)))
             models.put(self.model, path, wrong)
+        cells = [(cell, cell.parts) for cell in self._stacks.cells()]
+        for cell, parts in cells:
+            cell.parts = mistaken(parts, name)
         try:
             yield
         finally:
+            for cell, parts in cells:
+                cell.parts = parts
             for path, weight in kept:
                 models.put(self.model, path, weight)
 

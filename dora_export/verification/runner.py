@@ -72,11 +72,12 @@ class GraphUnusable(Exception):  # noqa: N818 - a finding, not an error of the p
 class OnnxRuntime:
     """Runs a graph with onnxruntime on the CPU."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, adapter: Path | None = None) -> None:
         """Open a graph.
 
         Args:
             path: The ``.onnx`` file; its external data must lie in its folder or below.
+            adapter: An ``.onnx_adapter`` file to run it with; None: none.
 
         Raises:
             GraphUnusable: It names files outside its folder, is malformed, or onnxruntime does
@@ -103,6 +104,11 @@ class OnnxRuntime:
             # onnxruntime has a class for every one of its states and a common base for none.
             why = f"onnxruntime does not take it: {shown(error, 300)}"
             raise GraphUnusable("graph-unsupported", why) from error
+        self._options = onnxruntime.RunOptions()
+        if adapter is not None:
+            self._adapter = onnxruntime.LoraAdapter()  # kept: the options only point to it
+            self._adapter.Load(str(adapter))
+            self._options.add_active_adapter(self._adapter)
         self._inputs = {i.name: _slot(i.name, i.type, i.shape) for i in self._session.get_inputs()}
         self._outputs = [o.name for o in self._session.get_outputs()]
 
@@ -128,7 +134,7 @@ class OnnxRuntime:
             GraphUnusable: onnxruntime fails.
         """
         try:
-            found = self._session.run(self._outputs, dict(values))
+            found = self._session.run(self._outputs, dict(values), self._options)
         except Exception as error:
             shapes = {name: v.shape for name, v in values.items()}
             why = f"onnxruntime fails on {shapes}: {shown(error, 300)}"

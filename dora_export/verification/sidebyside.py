@@ -160,11 +160,12 @@ class LayerWatch:
         self._layers = layers
         self._types: dict[str, torch.dtype] = {}
         self._weights: dict[str, Tensor] = {}
-        self._terms: dict[str, tuple[Term, ...]] = {}
+        self._terms: dict[tuple[str, int | None], tuple[Term, ...]] = {}
         for name in reference.weights:
             layers[name] = Layer(name, unit(storage[name]))
             self._types[name] = getattr(torch, storage[name].torch)
-            self._weights[name] = theirs[reference.places[name].path]
+            place = reference.places[name]
+            self._weights[name] = place.part(theirs[place.path])
         paths = {*reference.loaded.parameters(), *(p.path for p in reference.places.values())}
         self._twins = {id(models.get(reference.model, p)): theirs[p] for p in paths & theirs.keys()}
 
@@ -172,7 +173,8 @@ class LayerWatch:
         """Compare one use."""
         bias = None if call.bias is None else self._twins[id(call.bias)]
         exact, layer = result.numpy(), self._layers[parts.name]
-        merged = call.plain(self._weights[parts.name], bias)
+        weight = self._weights[parts.name]
+        merged = call.plain(weight if parts.index is None else weight[parts.index], bias)
         layer.error += parity.distance(merged.numpy(), exact)
         layer.effect += parity.distance(call.plain(parts.base, call.bias).numpy(), exact)
         narrow = self._types[parts.name]
@@ -182,9 +184,10 @@ class LayerWatch:
     def _in_storage(self, parts: Parts) -> Parts:
         """Return the parts in storage precision; norms are measured once."""
         narrow = parts.to(self._types[parts.name])
-        if parts.name not in self._terms:
-            self._terms[parts.name] = narrow.measured().terms
-        return replace(narrow, terms=self._terms[parts.name])
+        key = (parts.name, parts.index)
+        if key not in self._terms:
+            self._terms[key] = narrow.measured().terms
+        return replace(narrow, terms=self._terms[key])
 
 
 # --- runs
@@ -238,6 +241,7 @@ class _Run:
             if batch in texts:
                 chosen = _at_the_end(found, exact, tokens)
                 self.text = chosen if self.text is None else self.text + chosen
+        reference.reach()
         reference.observe(None)
         if resized(plan) is None:  # the base does not know the tokens that were added
             with reference.without_adapter():

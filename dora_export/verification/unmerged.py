@@ -385,12 +385,14 @@ class Parts:
         base: Its base values, in working precision.
         terms: Its changes in working precision, in order.
         strength: ``y0 + strength (y - y0)``, dimensionless.
+        index: Which slice of that tensor it is, if one of a stack.
     """
 
     name: str
     base: Tensor
     terms: tuple[Term, ...]
     strength: float = 1.0
+    index: int | None = None
 
     def to(self, dtype: torch.dtype) -> Parts:
         """Return the parts rounded to another precision."""

@@ -1,0 +1,136 @@
+"""Runs a graph whose adapters are swapped at run time, with the checks that onnxruntime leaves out.
+
+onnxruntime runs without complaint with an adapter that lacks tensors, that belongs to another
+graph, or with two adapters at once (it then computes something else). Here each of these is an
+error before anything runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dora_export.checkpoints.folder import read_json
+from dora_export.errors import DoraExportError, InputError, shown
+from dora_export.storage.paths import inside
+from dora_export.writers.staging import MANIFEST
+
+
+class AdapterSession:
+    """An onnxruntime session with swappable adapters, one or none of them active in each run.
+
+    Safe to use from several threads at once, each run with an adapter of its own.
+
+    Attributes:
+        adapters: Names of the adapters.
+        session: The ``onnxruntime.InferenceSession``.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+        options: Any = None,
+    ) -> None:
+        """Open what ``dora-export onnx --adapters`` has written.
+
+        Args:
+            folder: The published folder.
+            providers: Execution providers of onnxruntime, in order of preference.
+            options: An ``onnxruntime.SessionOptions``, or None.
+
+        Raises:
+            InputError: The folder is no such output, or its files are not those that were
+                published together.
+        """
+        import onnxruntime  # noqa: PLC0415 - a second to import
+
+        root = Path(folder)
+        try:
+            graph, pinned, adapters = _published(root)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{root / MANIFEST}: not of an output of dora-export onnx --adapters, or damaged. "
+                "Pass that folder, as it was published."
+            ) from error
+        self._ort = onnxruntime
+        self.session = onnxruntime.InferenceSession(str(graph), options, list(providers))
+        found = {i.name for i in self.session.get_overridable_initializers()}
+        if missing := sorted(pinned - found):
+            raise InputError(
+                f"{graph}: has no input '{shown(missing[0])}' for adapters ({len(missing)} are "
+                "missing): it was changed after it was published. Export it again."
+            )
+        self._loaded = {}
+        for name, path in adapters.items():
+            self._loaded[name] = onnxruntime.LoraAdapter()
+            self._loaded[name].Load(str(path))
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters."""
+        return tuple(self._loaded)
+
+    def run(
+        self,
+        inputs: Mapping[str, NDArray[Any]],
+        adapter: str | None = None,
+        outputs: Sequence[str] | None = None,
+    ) -> dict[str, NDArray[Any]]:
+        """Run the graph with one adapter, or as the base.
+
+        Args:
+            inputs: The graph's inputs by name.
+            adapter: Which adapter; None: none.
+            outputs: Names of the outputs wanted; None: all.
+
+        Returns:
+            Outputs by name.
+
+        Raises:
+            DoraExportError: There is no such adapter.
+        """
+        options = self._ort.RunOptions()
+        if adapter is not None:
+            if adapter not in self._loaded:
+                raise DoraExportError(
+                    f"adapter '{shown(adapter)}': not in this folder. It has: "
+                    f"{', '.join(self._loaded)}."
+                )
+            options.add_active_adapter(self._loaded[adapter])
+        names = list(outputs or (o.name for o in self.session.get_outputs()))
+        found = self.session.run(names, dict(inputs), options)
+        return {n: np.asarray(v) for n, v in zip(names, found, strict=True)}
+
+
+def _published(root: Path) -> tuple[Path, set[str], dict[str, Path]]:
+    """Return the graph, the inputs that its adapters have, and the adapters' files, all checked."""
+    facts = read_json(root / MANIFEST)["onnx"]
+    if facts["way"] != "adapters":
+        raise KeyError(facts["way"])
+    graph = inside(root, facts["graph"], root / MANIFEST)
+    _same(graph, facts["files"][facts["graph"]])
+    adapters = {}
+    for name, said in facts["adapters"].items():
+        adapters[name] = inside(root, said["file"], root / MANIFEST)
+        _same(adapters[name], said["sha256"])
+    return graph, {n for slot in facts["slots"].values() for n in slot["inputs"]}, adapters
+
+
+def _same(path: Path, digest: Any) -> None:
+    """Refuse a file that is not the one that was published."""
+    try:
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}. Copy it again.") from error
+    if found != digest:
+        raise InputError(
+            f"{path}: not the file that was published with this folder (its SHA-256 is another). "
+            "Copy the whole folder again."
+        )

@@ -1,0 +1,433 @@
+"""Adapters that swap in a graph of the base: each computes what its own merged weights do."""
+
+import json
+import shutil
+import threading
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from safetensors.torch import save_file
+
+import dora_export
+from dora_export.errors import DoraExportError, InputError
+from dora_export.onnx import swappable
+from dora_export.onnx.model import GraphError, ParityError
+from tests import onnx_graphs, oracle, rider_models, small
+from tests.forward_models import prepare
+from tests.small import LINEARS, run
+
+# PEFT 0.21 asks transformers for an attribute that transformers 5 has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+Q0, Q1 = "model.layers.0.attn.q_proj", "model.layers.1.attn.q_proj"
+D0, D1 = "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"
+KINDS = {np.float32: 1, np.float16: 10}
+# float32: products of up to 28 terms and two factors; float16: of its own last place
+CLOSE = {np.float32: 2.0**-19, np.float16: 2.0**-7}
+
+
+def values(base, dtype):
+    return {n: t.float().numpy().astype(dtype) for n, t in base.items() if t.is_floating_point()}
+
+
+def save_graph(path, base, dtype=np.float32, nodes=None, stored=None, data=None):
+    """Every kind of linear layer that exporters write, one input for each."""
+    W = values(base, dtype)
+    stored = stored or {
+        "val_0": np.ascontiguousarray(W[f"{Q0}.weight"].T),
+        "gemm.weight": W[f"{D0}.weight"],
+        "gemm.bias": np.linspace(-1, 1, 12).astype(dtype),
+        "turned": W[f"{Q1}.weight"],
+        "val_1": np.ascontiguousarray(W[f"{D1}.weight"].T),
+    }
+    nodes = nodes or [
+        helper.make_node("MatMul", ["x0", "val_0"], ["y0"], "q0"),
+        helper.make_node("Gemm", ["x1", "gemm.weight", "gemm.bias"], ["y1"], "d0", transB=1),
+        helper.make_node("Transpose", ["turned"], ["turned_T"], perm=[1, 0]),
+        helper.make_node("MatMul", ["x2", "turned_T"], ["y2"], "q1"),
+        helper.make_node("MatMul", ["x3", "val_1"], ["inner"], "d1"),
+        helper.make_node("Relu", ["inner"], ["y3"]),
+    ]
+    kind = KINDS[dtype]
+    wide = {"x0": 12, "x1": 28, "x2": 12, "x3": 28}
+    used = {i for n in nodes for i in n.input}
+    graph = helper.make_graph(
+        nodes, "g",
+        [helper.make_tensor_value_info(n, kind, ["batch", k]) for n, k in wide.items()
+         if n in used],
+        [helper.make_tensor_value_info(o, kind, ["batch", f"wide_{o}"])
+         for n in nodes for o in n.output if o.startswith("y")],
+        [numpy_helper.from_array(v, n) for n, v in stored.items()],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    external = {} if data is None else {
+        "save_as_external_data": True, "location": data, "size_threshold": 64}  # fmt: skip
+    onnx.save(model, path, **external)
+    return path
+
+
+def write_in_axis(path, base, seed=7):
+    """A file as LyCORIS writes it with magnitudes per input: alpha 5, rank 3."""
+    make, tensors, merged = torch.Generator().manual_seed(seed), {}, {}
+    for name, (out, inputs) in LINEARS.items():
+        A = torch.randn(3, inputs, generator=make) * 0.3
+        B = torch.randn(out, 3, generator=make) * 0.2
+        W = base[f"{name}.weight"]
+        m = W.float().norm(dim=0) * (0.6 + 0.8 * torch.rand(inputs, generator=make))
+        key = f"lycoris_{name.replace('.', '_')}"
+        tensors |= {f"{key}.lora_down.weight": A, f"{key}.lora_up.weight": B,
+                    f"{key}.alpha": torch.tensor(5.0), f"{key}.dora_scale": m[None, :]}  # fmt: skip
+        merged[f"{name}.weight"] = oracle.dora(
+            oracle.float64(W), oracle.float64(A), oracle.float64(B), oracle.float64(m), 5 / 3,
+            axis=0, eps=np.finfo(np.float32).eps,
+        )  # fmt: skip
+    save_file(tensors, path)
+    return merged
+
+
+def expected_weights(base, adapter, scaling=small.ALPHA / small.RANK):
+    """What an adapter makes of the weights that it changes, in float64."""
+    found = {}
+    for name in LINEARS:
+        A, B, m = (
+            adapter.get(f"{small.PREFIX}{name}.{part}")
+            for part in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+        )
+        if A is not None:
+            W, A, B = (oracle.float64(t) for t in (base[f"{name}.weight"], A, B))
+            found[f"{name}.weight"] = (
+                oracle.lora(W, A, B, scaling)
+                if m is None
+                else oracle.dora(W, A, B, oracle.float64(m), scaling)
+            )
+    return found
+
+
+class Models:
+    """One base, three adapters, and what each of them makes of the weights, in float64."""
+
+    def __init__(self, folder):
+        self.folder, self.base = folder, small.base_tensors()
+        small.write_base(folder / "base", self.base)
+        self.merged = {None: {f"{n}.weight": oracle.float64(self.base[f"{n}.weight"])
+                              for n in LINEARS}}  # fmt: skip
+        dora = small.adapter_tensors(self.base)
+        small.write_adapter(folder / "pirate", dora)
+        self.merged["pirate"] = expected_weights(self.base, dora)
+        lora = small.adapter_tensors(self.base, seed=4, dora=False)
+        lora = {n: t for n, t in lora.items() if "q_proj" in n}
+        small.write_adapter(folder / "formal", lora, use_dora=False, target_modules=["q_proj"])
+        self.merged["formal"] = self.merged[None] | expected_weights(self.base, lora)
+        self.merged["inner"] = write_in_axis(folder / "inner.safetensors", self.base)
+
+    @property
+    def adapters(self):
+        return [self.folder / "pirate", self.folder / "formal", self.folder / "inner.safetensors"]
+
+    def export(self, graph, adapters=None, out="out", **options):
+        options = {"verify": False, "adapters": True, "into": graph} | options
+        return dora_export.export_onnx(
+            self.folder / "base", adapters or self.adapters, self.folder / out, **options
+        )
+
+    def inputs(self, dtype, seed=0):
+        make = np.random.default_rng(seed)
+        wide = {"x0": 12, "x1": 28, "x2": 12, "x3": 28}
+        return {n: make.standard_normal((5, k)).astype(dtype) for n, k in wide.items()}
+
+    def expected(self, adapter, x, dtype=np.float32):
+        W = {n: w.astype(dtype).astype(np.float64) if adapter is None else w
+             for n, w in self.merged[adapter].items()}  # fmt: skip
+        x = {n: v.astype(np.float64) for n, v in x.items()}
+        bias = np.linspace(-1, 1, 12).astype(dtype)
+        return {
+            "y0": x["x0"] @ W[f"{Q0}.weight"].T,
+            "y1": x["x1"] @ W[f"{D0}.weight"].T + bias,
+            "y2": x["x2"] @ W[f"{Q1}.weight"].T,
+            "y3": np.maximum(x["x3"] @ W[f"{D1}.weight"].T, 0),
+        }
+
+
+def distance(found, expected):
+    return max(np.abs(found[n] - e).max() / np.abs(e).max() for n, e in expected.items())
+
+
+@pytest.fixture
+def models(tmp_path):
+    return Models(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", KINDS, ids=["fp32", "fp16"])
+@pytest.mark.parametrize("data", [None, "w.bin"], ids=["inline", "external"])
+def test_each_adapter_computes_what_its_merged_weights_do(models, dtype, data):
+    graph = save_graph(models.folder / "graph/model.onnx", models.base, dtype, data=data)
+    models.export(graph)
+    session = dora_export.AdapterSession(models.folder / "out")
+    assert session.adapters == ("pirate", "formal", "inner")
+    x = models.inputs(dtype)
+    for active in (None, "pirate", "formal", "inner", "pirate", None):
+        found = session.run(x, active)
+        for other in (None, "pirate", "formal", "inner"):
+            apart = distance(found, models.expected(other, x, dtype))
+            if other == active:
+                assert apart < CLOSE[dtype], active
+            else:
+                assert apart > 8 * CLOSE[dtype], (active, other)
+    if data:
+        assert (models.folder / "out" / data).read_bytes() == (graph.parent / data).read_bytes()
+
+
+def test_wrong_formulas_are_far_from_what_the_graph_computes(models):
+    models.export(save_graph(models.folder / "graph/model.onnx", models.base))
+    x = models.inputs(np.float32)
+    found = dora_export.AdapterSession(models.folder / "out").run(x, "pirate")
+    dora = small.adapter_tensors(models.base)
+    plain = {n: t for n, t in dora.items() if "magnitude" not in n}
+    for wrong in (
+        expected_weights(models.base, plain),  # magnitudes dropped
+        expected_weights(models.base, dora, scaling=small.ALPHA),
+        expected_weights(models.base, dora, scaling=1.0),
+    ):
+        models.merged["wrong"] = wrong
+        assert distance(found, models.expected("wrong", x)) > 1e-2
+
+
+def test_without_an_adapter_the_graph_is_the_base_to_the_last_bit(models):
+    graph = save_graph(models.folder / "graph/model.onnx", models.base)
+    models.export(graph)
+    x = models.inputs(np.float32)
+    before = onnxruntime.InferenceSession(graph).run(None, x)
+    after = dora_export.AdapterSession(models.folder / "out").run(x)
+    for a, b in zip(before, after.values(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_packed_weights_share_a_node_and_keep_their_own_adapters(models):
+    W = values(models.base, np.float32)
+    joined = np.concatenate([W[f"{Q0}.weight"], W[f"{Q1}.weight"]])[::-1]  # reordered rows as well
+    graph = save_graph(
+        models.folder / "graph/model.onnx", models.base,
+        nodes=[helper.make_node("MatMul", ["x0", "packed"], ["y0"])],
+        stored={"packed": np.ascontiguousarray(joined.T)},
+    )  # fmt: skip
+    adapters = models.adapters[:2]
+    models.export(graph, adapters, allow_missing=[D0, D1])
+    session = dora_export.AdapterSession(models.folder / "out")
+    x = {"x0": models.inputs(np.float32)["x0"]}
+    for name in ("pirate", "formal"):
+        merged = models.merged[name]
+        exact = np.concatenate([merged[f"{Q0}.weight"], merged[f"{Q1}.weight"]])[::-1]
+        found = session.run(x, name)["y0"]
+        assert distance({"y": found}, {"y": x["x0"].astype(np.float64) @ exact.T}) < 2.0**-19
+    manifest = json.loads((models.folder / "out/dora_export.json").read_text())
+    assert list(manifest["onnx"]["slots"]) == [f"{Q0}+{Q1}"]
+    with pytest.raises(GraphError, match=r"share their input.*Export the base without packing"):
+        models.export(graph, [models.adapters[2]], "other", allow_missing=[D0, D1])
+
+
+@pytest.mark.parametrize("strength", [0.4, -0.5])
+def test_strength_goes_that_far_from_the_base_to_the_result(models, strength):
+    models.export(save_graph(models.folder / "graph/model.onnx", models.base), strength=strength)
+    session, x = dora_export.AdapterSession(models.folder / "out"), models.inputs(np.float32)
+    for name in ("pirate", "formal", "inner"):
+        W = models.merged[None]
+        models.merged["part"] = {n: W[n] + strength * (w - W[n])
+                                 for n, w in models.merged[name].items()}  # fmt: skip
+        assert distance(session.run(x, name), models.expected("part", x)) < 2.0**-18
+
+
+def test_a_weight_stored_in_times_out_takes_its_factor_on_the_other_side(tmp_path):
+    """GPT-2's Conv1D: the base's rows are inputs, PEFT's magnitudes count outputs."""
+    make = torch.Generator().manual_seed(0)
+    W = torch.randn(12, 20, generator=make) * 0.1  # (in, out)
+    small.write_base(tmp_path / "base", {"h.0.attn.c_attn.weight": W},
+                     config={"model_type": "gpt2"})  # fmt: skip
+    A, B = torch.randn(3, 12, generator=make) * 0.3, torch.randn(20, 3, generator=make) * 0.2
+    m = W.norm(dim=0) * (0.6 + 0.8 * torch.rand(20, generator=make))
+    key = "base_model.model.h.0.attn.c_attn"
+    small.write_adapter(tmp_path / "conv", {f"{key}.lora_A.weight": A, f"{key}.lora_B.weight": B,
+                        f"{key}.lora_magnitude_vector": m}, target_modules=["c_attn"],
+                        fan_in_fan_out=True)  # fmt: skip
+    graph = save_graph(
+        tmp_path / "graph/model.onnx", {},
+        nodes=[helper.make_node("MatMul", ["x0", "w"], ["y0"])], stored={"w": W.numpy()},
+    )  # fmt: skip
+    dora_export.export_onnx(tmp_path / "base", tmp_path / "conv", tmp_path / "out", into=graph,
+                            adapters=True, verify=False)  # fmt: skip
+    x = np.random.default_rng(0).standard_normal((4, 12)).astype(np.float32)
+    merged = oracle.dora(W.T, A, B, m, small.ALPHA / small.RANK)
+    found = dora_export.AdapterSession(tmp_path / "out").run({"x0": x}, "conv")
+    exact = {"y0": x.astype(np.float64) @ merged.T}
+    assert distance(found, exact) < 2.0**-19
+
+
+def test_every_thread_may_run_an_adapter_of_its_own(models):
+    models.export(save_graph(models.folder / "graph/model.onnx", models.base))
+    session, x = dora_export.AdapterSession(models.folder / "out"), models.inputs(np.float32)
+    alone = {name: session.run(x, name) for name in (None, *session.adapters)}
+    wrong = []
+
+    def work(name):
+        for _ in range(50):
+            found = session.run(x, name)
+            if any((found[n] != v).any() for n, v in alone[name].items()):
+                wrong.append(name)
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in alone]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_names_are_pinned_and_the_tables_hold_the_same_values(models):
+    models.export(save_graph(models.folder / "graph/model.onnx", models.base))
+    out = models.folder / "out"
+    facts = json.loads((out / "dora_export.json").read_text())["onnx"]
+    assert set(facts["slots"]) == set(LINEARS)
+    pinned = {n for slot in facts["slots"].values() for n in slot["inputs"]}
+    inputs = {i.name for i in onnx.load(out / "model.onnx").graph.input}
+    assert pinned == {n for n in inputs if not n.startswith("x")}
+    for name, said in facts["adapters"].items():
+        file = onnxruntime.AdapterFormat.read_adapter(str(out / said["file"])).get_parameters()
+        table = np.load(out / said["npz"])
+        assert set(file) == set(table.files) == set(said["inputs"])
+        assert all((file[n].numpy() == table[n]).all() for n in file), name
+    assert facts["adapters"]["formal"]["slots"] == [Q0, Q1]
+    onnx.checker.check_model(str(out / "model.onnx"))
+
+
+def edit_manifest(out, change):
+    path = out / "dora_export.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_the_session_takes_nothing_but_what_was_published(models):
+    models.export(save_graph(models.folder / "graph/model.onnx", models.base))
+    out = models.folder / "out"
+    session = dora_export.AdapterSession(out)
+    with pytest.raises(DoraExportError, match=r"'poet': not in this folder. It has: pirate, form"):
+        session.run(models.inputs(np.float32), "poet")
+    whole = (out / "adapters/formal.onnx_adapter").read_bytes()
+    (out / "adapters/formal.onnx_adapter").write_bytes(
+        (out / "adapters/pirate.onnx_adapter").read_bytes())  # fmt: skip
+    with pytest.raises(InputError, match=r"formal\.onnx_adapter: not the file that was published"):
+        dora_export.AdapterSession(out)
+    (out / "adapters/formal.onnx_adapter").write_bytes(whole)
+    edit_manifest(out, lambda c: c["onnx"]["adapters"]["formal"].update(file="../base/x"))
+    with pytest.raises(InputError, match="outside its folder"):
+        dora_export.AdapterSession(out)
+    edit_manifest(out, lambda c: c["onnx"].pop("slots"))
+    with pytest.raises(InputError):
+        dora_export.AdapterSession(out)
+    with pytest.raises(InputError, match=r"dora_export\.json"):
+        dora_export.AdapterSession(models.folder / "base")
+
+
+def refused(models, graph, match, adapters=None, **options):
+    with pytest.raises(DoraExportError, match=match) as error:
+        models.export(graph, adapters, **options)
+    assert not (models.folder / "out").exists()
+    return str(error.value)
+
+
+def test_what_cannot_be_swapped_is_refused_by_name(models):
+    folder, base = models.folder, models.base
+    graph = save_graph(folder / "graph/model.onnx", base)
+    dora = small.adapter_tensors(base)
+    saved = dora | {"base_model.model.lm_head.weight": torch.ones(40, 12)}
+    small.write_adapter(folder / "whole", saved, modules_to_save=["lm_head"])
+    text = refused(models, graph, "cannot be swapped at run time", [folder / "whole"])
+    assert "lm_head.weight: a head of its own" in text
+    assert "Leave --adapters out to merge it" in text
+    small.write_adapter(folder / "sub/pirate", dora)
+    refused(models, graph, "two adapters would be called 'pirate'",
+            [folder / "pirate", folder / "sub/pirate"])  # fmt: skip
+    refused(models, folder / "nothing.onnx", "cannot be read")
+
+
+def test_a_weight_that_is_looked_up_or_fused_has_no_place_for_an_adapter(models):
+    W = values(models.base, np.float32)
+    stored = {"table": W[f"{Q0}.weight"]}
+    look = [helper.make_node("Cast", ["x0"], ["ids"], to=TensorProto.INT64),
+            helper.make_node("Gather", ["table", "ids"], ["y0"])]  # fmt: skip
+    rest = {"allow_missing": [D0, D1, Q1]}
+    graph = save_graph(models.folder / "g/a.onnx", models.base, nodes=look, stored=stored)
+    refused(models, graph, "is an embedding, which is looked up", [models.adapters[0]], **rest)
+    odd = [helper.make_node("Gemm", ["x0", "table"], ["y0"], transB=1, alpha=0.5)]
+    graph = save_graph(models.folder / "g/b.onnx", models.base, nodes=odd, stored=stored)
+    refused(models, graph, "alpha is 0.5 of the Gemm node", [models.adapters[0]], **rest)
+    other = [helper.make_node("Transpose", ["x0"], ["xt"]),
+             helper.make_node("MatMul", ["table", "xt"], ["y0"])]  # fmt: skip
+    graph = save_graph(models.folder / "g/c.onnx", models.base, nodes=other, stored=stored)
+    refused(models, graph, "is input 0 of a MatMul node", [models.adapters[0]], **rest)
+
+
+def test_a_graph_that_lacks_a_layer_or_has_slots_already_is_refused(models):
+    W = values(models.base, np.float32)
+    part = save_graph(
+        models.folder / "g/part.onnx", models.base,
+        nodes=[helper.make_node("MatMul", ["x0", "w"], ["y0"])],
+        stored={"w": np.ascontiguousarray(W[f"{Q0}.weight"].T)},
+    )  # fmt: skip
+    refused(models, part, "does not hold 3 of the 4 tensors", [models.adapters[0]])
+    graph = save_graph(models.folder / "graph/model.onnx", models.base)
+    models.export(graph, [models.adapters[0]])
+    with pytest.raises(GraphError, match="was given slots before"):
+        models.export(models.folder / "out/model.onnx", [models.adapters[0]], "again")
+    assert not (models.folder / "again").exists()
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A tiny llama with two DoRA adapters made by PEFT, and its graph as torch exports it."""
+    folder = tmp_path_factory.mktemp("llama")
+    for seed, name in enumerate(["one", "two"]):
+        pair = prepare(folder / name, rider_models.llama(), seed=seed, target_modules="all-linear")
+        pair.adapter.rename(folder / "new")
+        pair.base.rename(folder / "base") if seed == 0 else None
+        shutil.rmtree(folder / name)
+        (folder / "new").rename(folder / name)
+    onnx_graphs.traced(folder / "base", folder / "graph/model.onnx")
+    return folder
+
+
+def test_adapters_of_a_real_model_are_held_against_its_unmerged_forward(llama, tmp_path):
+    report = dora_export.export_onnx(
+        llama / "base", [llama / "one", llama / "two"], tmp_path / "out",
+        into=llama / "graph/model.onnx", adapters=True,
+    )  # fmt: skip
+    assert (report.verdict, report.exit_code) == ("right", 0)
+    assert len([t for t in report.verified.tiers if t.tier == "onnx"]) == 3  # base, one, two
+
+
+def test_a_forgotten_factor_is_found_before_anything_is_published(llama, tmp_path, monkeypatch):
+    real = swappable.swapped
+
+    def forgetful(step, plan):
+        found = real(step, plan)
+        return type(found)(found.left, found.right)
+
+    monkeypatch.setattr(swappable, "swapped", forgetful)
+    with pytest.raises(ParityError):
+        dora_export.export_onnx(llama / "base", [llama / "one"], tmp_path / "out",
+                                into=llama / "graph/model.onnx", adapters=True)  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_writes_the_folder_and_says_what_is_in_it(llama, tmp_path):
+    result = run("onnx", llama / "base", llama / "one", llama / "two", "--adapters",
+                 "--into", llama / "graph/model.onnx", "-o", tmp_path / "out",
+                 "--no-verify")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "out/adapters/one.onnx_adapter").is_file()
+    assert "one" in result.output
+    assert "two" in result.output
