@@ -24,6 +24,7 @@ from dora_export.engine import (
     memory_bound,
 )
 from dora_export.errors import AdapterError, DoraExportError, PlanError
+from dora_export.flat_names import is_flat, prefix_of
 from dora_export.formula import ZeroNorm
 from dora_export.machine import faults_told, memory_told, require_space
 from dora_export.plan import Plan, Precision, Settings, plan_merge
@@ -385,7 +386,10 @@ def _held_against(
 
 
 def _module(update: Update) -> str:
-    return update.target.rpartition(".")[0].rpartition(".")[2] or update.target
+    module = update.target.rpartition(".")[0]
+    if is_flat(module):
+        return prefix_of(module)  # a flattened path has no last segment
+    return module.rpartition(".")[2] or update.target
 
 
 def _plan(

@@ -119,7 +119,7 @@ def _add_kronecker(tile: Tile, first: Array, second: Array) -> None:
 def factor(xp: Any, magnitude: Array, squares: Array, eps: float) -> tuple[Array, Array]:
     """Return ``m / (sqrt(squares) + eps)`` in float64, and where it has no defined value.
 
-    A zero norm gives factor 0; if m is zero there as well, that is the row's true value.
+    A zero norm gives factor 0; if m is zero there as well, or eps is not, the row is zero indeed.
 
     Args:
         xp: numpy or torch.
@@ -132,7 +132,7 @@ def factor(xp: Any, magnitude: Array, squares: Array, eps: float) -> tuple[Array
     norm = xp.sqrt(squares)
     zero = norm == 0
     quotient = magnitude / xp.where(zero, 1.0, norm + eps)
-    return xp.where(zero, 0.0, quotient), zero & (magnitude != 0)
+    return xp.where(zero, 0.0, quotient), zero & (magnitude != 0) & (eps == 0)
 
 
 def merge_tile(

@@ -14,8 +14,30 @@ from dora_export.adapters.model import Adapter
 from dora_export.report import Engine
 
 
+def _single_file_engines(adapter: Adapter) -> tuple[Engine, ...]:
+    """Return who takes a file of LyCORIS, kohya or OneTrainer unmerged.
+
+    Sources: comfyanonymous/ComfyUI, comfy/weight_adapter/base.py, weight_decompose (magnitudes of
+    outputs are divided by the norm of W); huggingface/diffusers, src/diffusers/loaders/
+    lora_pipeline.py, lora_state_dict (dora_scale is dropped with a warning) and
+    lora_conversion_utils.py (names of LoRA alone).
+    """
+    axes = {u.axis for u in adapter.updates if u.normalises}
+    lora = all(u.kind in ("lora", "dora") and u.rank is not None for u in adapter.updates)
+    comfy = Engine("ComfyUI", "yes", "its own format")
+    if "out" in axes:
+        comfy = Engine("ComfyUI", "wrong", "divides by the norm of the base's rows, not of the sum")
+    if not lora:
+        return comfy, Engine("diffusers", "no", "reads LoRA alone")
+    if axes:
+        return comfy, Engine("diffusers", "wrong", "drops the magnitudes and applies plain LoRA")
+    return comfy, Engine("diffusers", "yes", "plain LoRA")
+
+
 def engines(adapter: Adapter) -> tuple[Engine, ...]:
     """Return who takes the adapter unmerged."""
+    if adapter.format == "lycoris":
+        return _single_file_engines(adapter)
     if adapter.format == "mlx":
         return (
             Engine("mlx-lm, mlx-vlm", "yes", "its own format"),

@@ -323,7 +323,9 @@ class Worker:
                 if loaded.change.over == "row":
                     assert loaded.magnitude is not None, "Bug: a norm without a magnitude"
                     squares = ops.row_squares(tile.values if own is None else own)
-                    _, undefined = factor(ops.xp, loaded.magnitude[tile.rows], squares, 0.0)
+                    _, undefined = factor(
+                        ops.xp, loaded.magnitude[tile.rows], squares, loaded.change.eps
+                    )
                     found.append(np.flatnonzero(ops.host(undefined)) + tile.first_row)
         return np.unique(np.concatenate(found))
 

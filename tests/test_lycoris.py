@@ -133,6 +133,32 @@ def test_eps_is_added_to_the_norm_and_matters_for_small_ones(tmp_path):
         assert far(weight, m * V / np.sqrt(norm(V, "out") ** 2 + EPS[torch.float32]))
 
 
+@pytest.mark.parametrize("dora", ["out", "in"])
+def test_lines_of_zeros_stay_zero_since_eps_defines_them(dora, tmp_path):
+    model = models.net()
+    dead = {}
+    for name in models.LAYERS:
+        weight = model.get_submodule(name).weight.detach()
+        dead[name] = (weight if dora == "out" else weight.transpose(0, 1))[3]
+        dead[name].zero_()
+    modules = models.attach(model, "locon", dora)
+    with torch.no_grad():
+        for module in modules.values():
+            (module.lora_up.weight if dora == "out" else module.lora_down.weight[:, 3])[
+                3 if dora == "out" else ...
+            ] = 0
+            module.dora_scale.add_(0.1)
+    _, got = merge(tmp_path, modules, model)
+    for name, module in modules.items():
+        weight = got[f"{name}.weight"]
+        line = (weight if dora == "out" else weight.transpose(0, 1))[3]
+        assert not line.any()
+        used = oracle.float64(models.used_weight(module))
+        flat = weight.flatten(1)
+        kept = flat.abs().amax(dim=1) > 0
+        assert distance(flat[kept], used.reshape(len(used), -1)[kept.numpy()]) <= RELATIVE
+
+
 def test_whole_differences_biases_and_norms(tmp_path):
     model = models.net()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -10,13 +10,17 @@ import json
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from lycoris import LycorisNetwork, create_lycoris
 from safetensors.torch import save_file
 from torch import nn
 
 import dora_export
 from dora_export.adapters import ReadOptions, read_adapter
-from dora_export.errors import AdapterError, InputError
+from dora_export.checkpoints import open_checkpoint
+from dora_export.errors import AdapterError, DoraExportError, InputError
+from dora_export.plan import Settings, plan_merge
 from tests import lycoris_models as models
 from tests import oracle, small
 from tests.trainers import RELATIVE, distance, inspected, merged, refused
@@ -75,6 +79,10 @@ def write(folder, base, tensors, metadata=None, component=""):
                      config={"model_type": "net"})  # fmt: skip
     save_file(tensors, folder / "adapter.safetensors", metadata)
     return folder / "base", folder / "adapter.safetensors", folder / "out"
+
+
+def _named(base_and_layers):
+    return base_and_layers[0], named(base_and_layers[1])
 
 
 def assert_near(got, want, component=""):
@@ -247,6 +255,20 @@ def test_shape_of_dora_scale_tells_the_axis_even_of_square_layers(dora, tmp_path
     assert f"one per {dora}put" in shown
     for words in ("lycoris", "kohya, LyCORIS or OneTrainer", "scaling      1.5"):
         assert words in shown
+
+
+def test_inspection_tells_who_serves_such_files(tmp_path):
+    expected = {None: ("✓ ComfyUI", "✓ diffusers"), "in": ("✓ ComfyUI", "! diffusers"),
+                "out": ("! ComfyUI", "! diffusers")}  # fmt: skip
+    for dora, words in expected.items():
+        base, made = layers(dora)
+        shown = inspected(write(tmp_path / str(dora), base, named(made))[1])
+        assert all(word in shown for word in words), shown
+    tensors = models.state(models.attach(models.net(), "lokr both", "in"))
+    path = write(tmp_path / "lokr", base, tensors)[1]
+    shown = inspected(path)
+    assert "✗ diffusers" in shown
+    assert "algorithm    LoKr (8)" in shown
 
 
 def test_flat_magnitudes_are_told_by_their_length_but_for_square_layers(tmp_path):
@@ -462,6 +484,8 @@ BROKEN = {
     "up missing": (lambda t: t.pop(f"{Q}.lora_up.weight"), "lora_up missing"),
     "ranks differ": (lambda t: t.update({f"{Q}.lora_up.weight": torch.ones(16, 5)}),
                      "expected lora_up (out, rank)"),
+    "no rank": (lambda t: t.update({f"{Q}.lora_up.weight": torch.ones(16, 0),
+                                    f"{Q}.lora_down.weight": torch.ones(0, 16)}), "(16, 0)"),
     "alpha of two": (lambda t: t.update({f"{Q}.alpha": torch.ones(2)}), "expected one number"),
     "alpha infinite": (lambda t: t.update({f"{Q}.alpha": torch.tensor(float("inf"))}),
                        "alpha is inf"),
@@ -527,11 +551,65 @@ def test_embeddings_saved_along_are_named_and_left(tmp_path):
     assert "'bundle_emb.mine.string_to_param' ignored: an embedding" in inspected(paths[1])
 
 
+def test_layers_that_lack_what_others_have_are_counted(tmp_path):
+    base, made = layers("in")
+    del made["to_q"]["dora_scale"]
+    tensors = named(made)
+    del tensors["lora_unet_blocks_0_proj_in.alpha"]
+    report = dora_export.merge(*write(tmp_path, base, tensors), dry_run=True)
+    assert any("1 of 3 layers have no dora_scale" in w for w in report.warnings)
+    assert any("1 of 3 layers have no alpha" in w for w in report.warnings)
+    whole = dora_export.merge(*write(tmp_path / "whole", *_named(layers("in"))), dry_run=True)
+    assert whole.warnings == ()
+
+
 def test_layer_without_a_bias_refuses_one(tmp_path):
     base, made = layers()
     tensors = named(made) | {f"{Q}.diff_b": torch.ones(16)}
     message = refused(*write(tmp_path, base, tensors))
     assert "blocks.0.to_q.bias: not in the base; the layer has no bias to add to" in message
+
+
+@pytest.fixture(scope="module")
+def good_files():
+    cases = [("locon tucker", "in"), ("loha", "out"), ("loha tucker", None), ("lokr both", "in"),
+             ("lokr tucker", "out"), ("lokr whole", None)]  # fmt: skip
+    return [models.state(models.attach(models.net(), *case)) for case in cases]
+
+
+DIMENSIONS = st.lists(st.sampled_from([0, 1, 2, 3, 36]), max_size=5)
+CORRUPTIONS = {
+    "removed": lambda t, shape: None,
+    "shape": lambda t, shape: torch.ones(shape),
+    "flat": lambda t, shape: t.flatten(),
+    "type": lambda t, shape: t.to(torch.int64),
+    "turned": lambda t, shape: t.transpose(0, -1).contiguous() if t.ndim else t,
+    "empty": lambda t, shape: t[:0] if t.ndim else t,
+}
+
+
+@settings(max_examples=80, deadline=None, derandomize=True,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
+@given(data=st.data())
+def test_corrupted_files_are_refused_or_fit_but_raise_nothing_else(good_files, tmp_path, data):
+    tensors = dict(data.draw(st.sampled_from(good_files)))
+    for _ in range(data.draw(st.integers(1, 3))):
+        name = data.draw(st.sampled_from(sorted(tensors)))
+        kind = data.draw(st.sampled_from(sorted(CORRUPTIONS)))
+        changed = CORRUPTIONS[kind](tensors.pop(name), data.draw(DIMENSIONS))
+        if changed is not None:
+            tensors[name] = changed.clone()
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    if not (tmp_path / "base").exists():
+        models.write(tmp_path, models.net(), tensors)
+    base = open_checkpoint(tmp_path / "base")
+    try:
+        adapter = read_adapter(tmp_path / "adapter.safetensors", ReadOptions())
+        plan = plan_merge(base, adapter, Settings())
+    except DoraExportError:
+        return
+    used = {key for step in plan.steps for key in step.consumes}
+    assert used == set(tensors) - set(adapter.ignored)
 
 
 def test_a_damaged_file_is_an_input_error(tmp_path):

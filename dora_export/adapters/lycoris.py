@@ -30,7 +30,14 @@ from pathlib import Path
 from typing import Any
 
 from dora_export.adapters import lycoris_keys as keys
-from dora_export.adapters.lycoris_layers import EPS, Layer, Told, kronecker_rank, layer_of
+from dora_export.adapters.lycoris_layers import (
+    EPS,
+    FACTORED,
+    Layer,
+    Told,
+    kronecker_rank,
+    layer_of,
+)
 from dora_export.adapters.lycoris_metadata import Said, contradictions, said_by
 from dora_export.adapters.model import Adapter, ReadOptions
 from dora_export.adapters.state_dict import tensors_of
@@ -78,6 +85,7 @@ def read(path: Path, options: ReadOptions) -> Adapter:
     if problems:
         raise AdapterError(f"{path}: does not add up:{listing(sorted(problems))}")
     _refuse_contradictions(path, said, layers)
+    doubts += _gaps(layers)
     if found.bundled:
         doubts.append(f"{len(found.bundled)} embeddings are saved along; they are not merged")
     return Adapter(
@@ -179,6 +187,21 @@ def _refuse_contradictions(path: Path, said: Said, layers: Iterable[Layer]) -> N
         )
 
 
+def _gaps(layers: Iterable[Layer]) -> Iterator[str]:
+    """Yield what some layers lack and others like them have: trained so, or lost."""
+    factored = [layer for layer in layers if layer.algorithm in FACTORED]
+    for what, count, then in (
+        (
+            "dora_scale",
+            sum(layer.evidence is None for layer in factored),
+            "merged as plain updates",
+        ),
+        ("alpha", sum(layer.alpha is None for layer in factored), "their rank is taken for it"),
+    ):
+        if 0 < count < len(factored):
+            yield f"{count} of {len(factored)} layers have no {what}, {then}; others have one"
+
+
 def _decomposed_updates(layers: Iterable[Layer]) -> Iterator[Update]:
     return (u for layer in layers for u in layer.updates if u.normalises)
 
@@ -186,7 +209,7 @@ def _decomposed_updates(layers: Iterable[Layer]) -> Iterator[Update]:
 def _facts(said: Said, layers: list[Layer], modules: Iterable[str]) -> dict[str, Any]:
     magnitudes = list(_decomposed_updates(layers))
     algorithms = Counter(layer.algorithm for layer in layers)
-    main = next((a for a in ("LoRA", "LoHa", "LoKr") if a in algorithms), next(iter(algorithms)))
+    main = next((a for a in FACTORED if a in algorithms), next(iter(algorithms)))
     products = [u for layer in layers for u in layer.updates if u.kind in ("lora", "dora")]
     prefixes = sorted({prefix_of(m) for m in modules})
     return {
@@ -194,7 +217,7 @@ def _facts(said: Said, layers: list[Layer], modules: Iterable[str]) -> dict[str,
         "algorithm": ", ".join(f"{name} ({n})" for name, n in algorithms.items()),
         "trainer": said.trainer or _trainer_by_names(prefixes),
         **({"axis": _axis(layers)} if magnitudes else {}),
-        "rank": sorted({r for u in products if (r := u.rank) is not None}),
+        "rank": sorted({r for layer in layers if (r := layer.rank) is not None}),
         "alpha": sorted({a for layer in layers if (a := layer.alpha) is not None}),
         "scaling": sorted({u.scaling for u in products}),
         "rslora": bool(said.rs_lora),

@@ -105,6 +105,9 @@ def misfit(parts: Parts) -> str | None:
     Args:
         parts: The layer's tensors: "up", "down", "mid", or by LyCORIS' names.
     """
+    empty = [f"{p} {ref.shape}" for p, ref in parts.items() if not ref.size]
+    if empty:
+        return f"{', '.join(empty)}: empty"
     if "up" in parts or "down" in parts:
         return _low_rank_misfit(parts)
     if any(p.startswith("hada_") for p in parts):
@@ -161,9 +164,8 @@ def _kronecker_misfit(parts: Parts) -> str | None:
             return f"{', '.join(sorted(pair - parts.keys()))} missing"
         shapes = [parts[p].shape for p in ([f"lokr_w{n}"] if whole else sorted(pair))]
         t = parts[f"lokr_t{n}"].shape if core else None
-        if any(len(s) < 2 for s in shapes) or (
-            not whole and _pair_size(shapes[0], shapes[1], t) is None
-        ):
+        flat = any(len(s) < 2 for s in shapes) or (n == "1" and any(len(s) > 2 for s in shapes))
+        if flat or (not whole and _pair_size(shapes[0], shapes[1], t) is None):
             with_core = f", lokr_t{n} {t}" if t else ""
             return f"lokr_w{n}: {' and '.join(map(str, shapes))}{with_core} are no product"
     return None

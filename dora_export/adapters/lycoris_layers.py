@@ -26,6 +26,7 @@ ALGORITHMS = {
     "norm": ("w_norm",),
     "whole weight": ("set_weight",),
 }
+FACTORED = ("LoRA", "LoHa", "LoKr")
 BIASES = ("diff_b", "b_norm")
 # torch.finfo(dtype).eps by the dtype's name.
 EPS = {"F64": 2.0**-52, "F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}
@@ -62,16 +63,16 @@ class Layer:
         updates: Its changes.
         evidence: Where the axis of its magnitudes is from.
         ignored: Its tensors without effect, and why.
-        whole: Whether it is LoKr with both factors whole.
         alpha: As stored.
+        rank: What alpha is divided by, where the tensors show it.
     """
 
     algorithm: str
     updates: tuple[Update, ...]
     evidence: str | None = None
     ignored: Mapping[str, str] | None = None
-    whole: bool = False
     alpha: float | None = None
+    rank: int | None = None
 
 
 def layer_of(module: str, parts: Parts, told: Told) -> Layer | str:
@@ -90,7 +91,7 @@ def layer_of(module: str, parts: Parts, told: Told) -> Layer | str:
             "bias", biases, ignored=unused
         )  # fmt: skip
     algorithm = used[0]
-    if algorithm in ("LoRA", "LoHa", "LoKr"):
+    if algorithm in FACTORED:
         layer = _factored(module, algorithm, parts, told)
     else:
         layer = _whole(module, algorithm, parts, told)
@@ -126,7 +127,7 @@ def _factored(module: str, algorithm: str, parts: Parts, told: Told) -> Layer | 
     else:
         delta = factors.hadamard(parts) if algorithm == "LoHa" else factors.kronecker(parts)
         update, shape = replace(update, delta=delta), delta.shape
-    layer = Layer(algorithm, (update,), whole=whole, alpha=alpha)
+    layer = Layer(algorithm, (update,), alpha=alpha, rank=rank)
     return _decomposed(layer, parts, shape, _inputs(algorithm, parts), told)
 
 

@@ -174,6 +174,7 @@ def inspect_summary(report: InspectReport) -> str:
     rows = [
         ("format", report.format),
         ("method", f"{facts.get('method', '?')}, magnitude {facts.get('magnitude', 'none')}"),
+        ("algorithm", str(facts.get("algorithm", ""))),
         ("trainer", str(facts.get("trainer", ""))),
         ("axis", str(facts.get("axis", ""))),
         ("begun with", str(facts.get("begun with", ""))),

@@ -315,7 +315,8 @@ def _factor(
     """Return ``m / (norm + eps)``, zero where the norm is, and which lines keep the base's."""
     zero = norm == 0
     factor = np.where(zero, 0.0, m / np.where(zero, 1.0, norm + eps))
-    return factor, zero & (m != 0) & (settings.zero_norm == "keep-base")
+    undefined = zero & (m != 0) & (eps == 0)  # 0 / eps is 0
+    return factor, undefined & (settings.zero_norm == "keep-base")
 
 
 def _with_rows(

@@ -193,7 +193,7 @@ def _norm(
     length = _squares(step, position, left, right).sqrt()
     zero = length == 0
     factor = torch.where(zero, 0.0, m / torch.where(zero, 1.0, length + change.eps))
-    base_stays = zero & (m != 0)
+    base_stays = zero & (m != 0) & (change.eps == 0)
     kept = None
     if settings.zero_norm == "keep-base" and bool(base_stays.any()):
         kept = base_stays.double()
