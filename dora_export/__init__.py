@@ -17,18 +17,20 @@ from dora_export._version import __version__
 if TYPE_CHECKING:
     from dora_export.adapters.model import Adapter
     from dora_export.api import inspect, load_adapter, merge, verify
+    from dora_export.api_convert import convert
     from dora_export.api_onnx import export_onnx
     from dora_export.errors import DoraExportError
     from dora_export.onnx.model import GraphOptions, GraphReport
     from dora_export.onnx.module import export_module
     from dora_export.onnx.session import AdapterSession
-    from dora_export.report import InspectReport, MergeReport
+    from dora_export.report import ConvertReport, InspectReport, MergeReport
     from dora_export.update import Update
     from dora_export.verification.model import Finding, TensorResult, VerifyReport
 
 __all__ = [
     "Adapter",
     "AdapterSession",
+    "ConvertReport",
     "DoraExportError",
     "Finding",
     "GraphOptions",
@@ -39,6 +41,7 @@ __all__ = [
     "Update",
     "VerifyReport",
     "__version__",
+    "convert",
     "export_module",
     "export_onnx",
     "inspect",
@@ -50,6 +53,7 @@ __all__ = [
 _HOMES = {
     "Adapter": "adapters.model",
     "AdapterSession": "onnx.session",
+    "ConvertReport": "report",
     "DoraExportError": "errors",
     "Finding": "verification.model",
     "GraphOptions": "onnx.model",
@@ -59,6 +63,7 @@ _HOMES = {
     "TensorResult": "verification.model",
     "Update": "update",
     "VerifyReport": "verification.model",
+    "convert": "api_convert",
     "export_module": "onnx.module",
     "export_onnx": "api_onnx",
     "inspect": "api",

@@ -33,9 +33,9 @@ PATTERN_SECONDS = 5.0  # for all patterns of one config on all modules
 
 # --- pickled weights ---
 
-PICKLE_BYTES = 16_000_000  # of opcodes; 50,000 tensors take 12 MB
-PICKLE_OBJECTS = 2_000_000  # that the opcodes make; a tensor takes 15
-ZIP_DIRECTORY_BYTES = 16_000_000  # of entries; 200,000 tensors take 14 MB
+PICKLE_BYTES = 16_000_000  # of code; a tensor takes about 250
+PICKLE_OPCODES = 1_000_000  # a tensor takes about 40
+ZIP_DIRECTORY_BYTES = 16_000_000  # a tensor takes about 70
 
 # --- side files ---
 
@@ -46,4 +46,4 @@ CODE_BYTES = 16 << 20  # of a file whose text is looked at
 
 # --- staged work ---
 
-JOURNAL_BYTES = 256 << 20  # a merge of 400 GB writes less than 1 MB
+JOURNAL_BYTES = 64 << 20  # a merge of 400 GB writes less than 1 MB

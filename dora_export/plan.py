@@ -15,7 +15,17 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
-from dora_export import experts, layouts, naming, replication, row_orders, several, tying
+from dora_export import (
+    diffusion_names,
+    experts,
+    layer_biases,
+    layouts,
+    naming,
+    replication,
+    row_orders,
+    several,
+    tying,
+)
 from dora_export.adapters.model import Adapter
 from dora_export.checkpoints.model import Checkpoint, WeightFile, prefix_of
 from dora_export.errors import PlanError, listing, shown
@@ -231,7 +241,7 @@ def plan_merge(base: Checkpoint, adapters: Adapter | Sequence[Adapter], settings
             shapes, base, adapter, settings.fan_in_fan_out,
         )
     ]  # fmt: skip
-    by_target = _by_target(several.once(decided))
+    by_target = _by_target(several.once(layer_biases.with_biases(decided, base.tensors)))
     problems = [p for name, group in by_target.items()
                 for p in _problems(name, group, base, tied, settings)]  # fmt: skip
     if problems:
@@ -261,7 +271,7 @@ def plan_merge(base: Checkpoint, adapters: Adapter | Sequence[Adapter], settings
         indexes=_indexes(base, files, settings),
         config_edits={**stacked_anew.edits, **_config_edits(base, files, tied, settings)},
         rules=tuple(one.rule.what for one in placed),
-        notes=(*base.notes, *stacked_anew.notes, *tied.notes),
+        notes=(*base.notes, *stacked_anew.notes, *tied.notes, *layer_biases.notes(decided)),
         warnings=tuple(dict.fromkeys(_warnings(base, adapters, files))),
     )
 
@@ -282,11 +292,13 @@ def _placed(
     targets = [u.target for u in adapter.updates if u.kind != "replace"]
     targets = targets or [u.target for u in adapter.updates]
     absent_head = tying.head_of(base, targets)
-    known = experts.KnownNames(base, [absent_head] if absent_head else [])
+    others = diffusion_names.other_names(base)
+    known = experts.KnownNames(base, [*others, *([absent_head] if absent_head else [])])
     required = [t for t in targets if t != absent_head] or targets
     rule = _rule(base, adapter, settings, known, required)
     updates = [_renamed(u, rule, known).taken(position, weight, "") for u in adapter.updates]
     saved = frozenset(known.own(rule(t)) for t in adapter.saved_embeddings)
+    updates = diffusion_names.placed(updates, others)
     placed = experts.placed(updates, known, base, whole=adapter.whole_families,
                             transposed=adapter.square_experts_transposed)  # fmt: skip
     return _Placed(rule, tying.Trained(adapter.ensure_weight_tying, placed, saved))
@@ -320,7 +332,7 @@ def _rule(
 ) -> naming.Rule:
     if adapter.naming == "flat":
         every = [u.target for u in adapter.updates]
-        return naming.find_flat_rule(every, base.tensors, settings.map_prefix, adapter.base_name)
+        return naming.find_flat_rule(every, list(known), settings.map_prefix, adapter.base_name)
     return naming.find_rule(
         list(dict.fromkeys(required)),
         known,

@@ -10,6 +10,7 @@ src/python/py/models/builders/base.py (magnitudes are not read).
 
 from __future__ import annotations
 
+from dora_export.adapters import peft_methods
 from dora_export.adapters.model import Adapter
 from dora_export.report import Engine
 
@@ -43,6 +44,13 @@ def engines(adapter: Adapter) -> tuple[Engine, ...]:
             Engine("mlx-lm, mlx-vlm", "yes", "its own format"),
             Engine("all others", "no", "none reads the mlx format"),
         )
+    if adapter.format == "diffusers":
+        return _image_engines(adapter)
+    if adapter.format == "peft" and (method := adapter.facts.get("method")) in peft_methods.METHODS:
+        return (
+            Engine("PEFT, transformers", "yes", "its own method"),
+            Engine("all others", "no", f"none reads PEFT's {method}"),
+        )
     if adapter.format != "peft":
         return (Engine("all", "no", f"none reads the {adapter.format} format"),)
     if any(u.normalises for u in adapter.updates):
@@ -70,3 +78,34 @@ def engines(adapter: Adapter) -> tuple[Engine, ...]:
             else "reads lora_alpha only, not patterns or rslora" if scaled else "plain LoRA",
         ),
     )  # fmt: skip
+
+
+def ways_out(adapter: Adapter) -> tuple[str, ...]:
+    """Return what to do for engines that refuse the adapter, for people."""
+    if not any(u.normalises for u in adapter.updates):
+        return ()
+    return (
+        "engines that refuse DoRA take it merged, or as the plain LoRA nearest to it: "
+        "dora-export convert --to lora --rank R --base BASE says what that loses",
+    )
+
+
+def _image_engines(adapter: Adapter) -> tuple[Engine, ...]:
+    """Return who takes diffusers' files unmerged.
+
+    Sources: huggingface/diffusers, src/diffusers/loaders/lora_pipeline.py (lora_state_dict drops
+    dora_scale with a warning); comfyanonymous/ComfyUI, comfy/lora.py (reads dora_scale only) and
+    comfy/weight_adapter/base.py (divides by the norm of W for magnitudes of outputs).
+    """
+    axes = {u.axis for u in adapter.updates if u.normalises}
+    if not axes:
+        return (Engine("diffusers", "yes", "plain LoRA"), Engine("ComfyUI", "yes", "plain LoRA"))
+    if axes == {"out"}:
+        return (
+            Engine("diffusers", "yes", "slow: the norm is computed in every forward"),
+            Engine("ComfyUI", "wrong", "ignores the magnitudes without a word"),
+        )
+    return (
+        Engine("diffusers", "wrong", "drops magnitudes per input and applies plain LoRA"),
+        Engine("ComfyUI", "yes", "where the file has its names"),
+    )

@@ -7,7 +7,9 @@ from safetensors.torch import save_file
 from dora_export.adapters import FORMATS, ReadOptions, read_adapter
 from tests import (
     lycoris_models,
+    pipelines,
     small,
+    test_aitoolkit,
     test_lycoris_files,
     test_megatron,
     test_merged_dora,
@@ -63,11 +65,38 @@ def comfyui(folder):
     return folder / "adapter.safetensors"
 
 
+def ai_toolkit(folder):
+    return test_aitoolkit.write(folder, test_aitoolkit.adapter())
+
+
+def diffusers(folder):
+    tensors = {n.replace("base_model.model.", "unet."): t
+               for n, t in pipelines.adapter(pipelines.tensors()["unet"]).items()}  # fmt: skip
+    save_file(tensors, folder / "pytorch_lora_weights.safetensors")
+    return folder
+
+
+def onetrainers_diffusers(folder):
+    tensors = {n.replace("base_model.model.", "transformer."): t
+               for n, t in pipelines.adapter(pipelines.tensors()["unet"]).items()}  # fmt: skip
+    flat = {n: t for n, t in tensors.items() if n.endswith("magnitude_vector") and t.ndim == 1}
+    scales = {n.replace("lora_magnitude_vector", "dora_scale"): t.reshape(-1, 1)
+              for n, t in flat.items()}  # fmt: skip
+    only = [n.removesuffix(".dora_scale") for n in scales]
+    tensors = {n: t for n, t in tensors.items() if n.split(".lora_")[0] in only}
+    factors = {n: t for n, t in tensors.items() if not n.endswith("magnitude_vector")}
+    save_file(factors | scales, folder / "lora.safetensors")
+    return folder / "lora.safetensors"
+
+
 def peft(folder):
     return small.write_pair(folder)[1]
 
 
 CASES = {
+    "ai-toolkit": (ai_toolkit, "ai-toolkit", {"alpha": 3.0}),
+    "diffusers": (diffusers, "diffusers", {}),
+    "diffusers, by OneTrainer": (onetrainers_diffusers, "diffusers", {}),
     "peft": (peft, "peft", {}),
     "peft weights": (lambda f: peft(f) / "adapter_model.safetensors", "peft", {}),
     "peft config": (lambda f: peft(f) / "adapter_config.json", "peft", {}),
@@ -103,4 +132,5 @@ def test_exactly_one_format_matches(case, tmp_path):
 def test_every_format_of_a_trainer_has_a_case():
     """Formats with fixtures of their own in this module; others bring their own cases."""
     own = {"peft", "torchtune", "mlx", "nvlabs", "megatron", "catid", "qdora", "lycoris"}
+    own |= {"diffusers", "ai-toolkit"}
     assert own <= {expected for _, expected, _ in CASES.values()} & {f.name for f in FORMATS}

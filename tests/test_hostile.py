@@ -1,10 +1,17 @@
 """Files made to do harm: each is refused in little time and little memory."""
 
+import os
 import struct
 
 import pytest
+import torch
 
+import dora_export
 from dora_export import limits
+from dora_export.errors import InputError
+from dora_export.onnx.graph_file import open_graph
+from dora_export.storage.safetensors import read_header
+from tests import small
 from tests.measured import measured
 
 MB = 1 << 20
@@ -73,3 +80,62 @@ def check_header(tmp_path, make, reason):
     assert found.peak <= MOST_MEMORY
     assert found.seconds <= MOST_SECONDS
     print(f"\n{found.peak / MB:.0f} MB, {found.seconds:.2f} s")
+
+
+# --- what fuzzing found ---
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.onnx"])
+def test_pipe_is_not_waited_for(name, tmp_path):
+    os.mkfifo(tmp_path / name)
+    read = read_header if name.endswith("safetensors") else open_graph
+    with pytest.raises(InputError, match="not a regular file"):
+        read(tmp_path / name)
+
+
+TOKENIZER = {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "added_tokens": []}
+FORGED = {
+    "merges of numbers": ("tokenizer.json", {**TOKENIZER, "model": {"merges": [["a", 1.5]]}}),
+    "a token whose number is a list": (
+        "tokenizer.json", {**TOKENIZER, "added_tokens": [{"id": [1], "content": "a"}]},
+    ),
+    "a file whose name is a list": ("dora_export.json", {"base": {"files": [{"name": []}]}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FORGED)
+def test_forged_files_of_a_merged_model_are_findings(case, tmp_path):
+    small.write_pair(tmp_path)
+    small.write_json(tmp_path / "base/tokenizer.json", TOKENIZER)
+    dora_export.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    name, content = FORGED[case]
+    small.write_json(tmp_path / "out" / name, content)
+    report = dora_export.verify(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert report.verdict == "wrong" or report.findings
+    assert any(name in f.where for f in report.findings)
+
+
+def test_names_from_files_reach_no_terminal_as_they_are(tmp_path):
+    """Neither colours nor titles, neither other directions of text nor lines of their own."""
+    evil = "\x1b]0;owned\x07\x1b[5m\u202e\nerror: all your base"
+    small.write_pair(tmp_path)
+    small.edit_json(tmp_path / "adapter/adapter_config.json", base_model_name_or_path=evil,
+                    modules_to_save=[evil])  # fmt: skip
+    small.edit_tensors(
+        tmp_path / "adapter/adapter_model.safetensors",
+        lambda tensors: tensors | {f"base_model.model.a.lora_velora_embed{evil}": torch.ones(1)},
+    )
+    (tmp_path / "base" / f"notes{evil.replace('/', '')}.txt").write_text("x")
+    outputs = [
+        small.run("inspect", tmp_path / "adapter", "--base", tmp_path / "base"),
+        small.run("merge", tmp_path / "base", tmp_path / "adapter", "-o", tmp_path / "out"),
+        small.run("verify", tmp_path / "base", tmp_path / "adapter", tmp_path / "out"),
+        small.run("inspect", tmp_path / "adapter", "--json"),
+        small.run("merge", tmp_path / "base", tmp_path / "adapter", "-o", tmp_path / "o", "--json"),
+        small.run("merge", tmp_path / "base", tmp_path / "adapter", "-o", tmp_path / "out"),
+    ]
+    assert [r.exit_code for r in outputs] == [0, 0, 0, 0, 0, 2]
+    for result in outputs:
+        text = result.output
+        assert all(c.isprintable() or c == "\n" for c in text), f"{text!a}"
+        assert not any(line.startswith("error: all") for line in text.splitlines())

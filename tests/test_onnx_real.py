@@ -130,6 +130,6 @@ def check_genai(out):
         generator.generate_next_token()
         written.append(int(generator.get_next_tokens()[0]))
     session = onnxruntime.InferenceSession(out / "model.onnx")
-    ours, _ = greedy(session, np.array([prompt]), len(written))
+    ours, _ = greedy(session, np.array([prompt], np.int64), len(written))
     assert written == ours
     return tokenizer.decode(written)

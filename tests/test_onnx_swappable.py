@@ -409,6 +409,15 @@ def test_adapters_of_a_real_model_are_held_against_its_unmerged_forward(llama, t
     assert len([t for t in report.verified.tiers if t.tier == "onnx"]) == 3  # base, one, two
 
 
+def test_the_base_is_traced_where_no_graph_is_given(llama, tmp_path):
+    report = dora_export.export_onnx(llama / "base", llama / "two", tmp_path / "out",
+                                     adapters=True)  # fmt: skip
+    assert report.verdict == "right"
+    facts = json.loads((tmp_path / "out/dora_export.json").read_text())["onnx"]
+    assert (facts["way"], facts["task"]) == ("adapters", "text-generation")
+    assert dora_export.AdapterSession(tmp_path / "out").adapters == ("two",)
+
+
 def test_a_forgotten_factor_is_found_before_anything_is_published(llama, tmp_path, monkeypatch):
     real = swappable.swapped
 

@@ -12,7 +12,8 @@ from tests import small
 
 OUTSIDE = [
     "../x", "a/../x", "a/../../x", "/x", "//host/x", "a//x", "./x", "a/./x", "a/", "", ".", "..",
-    "..\\x", "a\\x", "C:x", "C:/x", "C:\\x", "\\\\host\\x", "x\0y", None, 3, ["x"], True,
+    "..\\x", "a\\x", "C:x", "C:/x", "C:\\x", "\\\\host\\x", "x\0y", "x" * 256,
+    "\ud800", None, 3, ["x"], True,
 ]  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import dora_export
 from dora_export import DoraExportError
+from dora_export.errors import InputError
 from dora_export.writers.config import edited
 from tests.rider_models import WARNINGS, edit_json, llama, logits, prepare, shapes, tensors
 
@@ -450,3 +451,69 @@ def test_the_model_card_keeps_the_bases_licence(case, tmp_path):
     (case.base / "README.md").write_text("# Base\nlicense: no\n")
     dora_export.merge(case.base, case.adapter, tmp_path / "without")
     assert "license:" not in (tmp_path / "without/README.md").read_text()
+
+
+INJECTED = {
+    "a tag that a YAML reader obeys": "!!python/object/apply:os.system ['touch x']",
+    "an anchor": "&a [*a, *a]",
+    "a map": "{license: mit}",
+    "a comment": "mit # not",
+    "a number": "1e3",
+    "no text": "null",
+    "quotes": 'own "licence": of ours',
+    "an escape": "\x1b[31mred\u202e",
+}
+
+
+@pytest.mark.parametrize("value", INJECTED.values(), ids=INJECTED)
+def test_the_model_card_says_of_strangers_what_they_said_and_nothing_else(case, value, tmp_path):
+    import yaml
+
+    (case.base / "README.md").write_text(f"---\nlicense: {value}\n---\n")
+    edit_json(case.adapter / "adapter_config.json",
+                    base_model_name_or_path=f"org/base\n---\nlicense: mit\n{value}")  # fmt: skip
+    dora_export.merge(case.base, case.adapter, tmp_path / "out")
+    text = (tmp_path / "out/README.md").read_text()
+    front = yaml.safe_load(text.split("\n---\n")[0].removeprefix("---\n"))
+    assert front == {
+        "license": value.strip("'\""),
+        "base_model": f"org/base\n---\nlicense: mit\n{value}",
+        "tags": ["merged", "dora"],
+    }
+    assert text.count("\n---\n") == 1
+    assert text.isascii()
+
+
+def test_no_more_of_a_model_card_is_read_than_its_front(case, tmp_path):
+    with (case.base / "README.md").open("wb") as file:
+        file.write(b"---\nlicense: mit\n---\n")
+        file.truncate(1 << 40)  # a hole
+    dora_export.merge(case.base, case.adapter, tmp_path / "out")
+    assert "license: mit" in (tmp_path / "out/README.md").read_text()
+
+
+def test_links_beside_the_weights_that_lead_elsewhere_are_refused(case, tmp_path):
+    """A key or a password file of the user's must not be published with the model."""
+    (tmp_path / "id_rsa").write_text("private")
+    link = case.base / "notes.txt"
+    link.symlink_to(tmp_path / "id_rsa")
+    with pytest.raises(InputError, match=r"notes\.txt: a link that leads out of its folder"):
+        dora_export.merge(case.base, case.adapter, tmp_path / "out")
+    link.unlink()
+    (case.base / "code").symlink_to(tmp_path)
+    with pytest.raises(InputError, match=r"code: a link to a folder. Put a copy of the folder"):
+        dora_export.merge(case.base, case.adapter, tmp_path / "out")
+    (case.base / "code").unlink()
+    (case.base / "README.md").symlink_to(tmp_path / "id_rsa")  # read for its licence only
+    dora_export.merge(case.base, case.adapter, tmp_path / "out")
+    assert not any("private" in p.read_text() for p in (tmp_path / "out").glob("*.md"))
+
+
+def test_what_is_no_file_stays_behind_and_is_not_waited_for(case, tmp_path):
+    os.mkfifo(case.base / "pipe.txt")
+    (case.base / "device.txt").symlink_to("/dev/zero")
+    with (case.base / "huge.txt").open("wb") as file:
+        file.truncate(1 << 40)  # a hole
+    dora_export.merge(case.base, case.adapter, tmp_path / "out")
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert names & {"pipe.txt", "device.txt", "huge.txt"} == set()

@@ -283,7 +283,9 @@ def test_damaged_pickled_file_is_refused_without_advice_to_trust_it(tmp_path):
     whole = path.read_bytes()
     for content in (b"", b"\x80\x02}", whole[:-30], whole[:200], b"no pickle at all"):
         path.write_bytes(content)
-        with pytest.raises(InputError, match="restricted loader refuses") as refusal:
+        with pytest.raises(
+            InputError, match=r"restricted loader refuses|not a file saved"
+        ) as refusal:
             read_tensors(path, allow_pickle=True)
         assert "weights_only" not in str(refusal.value)
         assert "\n" not in str(refusal.value)

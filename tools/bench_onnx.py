@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import statistics
 import subprocess
@@ -169,6 +170,26 @@ def turns(graphs: dict[str, Path], base: Path, adapter: Path, work: Path, thread
     return found
 
 
+def peak_memory(base: Path, adapter: Path, work: Path) -> None:
+    """Print the most anonymous memory that exporting takes, beside the graph's bytes."""
+    out = work / "memory"
+    shutil.rmtree(out, ignore_errors=True)
+    command = [sys.executable, "-m", "dora_export", "onnx", str(base), str(adapter), "-o", str(out),
+               "--no-verify"]  # fmt: skip
+    peak = 0
+    with subprocess.Popen(command) as process:
+        status = Path(f"/proc/{process.pid}/status")
+        while process.poll() is None:
+            found = re.search(r"^RssAnon:\s*(\d+) kB", status.read_text(), re.MULTILINE)
+            peak = max(peak, 1024 * int(found[1])) if found else peak
+            time.sleep(0.02)
+    if process.returncode:
+        sys.exit(process.returncode)
+    nbytes = sum(f.stat().st_size for f in out.glob("model.onnx*"))
+    print(f"graph {nbytes / 1e6:.0f} MB, peak anonymous memory {peak / 1e6:.0f} MB, of which "
+          "python and torch take about 250 MB whatever the model")  # fmt: skip
+
+
 def main() -> int:
     """Print the table; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -178,9 +199,13 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--memory", action="store_true", help="only measure an export's memory")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     given.work.mkdir(parents=True, exist_ok=True)
+    if given.memory:
+        peak_memory(given.base, given.adapter, given.work)
+        return 0
     graphs = make_graphs(given.base, given.adapter, given.work)
     timed = turns(graphs, given.base, given.adapter, given.work, given.threads)
     for turn in timed.values():

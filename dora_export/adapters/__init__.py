@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dora_export.adapters import (
+    aitoolkit,
     catid,
+    diffusers,
     lycoris,
     megatron,
     merged_dora,
@@ -57,6 +59,15 @@ FORMATS = (
         "single file of LyCORIS, kohya, OneTrainer or ComfyUI",
         lycoris.matches,
         lycoris.read,
+    ),
+    AdapterFormat(
+        "diffusers",
+        "pytorch_lora_weights of diffusers or SimpleTuner, or its folder",
+        diffusers.matches,
+        diffusers.read,
+    ),
+    AdapterFormat(
+        "ai-toolkit", "DoRA file of ai-toolkit (.magnitude)", aitoolkit.matches, aitoolkit.read
     ),
     AdapterFormat("qdora", "state dict of fsdp_qlora's QDoRA", qdora.matches, qdora.read),
     AdapterFormat("catid", "state dict of catid's DoRALayer modules", catid.matches, catid.read),

@@ -234,10 +234,10 @@ def _inputs(algorithm: str, parts: Parts) -> int | None:
 
 def _alpha(ref: TensorRef | None, told: Told) -> float | None:
     """Return alpha, None where it is the rank."""
-    return (told.alpha if ref is None else _number(ref)) or None
+    return (told.alpha if ref is None else number(ref)) or None
 
 
-def _number(ref: TensorRef) -> float:
+def number(ref: TensorRef) -> float:
     """Return a stored number."""
     raw, name = ref.raw(), ref.dtype.name
     if name == "BF16":

@@ -16,7 +16,7 @@ import click
 from dora_export.api import Progress
 from dora_export.cli import streams
 from dora_export.cli.explain import COLOURS
-from dora_export.errors import shown
+from dora_export.errors import printable, shown
 from dora_export.report import Engine, InspectReport, MergeReport
 from dora_export.verification.model import TensorResult, TierResult, Verdict, VerifyReport
 from dora_export.verification.statement import (
@@ -30,6 +30,7 @@ from dora_export.verification.statement import (
 )
 from dora_export.words import compact, count, number, share, size
 
+NOTE = 2000  # characters of a note that are shown
 PATH = 5000  # characters of a path that are shown: all that a system takes
 LINE_SECONDS = 10.0  # between two plain progress lines
 LISTED = 8  # findings of one kind told one by one; more are told by their places
@@ -140,7 +141,7 @@ def merge_summary(report: MergeReport, output: Path) -> str:
         there, whole = size(report.resumed_bytes), size(report.weight_bytes)
         resumed, were = ("would resume", "are") if report.dry_run else ("resumed", "were")
         lines.append(f"  {resumed}: {there} of {whole} {were} already there")
-    lines += [f"  {note}" for note in report.notes]
+    lines += [f"  {shown(note, NOTE)}" for note in report.notes]
     lines.append(
         "nothing written (--dry-run)"
         if report.dry_run
@@ -152,7 +153,7 @@ def merge_summary(report: MergeReport, output: Path) -> str:
 def _verified(report: MergeReport) -> str:
     if report.worst_ulp is None:
         return "not checked"
-    where = f" in {report.worst_tensor}" if report.worst_tensor else ""
+    where = f" in {shown(report.worst_tensor)}" if report.worst_tensor else ""
     sampled = "sampled rows" if report.verified == "fast" else "every element"
     return f"checked {sampled}: worst {report.worst_ulp:.2f} ulp{where}"
 
@@ -162,6 +163,11 @@ def _memory(report: MergeReport) -> str:
     if report.peak_rss_bytes is None or report.dry_run:
         return planned
     return f"peak memory {size(report.peak_rss_bytes)} ({planned})"
+
+
+def said_by(source: object) -> str:
+    """Return where a number is from, behind it, or nothing."""
+    return f", by {source}" if source else ""
 
 
 def inspect_summary(report: InspectReport) -> str:
@@ -181,10 +187,10 @@ def inspect_summary(report: InspectReport) -> str:
         ("experts", str(facts.get("experts", ""))),
         ("rank", numbers["rank"]),
         ("alpha", numbers["alpha"] + (" (rslora)" if facts.get("rslora") else "")),
-        ("scaling", numbers["scaling"]),
+        ("scaling", numbers["scaling"] + said_by(facts.get("scaling from"))),
         ("size", f"{report.parameters:,} parameters, {size(report.nbytes)}"),
-        ("layers", ", ".join(f"{name} x{n}" for name, n in report.modules.items())),
-        ("trained on", report.base_name or "not said"),
+        ("layers", ", ".join(f"{shown(name)} x{n}" for name, n in report.modules.items())),
+        ("trained on", shown(report.base_name or "not said", 400)),
     ]
     if report.fits:
         assert report.output_bytes is not None, "Bug: a fitting base has a size"
@@ -194,9 +200,9 @@ def inspect_summary(report: InspectReport) -> str:
     elif report.base is not None:
         rows.append(("base", f"{shown(report.base, PATH)}: does not fit: {report.misfit}"))
     lines = [click.style(shown(report.path, PATH), bold=True)]
-    lines += [f"  {name:<12} {value}" for name, value in rows if value]
+    lines += [f"  {name:<12} {printable(value)}" for name, value in rows if value]
     lines += ["  served unmerged by", *(_engine(e) for e in report.engines)]
-    lines += [f"  note: {note}" for note in report.notes]
+    lines += [f"  note: {shown(note, NOTE)}" for note in report.notes]
     return "\n".join(lines)
 
 

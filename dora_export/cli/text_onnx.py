@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dora_export.cli import text
+from dora_export.errors import shown
 from dora_export.onnx.model import GraphReport
 from dora_export.words import count, size
 
@@ -21,8 +22,9 @@ def summary(report: GraphReport, output: Path) -> str:
         lines += text.verify_summary(report.verified).splitlines()
     adapters = report.facts.get("adapters")
     for name, said in (adapters or {}).items() if isinstance(adapters, dict) else ():
-        lines.append(f"  adapter {name}: {said['method']} on {count(len(said['slots']), 'layer')}")
-    lines += [f"  note: {note}" for note in report.notes]
+        layers = count(len(said["slots"]), "layer")
+        lines.append(f"  adapter {shown(name)}: {said['method']} on {layers}")
+    lines += [f"  note: {shown(note, text.NOTE)}" for note in report.notes]
     peak = f" · peak memory {size(report.peak_rss_bytes)}" if report.peak_rss_bytes else ""
     lines.append(f"  {size(total)} in {len(report.files)} files{peak} · {report.seconds:.1f} s")
     lines.append(f"-> {output}/")

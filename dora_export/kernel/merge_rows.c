@@ -232,7 +232,7 @@ INLINE void merge_some(const struct rows *rows, ptrdiff_t first, const int count
     if (rows->mode == BY_NORM) {
       const double norm = sqrt(squares[i]);
       factor = norm == 0 ? 0 : rows->magnitude[row] / (norm + rows->eps);
-      rows->undefined[row] = norm == 0 && rows->magnitude[row] != 0;
+      rows->undefined[row] = norm == 0 && rows->magnitude[row] != 0 && rows->eps == 0;
     }
     const float *values = scratch + i * stride;
     if (rows->mode == NO_FACTOR && !rows->by_column) finish(rows, row, values, 1, 0, 0, outcome);

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import stat
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -254,6 +255,8 @@ def _size(path: Path) -> int:
             found = sorted(p.name for p in path.glob("*.onnx"))
             which = f" It holds {', '.join(shown(n) for n in found[:4])}." if found else ""
             raise InputError(f"{path}: a folder. Pass the .onnx file.{which}")
+        if not stat.S_ISREG(status.st_mode):  # a pipe: opening it waits
+            raise InputError(f"{path}: not a regular file. Pass the .onnx file.")
         with path.open("rb") as file:
             start = file.read(len(LFS))
     except OSError as error:
@@ -312,6 +315,8 @@ class _Places:
         """
         if location in self.files:
             return
+        if not isinstance(location, str):  # protobuf gives text that is not UTF-8 as bytes
+            raise _Problem(f"its data is in {shown(location)}, which is no name of a file")
         pure = PurePosixPath(location)
         if (
             not location

@@ -84,7 +84,7 @@ def make(request: Request, traced: Path | None = None) -> Made:
         check_adapter(plan)
         refuse_implausible(plan)
     graph = open_graph(path)
-    files = [path, *graph.data_files.values()]
+    files = [] if traced else [path, *graph.data_files.values()]  # a traced one is written anew
     for plan in request.plans:
         files += [*plan.base.sources, *(f for a in plan.adapters for f in a.files)]
     with watched.held(watched.watch(list(dict.fromkeys(files)), {})):

@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from dora_export.errors import InputError, shown
 
+NAME_BYTES = 255  # the longest name that common file systems take
 BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # git's SHA-1 or SHA-256 of a cached file
 
 
@@ -49,8 +50,12 @@ def inside(folder: Path, name: object, named_by: object) -> Path:
 def stays_inside(name: str) -> bool:
     """Return whether a name means a file below the folder it is relative to, on any system."""
     parts = re.split(r"[/\\]", name)
+    try:
+        longest = max(len(part.encode()) for part in parts)
+    except UnicodeEncodeError:  # half a character
+        return False
     return (
-        bool(name)
+        0 < longest <= NAME_BYTES
         and "\\" not in name
         and "\0" not in name
         and not any(part in ("", ".", "..") for part in parts)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import re
 import warnings
-import zipfile
 from pathlib import Path
 from typing import Any
 
 from dora_export.errors import InputError, shown
+from dora_export.storage.pickle_limits import check_pickled, check_views
 from dora_export.storage.safetensors import is_text
 from dora_export.tensors import BY_TORCH, HeldBytes, TensorRef
 
@@ -31,14 +31,13 @@ def read_pickled(path: Path, *, allow_pickle: bool) -> dict[str, TensorRef]:
             f"{path}: a pickled file. Pass --allow-pickle to read it through torch's restricted "
             "loader, or convert it to safetensors."
         )
+    zipped = check_pickled(path)
     import torch  # noqa: PLC0415 - a second of import that only pickled files need
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols; what matters is raised
-            loaded = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-            )
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # the unpickler raises many kinds; each means a file we cannot use
         raise InputError(
             f"{path}: torch's restricted loader refuses it ({_reason(error)}). The file holds more "
@@ -47,6 +46,9 @@ def read_pickled(path: Path, *, allow_pickle: bool) -> dict[str, TensorRef]:
     state = _state_dict(loaded)
     if not state:
         raise InputError(f"{path}: not a state dict (name -> tensor). Save model.state_dict().")
+    for name, tensor in state.items():
+        _check_kind(path, name, tensor)
+    check_views(path, state, path.stat().st_size)
     return {name: _ref(path, name, tensor) for name, tensor in state.items()}
 
 
@@ -73,7 +75,7 @@ def _state_dict(loaded: Any) -> dict[str, Any]:
     return {}
 
 
-def _ref(path: Path, name: str, tensor: Any) -> TensorRef:
+def _check_kind(path: Path, name: str, tensor: Any) -> None:
     import torch  # noqa: PLC0415
 
     word = str(tensor.dtype).removeprefix("torch.")
@@ -84,5 +86,11 @@ def _ref(path: Path, name: str, tensor: Any) -> TensorRef:
             f"{path}: tensor '{shown(name)}' is {word}, {tensor.layout}. "
             "Only dense tensors of the usual dtypes can be stored in safetensors."
         )
+
+
+def _ref(path: Path, name: str, tensor: Any) -> TensorRef:
+    import torch  # noqa: PLC0415
+
+    word = str(tensor.dtype).removeprefix("torch.")
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
     return TensorRef(name, BY_TORCH[word], tuple(tensor.shape), HeldBytes(path, data))

@@ -203,12 +203,12 @@ def _tokenizer_parts(path: Path) -> dict[str, Any]:
     added = content.get("added_tokens")
     return {
         "vocabulary": _object(vocabulary),
-        "merges": [" ".join(m) if isinstance(m, list) else m for m in merges]
+        "merges": [" ".join(map(str, m)) if isinstance(m, list) else m for m in merges]
         if isinstance(merges, list)
         else None,
         "kind": (model.get("type"), model.get("unk_token"), model.get("unk_id")),
         "added tokens": {
-            entry.get("id"): entry.get("content")
+            json.dumps(entry.get("id")): entry.get("content")
             for entry in (added if isinstance(added, list) else ())
             if isinstance(entry, dict)
         },
@@ -332,7 +332,7 @@ def _other_files(what: str, told_of: Any, paths: Mapping[str, Path]) -> list[str
     """Return how the files that went in differ from those given, by name, size and digest."""
     entries = _object(told_of).get("files")
     told = {e.get("name"): e for e in (entries if isinstance(entries, list) else ())
-            if isinstance(e, dict)}  # fmt: skip
+            if isinstance(e, dict) and isinstance(e.get("name"), str)}  # fmt: skip
     problems = []
     for name, path in paths.items():
         entry = told.pop(name, None)

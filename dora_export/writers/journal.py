@@ -27,6 +27,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from dora_export import limits
 from dora_export.errors import OutputError, shown
 from dora_export.writers.files import refusal
 from dora_export.writers.ranges import Ranges
@@ -91,7 +92,7 @@ def decode(data: bytes) -> Contents | None:
     """Return what a journal says, or None if not even its first record is whole."""
     lines = data.splitlines(keepends=True)
     first = _record(lines[0]) if lines else None
-    if first is None or not isinstance(first.get("identity"), dict):
+    if first is None or not _is_identity(first.get("identity")):
         return None
     identity, valid = first["identity"], len(lines[0])
     done: dict[str, Ranges] = {}
@@ -99,10 +100,13 @@ def decode(data: bytes) -> Contents | None:
         record = _record(line)
         if record is None:
             break
-        for name, ranges in record.get("done", {}).items():
-            done.setdefault(name, Ranges()).update(ranges)
-        for name in record.get("lost", ()):
-            done.pop(name, None)
+        said, lost = record.get("done", {}), record.get("lost", [])
+        if not (_are_ranges(said) and isinstance(lost, list)):
+            break
+        for name, ranges in said.items():
+            done.setdefault(name, Ranges()).update((start, stop) for start, stop in ranges)
+        for name in lost:
+            done.pop(str(name), None)
         valid += len(line)
     return Contents(identity, done, valid)
 
@@ -114,6 +118,17 @@ def differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
     return [
         f"{shown(k)}: {shown(old.get(k, 'none'))} → {shown(new.get(k, 'none'))}" for k in labels
     ]
+
+
+def stored(path: Path) -> bytes:
+    """Return a journal's bytes, or none of one that is larger than any run makes it.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    with path.open("rb") as file:
+        data = file.read(limits.JOURNAL_BYTES + 1)
+    return data if len(data) <= limits.JOURNAL_BYTES else b""
 
 
 class Journal:
@@ -137,7 +152,7 @@ class Journal:
             OutputError: It cannot be read.
         """
         try:
-            return decode(self.path.read_bytes())
+            return decode(stored(self.path))
         except OSError as error:
             raise refusal(self.path, error) from error
 
@@ -213,5 +228,24 @@ def _record(line: bytes) -> dict[str, Any] | None:
     digest, _, text = line.rstrip(b"\n").partition(b" ")
     if not line.endswith(b"\n") or digest != _digest(text):
         return None
-    record = json.loads(text)
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError):  # not one that this tool has written
+        return None
     return record if isinstance(record, dict) else None
+
+
+def _is_identity(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
+
+
+def _are_ranges(value: Any) -> bool:
+    """Return whether a record's "done" is as it is written: file names with ranges of bytes."""
+    return isinstance(value, dict) and all(
+        isinstance(ranges, list)
+        and all(
+            isinstance(r, list) and len(r) == 2 and all(type(n) is int for n in r) and r[0] >= 0
+            for r in ranges
+        )
+        for ranges in value.values()
+    )

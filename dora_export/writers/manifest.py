@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -25,6 +26,8 @@ from dora_export.writers.side_files import SideFile, licence
 from dora_export.writers.staging import MANIFEST
 
 SCHEMA = 2
+PLAIN_YAML = re.compile(r"[A-Za-z][\w.+/-]*", re.ASCII)  # licences and hub ids
+YAML_WORDS = ("null", "true", "false", "yes", "no", "on", "off", "y", "n")
 
 
 def refuse_merged_base(folder: Path | None, *, allow: bool) -> None:
@@ -178,14 +181,15 @@ def as_json(content: dict[str, Any]) -> bytes:
 
 def model_card(plan: Plan) -> bytes:
     """Return a short model card that keeps the base's licence and says how the model was made."""
-    base, names = plan.base.model_name, [adapter.path.name for adapter in plan.adapters]
+    base = _inline(plan.base.model_name)
+    names = [_inline(adapter.path.name) for adapter in plan.adapters]
     trained_on = dict.fromkeys(a.base_name for a in plan.adapters if a.base_name)
-    front = [f"{key}: {value}" for key, value in licence(plan).items()]
-    front += [f"base_model: {name}" for name in trained_on][:1]
+    front = [f"{key}: {_yaml(value)}" for key, value in licence(plan).items()]
+    front += [f"base_model: {_yaml(name)}" for name in trained_on][:1]
     merged = sum(step.status == "merged" for step in plan.steps)
-    methods = plan.method.split(", ")
+    methods = [f"- {_yaml(m.lower())}" for m in plan.method.split(", ")]
     lines = [
-        "---", *front, "tags:", "- merged", *(f"- {m.lower()}" for m in methods), "---", "",
+        "---", *front, "tags:", "- merged", *methods, "---", "",
         f"# {base} with {', '.join(names)}", "",
         f"The weights of `{base}` with {_adapters(plan)} merged into {merged} of "
         f"{sum(1 for _ in plan.steps)} tensors by dora-export {__version__}. No adapter is needed "
@@ -199,13 +203,25 @@ def model_card(plan: Plan) -> bytes:
 def _adapters(plan: Plan) -> str:
     """Return the adapters in words, with weights and order where there are several."""
     found = [
-        f"the {adapter.facts.get('method', 'LoRA')} adapter `{adapter.path.name}`"
-        + (f" at weight {weight:g}" if weight != 1.0 else "")
+        f"the {_inline(str(adapter.facts.get('method', 'LoRA')))} adapter "
+        f"`{_inline(adapter.path.name)}`" + (f" at weight {weight:g}" if weight != 1.0 else "")
         for adapter, weight in zip(plan.adapters, plan.weights, strict=True)
     ]
     if len(found) == 1:
         return found[0]
     return f"{', '.join(found[:-1])} and {found[-1]}, in this order,"
+
+
+def _yaml(text: str) -> str:
+    """Return text from a stranger's file as a YAML value that is this text and nothing else."""
+    if PLAIN_YAML.fullmatch(text) and text.lower() not in YAML_WORDS:
+        return text
+    return json.dumps(text, ensure_ascii=True)
+
+
+def _inline(name: str) -> str:
+    """Return a name fit for a line of Markdown: no line breaks, no marks that it would obey."""
+    return "".join("?" if c in "`<>[]\\" else c for c in shown(name, 200))
 
 
 def _weight_file(path: Path, name: str) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from dora_export.checkpoints.folder import read_json
 from dora_export.errors import InputError, PlanError, shown
 from dora_export.machine import advice
 from dora_export.plan import Plan
-from dora_export.storage.paths import contained
+from dora_export.storage.json_file import parse
+from dora_export.storage.paths import contained, leads_out
 from dora_export.writers.config import edited
 from dora_export.writers.files import write_small
 from dora_export.writers.staging import MANIFEST
@@ -210,9 +211,10 @@ def _modules(folder: Path) -> set[str]:
     if not path.is_file():
         return set()
     try:
-        modules = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return set()
+        with contained(path, folder).open("rb") as file:
+            modules = parse(file.read(limits.CARD_BYTES), path)
+    except InputError:
+        return set()  # not what sentence-transformers would load either
     paths = (
         [m.get("path") for m in modules if isinstance(m, dict)] if isinstance(modules, list) else []
     )
@@ -221,7 +223,7 @@ def _modules(folder: Path) -> set[str]:
 
 def _one_tokenizer(folders: list[Path]) -> dict[str, Path]:
     """Return the tokenizer files of the adapters, which must agree where several have one."""
-    found = [(folder, _adapter_tokenizer(folder)) for folder in folders]
+    found = [(folder, tokenizer_of(folder)) for folder in folders]
     found = [(folder, files) for folder, files in found if files]
     if not found:
         return {}
@@ -241,7 +243,7 @@ def _same_file(one: Path | None, other: Path | None) -> bool:
     return one is not None and other is not None and one.read_bytes() == other.read_bytes()
 
 
-def _adapter_tokenizer(folder: Path) -> dict[str, Path]:
+def tokenizer_of(folder: Path) -> dict[str, Path]:
     """Return a whole tokenizer with its templates, or the templates alone.
 
     A tokenizer_config.json without a vocabulary belongs to a tokenizer that is not here.
@@ -269,9 +271,11 @@ def _holds_template(adapter: Mapping[str, Path]) -> bool:
 def licence(plan: Plan) -> dict[str, str]:
     """Return ``license``, ``license_name`` and ``license_link`` of the base's model card."""
     card = plan.base.folder / "README.md" if plan.base.folder else None
-    if card is None or not card.is_file():
+    if card is None or not (card.is_file() and not leads_out(card, card.parent)):
         return {}
-    lines = card.read_text(encoding="utf-8", errors="replace")[:20_000].splitlines()
+    with card.open("rb") as file:
+        text = file.read(limits.CARD_BYTES).decode("utf-8", "replace")
+    lines = text.splitlines()
     if not lines or lines[0].strip() != "---":
         return {}
     found: dict[str, str] = {}

@@ -28,7 +28,7 @@ from pathlib import Path
 from dora_export.errors import DoraExportError, InputError, MachineError, OutputError, listing
 from dora_export.words import size
 from dora_export.writers.files import sync_folder
-from dora_export.writers.journal import Contents, Job, Journal, decode, differences
+from dora_export.writers.journal import Contents, Job, Journal, decode, differences, stored
 from dora_export.writers.names import hidden_name
 from dora_export.writers.ranges import Ranges
 
@@ -140,7 +140,7 @@ def find_leftover(target: Path) -> Leftover | None:
         try:
             if not _is_staged(folder) or (published and not _is_own(folder)):
                 continue
-            contents = decode((folder / MARK).read_bytes())
+            contents = decode(stored(folder / MARK))
             return Leftover(folder, published, contents, _disk_bytes(folder))
         except OSError as error:
             raise OutputError(
@@ -284,8 +284,9 @@ def _is_file_of(folder: Path, name: str, nbytes: int) -> bool:
         between = [p.lstat() for p in path.parents if folder in p.parents]
     except (FileNotFoundError, NotADirectoryError):
         return False
-    real = all(stat.S_ISDIR(s.st_mode) for s in between)
-    return real and stat.S_ISREG(status.st_mode) and status.st_size == nbytes
+    real = all(stat.S_ISDIR(s.st_mode) for s in between) and stat.S_ISREG(status.st_mode)
+    # One with a second name may be anyone's: going on with it would write into that too.
+    return real and status.st_size == nbytes and status.st_nlink == 1
 
 
 def _disk_bytes(folder: Path) -> int:

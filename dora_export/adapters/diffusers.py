@@ -1,0 +1,313 @@
+"""LoRA and DoRA as diffusers saves them: ``pytorch_lora_weights.safetensors``, old layouts too.
+
+Scaling is alpha / rank. The metadata entry ``lora_adapter_metadata`` holds PEFT's config of each
+component; without it ``<module>.alpha`` counts; without that alpha is the rank, and the scaling 1.
+``lora_magnitude_vector`` makes it DoRA with a magnitude per output, the norm over all else, no eps.
+OneTrainer's diffusers saver leaves magnitudes per input under their own name, ``dora_scale``
+(diffusers drops these with a warning and applies plain LoRA), and folds alpha into B. SimpleTuner
+writes this layout too, magnitudes with ".weight" behind.
+
+Sources: github.com/huggingface/diffusers, src/diffusers/loaders/lora_base.py (_save_lora_weights),
+loaders/peft.py (load_lora_adapter), utils/peft_utils.py (get_peft_kwargs); github.com/Nerogar/
+OneTrainer, modules/util/convert_lora_util.py; github.com/bghira/SimpleTuner.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dora_export.adapters import diffusers_keys as keys
+from dora_export.adapters import lycoris_keys, peft_config
+from dora_export.adapters.lycoris_axis import axis_of
+from dora_export.adapters.lycoris_layers import EPS, number
+from dora_export.adapters.model import Adapter, ReadOptions
+from dora_export.adapters.peft_config import PeftConfig
+from dora_export.adapters.state_dict import needed_alpha, tensors_of
+from dora_export.errors import AdapterError, InputError, listing, shown
+from dora_export.storage.paths import contained
+from dora_export.storage.safetensors import read_header
+from dora_export.tensors import Operand, TensorRef
+from dora_export.update import Axis, Update
+
+NAMES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
+METADATA = "lora_adapter_metadata"
+
+
+def matches(path: Path, options: ReadOptions) -> bool:
+    """Return whether ``path`` is such a file, or a folder with one."""
+    file = _file(path)
+    if file is None:
+        return False
+    names = list(tensors_of(file, options))
+    if lycoris_keys.is_family(names):
+        return False
+    return keys.is_layout(names) or file.name in NAMES
+
+
+def read(path: Path, options: ReadOptions) -> Adapter:
+    """Read an adapter in one of diffusers' layouts.
+
+    Raises:
+        InputError: There is no such file, or it is malformed, or pickled without ``allow_pickle``.
+        AdapterError: Tensors are unknown, missing or misshapen, metadata contradicts them, or the
+            scaling or the axis cannot be told; all of a kind are listed.
+    """
+    file = _file(path)
+    if file is None:
+        raise InputError(f"{path}: no {NAMES[0]} here. Pass the adapter's file or its folder.")
+    tensors = tensors_of(file, options)
+    metadata = read_header(file).metadata if file.suffix == ".safetensors" else {}
+    found = keys.sort(tensors)
+    configs = _configs(file, metadata, found.layers)
+    _refuse_alpha(path, options, configs, found)
+    layers, problems = [], [shown(p, 300) for p in found.problems]
+    for module, parts in found.layers.items():
+        layer = _layer(module, parts, path, configs, options, found)
+        if isinstance(layer, str):
+            problems.append(f"{shown(module)}: {layer}")
+        else:
+            layers.append(layer)
+    if problems:
+        raise AdapterError(f"{path}: does not add up:{listing(sorted(problems))}")
+    if not layers:
+        raise AdapterError(f"{path}: holds no LoRA tensors. Check how the adapter was saved.")
+    return Adapter(
+        path=path,
+        format="diffusers",
+        files=(file,),
+        tensors=tensors,
+        updates=tuple(u for layer in layers for u in layer.updates),
+        naming="flat",
+        facts=_facts(layers, found, metadata, tensors),
+    )
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One module's changes.
+
+    Attributes:
+        updates: Of its weight, and of its bias where B has one.
+        rank: Of its product.
+        alpha: Scaling times rank.
+        axis: What its magnitudes count, or None.
+        evidence: Where that, and the scaling, are from.
+    """
+
+    updates: tuple[Update, ...]
+    rank: int
+    alpha: float
+    axis: Axis | None
+    evidence: str
+    scaled_by: str
+
+
+def _file(path: Path) -> Path | None:
+    if path.is_file():
+        return path
+    found = [path / name for name in NAMES if (path / name).is_file()]
+    if found and (path / "adapter_config.json").is_file():
+        return None  # PEFT's folder
+    return contained(found[0], path) if found else None
+
+
+# --- the scaling
+
+
+def _configs(
+    path: Path, metadata: Mapping[str, str], layers: Mapping[str, Any]
+) -> dict[str, PeftConfig]:
+    """Return the config of each component that the metadata names.
+
+    Raises:
+        AdapterError: It is malformed, or says what this tool does not reproduce.
+    """
+    if METADATA not in metadata:
+        return {}
+    try:
+        content = json.loads(metadata[METADATA])
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{path}: {METADATA} is not JSON. Save the adapter again.") from error
+    if not isinstance(content, dict):
+        raise AdapterError(f"{path}: {METADATA} is not a JSON object. Save the adapter again.")
+    raw: dict[str, dict[str, Any]] = {}
+    for name, value in content.items():
+        component, _, setting = name.partition(".")
+        raw.setdefault(component, {})[setting] = value
+    found = {}
+    for component, settings in raw.items():
+        where = path.with_name(f"{path.name}, metadata of {shown(component)}")
+        start = f"{component}."
+        modules = [m.removeprefix(start) for m in layers if m.startswith(start)]
+        found[component] = peft_config.parse(where, settings).for_modules(where, modules)
+    return found
+
+
+def _refuse_alpha(
+    path: Path, options: ReadOptions, configs: Mapping[str, Any], found: keys.Sorted
+) -> None:
+    stored = any("alpha" in parts for parts in found.layers.values())
+    if options.alpha is not None and (configs or stored):
+        raise AdapterError(f"{path}: alpha is in the file. Leave --alpha out.")
+    if configs and stored:
+        raise AdapterError(
+            f"{path}: alpha is in the file twice, in {METADATA} and beside the factors, and which "
+            "one counts is not defined. Save it again with diffusers."
+        )
+
+
+def _scaling(
+    module: str,
+    rank: int,
+    parts: Mapping[str, TensorRef],
+    path: Path,
+    configs: Mapping[str, PeftConfig],
+    options: ReadOptions,
+    found: keys.Sorted,
+) -> tuple[float, str] | str:
+    """Return the factor on B A and where it is from, or why there is none."""
+    component = keys.component_of(module)
+    if configs:
+        config = configs.get(component or "")
+        if config is None:
+            return f"the metadata says nothing of {shown(component or 'its component')}"
+        own = module.removeprefix(f"{component}.")
+        if config.rank(own) != rank:
+            return f"rank {config.rank(own)} by the metadata, but its factors have {rank}"
+        return config.scaling(own), "the metadata"
+    if options.alpha is not None:
+        return needed_alpha(path, options) / rank, "--alpha"
+    if "alpha" in parts:
+        if parts["alpha"].size != 1 or parts["alpha"].dtype.name not in (*EPS, "I64", "I32"):
+            return f"alpha is {parts['alpha'].shape}, expected one number"
+        return number(parts["alpha"]) / rank, "alpha in the file"
+    if any("alpha" in other for other in found.layers.values()):
+        return "has no alpha, though other layers have"
+    return 1.0, "diffusers' rule: without metadata or alpha, alpha is the rank"
+
+
+# --- one layer
+
+
+def _layer(
+    module: str,
+    parts: Mapping[str, TensorRef],
+    path: Path,
+    configs: Mapping[str, PeftConfig],
+    options: ReadOptions,
+    found: keys.Sorted,
+) -> _Layer | str:
+    if missing := [p for p in ("A", "B") if p not in parts]:
+        return f"{' and '.join(f'lora_{p}' for p in missing)} missing"
+    a, b = parts["A"], parts["B"]
+    if len(a.shape) < 2 or len(b.shape) < 2 or a.shape[0] != b.shape[1]:
+        return f"lora_A is {a.shape} and lora_B {b.shape}; their ranks differ"
+    if any(n != 1 for n in b.shape[2:]):
+        return f"lora_B is {b.shape}, expected a kernel of 1"
+    rank = a.shape[0]
+    scaled = _scaling(module, rank, parts, path, configs, options, found)
+    if isinstance(scaled, str):
+        return scaled
+    scaling, scaled_by = scaled
+    axis = _axis(parts, a, b, options)
+    if isinstance(axis, str):
+        return axis
+    dora = configs and configs[keys.component_of(module) or ""].dora
+    if configs and dora != (axis is not None):
+        said = "says use_dora" if dora else "says that use_dora is false"
+        return f"{'no' if dora else 'a'} magnitude, but the metadata {said}; refusing to guess"
+    magnitude = parts.get("m") or parts.get("dora_scale")
+    names = [parts[p].name for p in ("A", "B", "m", "dora_scale", "alpha") if p in parts]
+    update = Update(
+        target=f"{module}.weight",
+        kind="lora" if axis is None else "dora",
+        source_keys=tuple(names),
+        down=Operand.matrix(a),
+        up=Operand.matrix(b),
+        scaling=scaling,
+        magnitude=Operand.vector(magnitude) if magnitude is not None else None,
+        axis=axis.axis if axis is not None else "out",
+        eps=EPS["F32"] if "dora_scale" in parts else 0.0,
+        layout="oi",
+    )
+    updates = [update]
+    if "B.bias" in parts:
+        bias = parts["B.bias"]
+        updates.append(Update(f"{module}.bias", "add", (bias.name,), scaling=scaling, value=bias))
+    return _Layer(
+        tuple(updates),
+        rank,
+        scaling * rank,
+        axis.axis if axis is not None else None,
+        axis.evidence if axis is not None else "",
+        scaled_by,
+    )
+
+
+@dataclass(frozen=True)
+class _Axis:
+    axis: Axis
+    evidence: str
+
+
+def _axis(
+    parts: Mapping[str, TensorRef], a: TensorRef, b: TensorRef, options: ReadOptions
+) -> _Axis | str | None:
+    """Return what a layer's magnitudes count, None without any, or why that cannot be told."""
+    if "m" in parts and "dora_scale" in parts:
+        return "lora_magnitude_vector and dora_scale both; one layer has one magnitude"
+    if "m" in parts:
+        m = parts["m"]
+        if m.size != b.shape[0]:
+            return f"lora_magnitude_vector is {m.shape}, expected one for each of {b.shape[0]} rows"
+        if options.axis == "in":
+            return "lora_magnitude_vector counts outputs. Leave --axis out"
+        return _Axis("out", "by the name lora_magnitude_vector: PEFT takes the norm over dim 1")
+    if "dora_scale" not in parts:
+        return None
+    columns = Operand.matrix(a).shape[1]
+    found = axis_of(parts["dora_scale"].shape, b.shape[0], columns, a.shape[1], options.axis)
+    return found if isinstance(found, str) else _Axis(found.axis, found.evidence)
+
+
+# --- for people
+
+
+def _facts(
+    layers: Sequence[_Layer],
+    found: keys.Sorted,
+    metadata: Mapping[str, str],
+    tensors: Mapping[str, TensorRef],
+) -> dict[str, object]:
+    axes = sorted({layer.axis for layer in layers if layer.axis is not None})
+    facts: dict[str, object] = {
+        "method": "DoRA" if axes else "LoRA",
+        "trainer": _trainer(found, metadata, tensors),
+        "rank": sorted({layer.rank for layer in layers}),
+        "alpha": sorted({round(layer.alpha, 6) for layer in layers}),
+        "scaling": sorted({round(layer.updates[0].scaling, 6) for layer in layers}),
+        "scaling from": ", ".join(sorted({layer.scaled_by for layer in layers})),
+        "magnitude": ", ".join(f"one per {axis}put" for axis in axes) or "none",
+    }
+    if axes:
+        evidence = sorted({f"{la.axis}, {la.evidence}" for la in layers if la.axis is not None})
+        facts["axis"] = "; ".join(evidence)
+    return facts
+
+
+def _trainer(
+    found: keys.Sorted, metadata: Mapping[str, str], tensors: Mapping[str, TensorRef]
+) -> str:
+    if any(name.startswith("ot_") for name in metadata):
+        return "OneTrainer"
+    if METADATA in metadata:
+        return "diffusers, with metadata"
+    if found.old:
+        return "diffusers, an old layout"
+    if any(name.endswith(".lora_magnitude_vector.weight") for name in tensors):
+        return "SimpleTuner or OneTrainer: the names of magnitudes end in '.weight'"
+    return "not said; diffusers' layout"

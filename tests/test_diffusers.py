@@ -1,0 +1,329 @@
+"""diffusers' LoRA files against diffusers itself: the unmerged pipeline's own forward."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import dora_export
+from tests import oracle
+from tests.trainers import RELATIVE, inspected, merged, refused
+
+dm = pytest.importorskip("tests.diffusion_models", reason="diffusers is not installed")
+SCALING = dm.ALPHA / dm.RANK
+CLOSE = 1e-6  # of the largest output; the merge rounds once to float32
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return dm.Pair(tmp_path_factory.mktemp("diffusers"))
+
+
+def terms(pair, component, module):
+    """W, A, B, m of a layer in float64, W and A as matrices."""
+    base = pair.stored[component]
+    parts = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+    found = [pair.tensors[f"{component}.{module}.{part}"] for part in parts]
+    W, A, B, m = (oracle.float64(t) for t in (base[f"{module}.weight"], *found))
+    return W.reshape(W.shape[0], -1), A.reshape(dm.RANK, -1), B.reshape(-1, dm.RANK), m.ravel()
+
+
+def modules(pair):
+    names = [n.removesuffix(".lora_A.weight") for n in pair.tensors if "lora_A" in n]
+    return [tuple(n.split(".", 1)) for n in names]
+
+
+def worst(pair, out, formula):
+    """Largest distance of all merged tensors from a formula."""
+    found, stored = 0.0, {c: load_file(pair.weights(c, out)) for c in ("unet", "text_encoder")}
+    for component, module in modules(pair):
+        exact = formula(*terms(pair, component, module))
+        got = stored[component][f"{module}.weight"]
+        got = oracle.float64(got).reshape(exact.shape)
+        size = np.abs(exact).max(axis=1, keepdims=True)
+        found = max(found, float((np.abs(got - exact) / size).max()))
+    return found
+
+
+def test_every_merged_tensor_is_the_oracles(pair):
+    shapes = [terms(pair, *module)[0].shape for module in modules(pair)]
+    assert any(a == b for a, b in shapes)
+    assert any(a < b for a, b in shapes)
+    assert worst(pair, pair.merged, lambda W, A, B, m: oracle.dora(W, A, B, m, SCALING)) < RELATIVE
+    for wrong in (
+        lambda W, A, B, m: oracle.lora(W, A, B, SCALING),
+        lambda W, A, B, m: oracle.dora(W, A, B, m, 1.0),
+        lambda W, A, B, m: W,
+    ):
+        assert worst(pair, pair.merged, wrong) > 100 * RELATIVE
+
+
+def test_merged_pipeline_computes_what_the_unmerged_one_does(pair):
+    pipe = dm.load(pair.merged)
+    assert dm.distance(pair.outputs, dm.outputs(pipe.unet, pair.inputs)) < CLOSE
+    assert dm.distance(pair.text_outputs, dm.text_outputs(pipe.text_encoder)) < CLOSE
+    plain = dm.load(pair.base)
+    assert dm.distance(pair.outputs, dm.outputs(plain.unet, pair.inputs)) > 0.01
+    assert dm.distance(pair.text_outputs, dm.text_outputs(plain.text_encoder)) > 0.01
+
+
+def test_verification_passes_and_inspection_gives_the_evidence(pair):
+    report = dora_export.verify(pair.base, pair.adapter, pair.merged)
+    assert report.exit_code == 0
+    assert not report.findings
+    said = inspected(pair.adapter, "--base", pair.base)
+    assert "diffusers, with metadata" in said
+    assert "out, by the name lora_magnitude_vector" in said
+    assert "fits" in said
+
+
+def save(folder, tensors, metadata=None):
+    """An adapter's folder."""
+    folder.mkdir()
+    save_file(tensors, folder / "pytorch_lora_weights.safetensors", metadata)
+    return folder
+
+
+def same_as_diffusers(pair, adapter, out):
+    """Assert that a merge computes what diffusers does with the unmerged file; return that."""
+    merged(pair.base, adapter, out)
+    pipe = dm.load(pair.base)
+    pipe.load_lora_weights(adapter)
+    loaded = dm.load(out)
+    expected = dm.outputs(pipe.unet, pair.inputs)
+    assert dm.distance(expected, dm.outputs(loaded.unet, pair.inputs)) < CLOSE
+    text = dm.text_outputs(pipe.text_encoder)
+    assert dm.distance(text, dm.text_outputs(loaded.text_encoder)) < CLOSE
+    return expected, text
+
+
+def plain_lora(tensors):
+    return {n: t for n, t in tensors.items() if "magnitude" not in n}
+
+
+def test_file_without_metadata_has_scaling_one(pair, tmp_path):
+    # Of the UNet alone with magnitudes: diffusers 0.42 loses a text encoder's under transformers 5.
+    tensors = {n: t for n, t in pair.tensors.items() if n.startswith("unet.")}
+    tensors |= plain_lora(pair.tensors)
+    expected, text = same_as_diffusers(pair, save(tmp_path / "lora", tensors), tmp_path / "out")
+    assert dm.distance(expected, pair.outputs) > 1e-3
+    assert dm.distance(text, pair.text_outputs) > 1e-3
+    said = inspected(tmp_path / "lora")
+    assert "1, by diffusers' rule: without metadata or alpha, alpha is the rank" in said
+
+
+def old_names(name):
+    """A name in the layouts before PEFT's: attention processors, ``lora_linear_layer``."""
+    for new, old in (("lora_A", "down"), ("lora_B", "up")):
+        for leaf, path in (("to_out.0", "to_out"), ("to_q", "to_q"), ("to_k", "to_k"),
+                           ("to_v", "to_v")):  # fmt: skip
+            if name.startswith("unet.") and f".{leaf}.{new}" in name:
+                return name.replace(f".{leaf}.{new}", f".processor.{path}_lora.{old}")
+        if name.startswith("unet."):
+            name = name.replace(f".{new}.", f".lora.{old}.")
+        else:
+            name = name.replace(f".{new}.", f".lora_linear_layer.{old}.")
+    return name
+
+
+def test_old_layouts_mean_what_diffusers_makes_of_them(pair, tmp_path):
+    old = {old_names(n): t for n, t in plain_lora(pair.tensors).items()}
+    assert any(".processor.to_out_lora.down.weight" in n for n in old)
+    assert any(".lora_linear_layer.up.weight" in n for n in old)
+    assert any(".conv1.lora.down.weight" in n for n in old)
+    same_as_diffusers(pair, save(tmp_path / "lora", old), tmp_path / "out")
+    assert "an old layout" in inspected(tmp_path / "lora")
+
+
+def test_oldest_text_encoder_names_mean_its_projections(pair, tmp_path):
+    renamed = {}
+    for name, tensor in pair.tensors.items():
+        if "magnitude" in name or not name.startswith("text_encoder.") or ".fc1." in name:
+            continue
+        for new, old in (("lora_A", "down"), ("lora_B", "up")):
+            for leaf, path in (("out_proj", "to_out"), ("q_proj", "to_q"), ("k_proj", "to_k"),
+                               ("v_proj", "to_v")):  # fmt: skip
+                name = name.replace(f".{leaf}.{new}.", f".{path}_lora.{old}.")
+        renamed[name] = tensor
+    assert all("_lora." in n for n in renamed)
+    same_as_diffusers(pair, save(tmp_path / "lora", renamed), tmp_path / "out")
+
+
+def test_bare_unet_names_fit_the_unets_folder(pair, tmp_path):
+    own = {n.removeprefix("unet."): t for n, t in pair.tensors.items() if n.startswith("unet.")}
+    processors = {old_names(f"unet.{n}").removeprefix("unet."): t for n, t in own.items()
+                  if "magnitude" not in n}  # fmt: skip
+    out = merged(pair.base / "unet", save(tmp_path / "lora", processors), tmp_path / "out")
+    W, A, B, _ = terms(pair, "unet", "down_blocks.0.resnets.0.conv1")
+    got = oracle.float64(out["down_blocks.0.resnets.0.conv1.weight"]).reshape(W.shape)
+    assert np.abs(got - oracle.lora(W, A, B, 1.0)).max() < RELATIVE
+
+
+def test_simpletuners_spelling_gives_the_same_weights(pair, tmp_path):
+    tensors = {
+        f"{n}.weight" if n.endswith("lora_magnitude_vector") else n: t
+        for n, t in pair.tensors.items()
+    }
+    adapter = save(tmp_path / "lora", tensors, pair.metadata)
+    dora_export.merge(pair.base, adapter, tmp_path / "out")
+    for component in ("unet", "text_encoder"):
+        ours, theirs = (pair.weights(component, f) for f in (tmp_path / "out", pair.merged))
+        assert ours.read_bytes() == theirs.read_bytes()
+    assert "SimpleTuner or OneTrainer" in inspected(save(tmp_path / "without", tensors))
+
+
+# --- magnitudes per input, as OneTrainer's diffusers saver leaves them
+
+
+def onetrainer(pair, change=lambda name, m: m):
+    """The UNet's adapter with magnitudes per input."""
+    base, made = load_file(pair.weights("unet")), {}
+    make = torch.Generator().manual_seed(11)
+    for name, tensor in pair.tensors.items():
+        if not name.startswith("unet."):
+            continue
+        if "magnitude" not in name:
+            made[name] = tensor
+            continue
+        module = name.removeprefix("unet.").removesuffix(".lora_magnitude_vector")
+        W = base[f"{module}.weight"]
+        norm = W.transpose(0, 1).flatten(1).norm(dim=1)
+        m = norm * (0.6 + 0.8 * torch.rand(norm.shape, generator=make))
+        shape = (1, len(m), *([1] * (W.ndim - 2)))
+        made[f"unet.{module}.dora_scale"] = change(module, m.reshape(shape))
+    return made
+
+
+def test_magnitudes_per_input_keep_their_axis(pair, tmp_path):
+    made = onetrainer(pair)
+    save_file(made, tmp_path / "adapter.safetensors", {"ot_revision": "1"})
+    out = merged(pair.base / "unet", tmp_path / "adapter.safetensors", tmp_path / "out")
+    base = load_file(pair.weights("unet"))
+    checked = 0
+    for name, m in made.items():
+        if not name.endswith("dora_scale"):
+            continue
+        module = name.removeprefix("unet.").removesuffix(".dora_scale")
+        W = oracle.float64(base[f"{module}.weight"])
+        A, B = (oracle.float64(made[f"unet.{module}.lora_{p}.weight"]) for p in "AB")
+        V = W + (B.reshape(-1, dm.RANK) @ A.reshape(dm.RANK, -1)).reshape(W.shape)
+        norm = np.sqrt((V * V).sum(axis=(0, *range(2, V.ndim)), keepdims=True)) + 2.0**-23
+        exact = oracle.float64(m) * V / norm
+        got = oracle.float64(out[f"{module}.weight"])
+        assert np.abs(got - exact).max() / np.abs(exact).max() < RELATIVE, module
+        over_rows = m.ravel().numpy() if W.ndim == 2 and W.shape[0] == W.shape[1] else None
+        if over_rows is not None:
+            other = oracle.dora(W, A, B, over_rows, 1.0)
+            assert np.abs(got - other).max() / np.abs(exact).max() > 100 * RELATIVE
+        checked += 1
+    assert checked > 50
+    said = inspected(tmp_path / "adapter.safetensors")
+    assert "OneTrainer" in said
+    assert "in, by the shape of dora_scale" in said
+    assert "drops magnitudes per input" in said
+    assert dora_export.verify(pair.base / "unet", tmp_path / "adapter.safetensors",
+                              tmp_path / "out").exit_code == 0  # fmt: skip
+
+
+def test_flat_magnitudes_of_a_square_layer_are_ambiguous(pair, tmp_path):
+    made = onetrainer(pair, lambda _, m: m.flatten())
+    square = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q."
+    file = tmp_path / "adapter.safetensors"
+    save_file({n: t for n, t in made.items() if n.startswith(square)}, file)
+    said = refused(pair.base / "unet", file, tmp_path / "out")
+    assert "can count outputs (PEFT, LyCORIS since 3.2) or inputs" in said
+    assert "Pass --axis out or --axis in" in said
+    one, other = (
+        merged(pair.base / "unet", file, tmp_path / axis, "--axis", axis) for axis in ("in", "out")
+    )
+    name = f"{square.removeprefix('unet.')}weight"
+    assert not torch.allclose(one[name], other[name], rtol=1e-2)
+
+
+# --- refusals
+
+
+def without(part):
+    return lambda ts: {n: t for n, t in ts.items() if part not in n}
+
+
+def with_alpha(ts):
+    first = next(n for n in ts if "lora_A" in n).removesuffix(".lora_A.weight")
+    return ts | {f"{first}.alpha": torch.tensor(2.0)}
+
+
+def with_scale(ts):
+    first = next(n for n in ts if n.endswith("lora_magnitude_vector"))
+    name = first.replace("lora_magnitude_vector", "dora_scale")
+    return ts | {name: ts[first].reshape(-1, 1)}
+
+
+CASES = {
+    "no magnitude": (without("conv1.lora_magnitude"), "no magnitude, but the metadata says", ()),
+    "a factor": (without("conv1.lora_B"), "lora_B missing", ()),
+    "alpha twice": (with_alpha, "alpha is in the file twice", ()),
+    "both magnitudes": (with_scale, "lora_magnitude_vector and dora_scale both", ()),
+    "unknown": (lambda ts: ts | {"unet.x.what": torch.ones(1)}, "unknown tensor 'unet.x.what'", ()),
+    "--alpha": (dict, "alpha is in the file. Leave --alpha out", ("--alpha", "2")),
+    "--axis": (dict, "lora_magnitude_vector counts outputs. Leave --axis out", ("--axis", "in")),
+    "rank": (
+        lambda ts: {n: torch.cat([t, t], 0 if "lora_A" in n else 1) if ".conv1.lora_" in n
+                    and "magnitude" not in n else t for n, t in ts.items()},
+        "rank 3 by the metadata, but its factors have 6", (),
+    ),
+    "magnitude length": (
+        lambda ts: {n: t[:, :-1] if n.endswith("conv1.lora_magnitude_vector") else t
+                    for n, t in ts.items()},
+        "expected one for each of", (),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_file_that_does_not_add_up_is_refused(case, pair, tmp_path):
+    change, message, options = CASES[case]
+    tensors = {n: t.clone().contiguous() for n, t in change(pair.tensors).items()}
+    adapter = save(tmp_path / "lora", tensors, pair.metadata)
+    assert message in refused(pair.base, adapter, tmp_path / "out", *options)
+
+
+def test_alpha_of_some_layers_only_is_refused(pair, tmp_path):
+    adapter = save(tmp_path / "lora", with_alpha(pair.tensors))
+    said = refused(pair.base, adapter, tmp_path / "out")
+    assert "has no alpha, though other layers have" in said
+
+
+def test_metadata_of_one_component_says_nothing_of_another(pair, tmp_path):
+    content = json.loads(pair.metadata["lora_adapter_metadata"])
+    only = {k: v for k, v in content.items() if k.startswith("unet.")}
+    metadata = {"lora_adapter_metadata": json.dumps(only)}
+    adapter = save(tmp_path / "lora", pair.tensors, metadata)
+    said = refused(pair.base, adapter, tmp_path / "out")
+    assert "the metadata says nothing of text_encoder" in said
+
+
+def test_adapter_of_two_models_does_not_fit_one_of_them(pair, tmp_path):
+    said = refused(pair.base / "unet", pair.adapter, tmp_path / "out")
+    assert "'text_encoder_' is the text_encoder" in said
+    assert "pass the folder or file that holds all components" in said
+
+
+def test_stored_alpha_counts_where_there_is_no_metadata(pair, tmp_path):
+    alphas = {n.replace("lora_A.weight", "alpha"): torch.tensor(2.5, dtype=torch.bfloat16)
+              for n in pair.tensors if "lora_A" in n}  # fmt: skip
+    adapter, out = save(tmp_path / "lora", pair.tensors | alphas), tmp_path / "out"
+    dora_export.merge(pair.base, adapter, out)
+    scaling = 2.5 / dm.RANK
+    assert worst(pair, out, lambda W, A, B, m: oracle.dora(W, A, B, m, scaling)) < RELATIVE
+
+
+def test_saved_file_is_what_diffusers_writes(pair):
+    """The fixture is diffusers' own: its metadata, its names."""
+    with safe_open(pair.adapter / "pytorch_lora_weights.safetensors", "pt") as file:
+        content = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert content["unet.use_dora"] is True
+    assert content["text_encoder.lora_alpha"] == dm.ALPHA
+    assert any(t.ndim == 4 for n, t in pair.tensors.items() if n.endswith("magnitude_vector"))
