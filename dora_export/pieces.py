@@ -125,15 +125,10 @@ Batch = Sequence[Piece]
 
 def regions(step: Step) -> tuple[Region, ...]:
     """Return a tensor's regions, gaps between changed ones included, in the order of elements."""
-    found: list[Region] = []
+    groups: dict[tuple[int, int, int], list[Change]] = {}  # a stack of experts has hundreds
     for change in step.changes:
-        same = [i for i, r in enumerate(found) if (r.start, r.rows, r.columns) ==
-                (change.start, change.rows, change.columns)]  # fmt: skip
-        if same:
-            old = found[same[0]]
-            found[same[0]] = Region(old.start, old.rows, old.columns, (*old.changes, change))
-        else:
-            found.append(Region(change.start, change.rows, change.columns, (change,)))
+        groups.setdefault((change.start, change.rows, change.columns), []).append(change)
+    found = [Region(*place, tuple(changes)) for place, changes in groups.items()]
     found.sort(key=lambda r: r.start)
     filled: list[Region] = []
     at = 0

@@ -105,6 +105,7 @@ class Worker:
         self._lanes: dict[Precision, _Lane] = {}
         self._laned: Step | None = None  # the step whose lane is ...
         self._lane_now: _Lane
+        self._precision_now: Precision
         self._stored = self._written = self._sizes = self._spare = np.empty(0, np.uint8)
 
     def _lane(self, step: Step) -> _Lane:
@@ -113,6 +114,7 @@ class Worker:
             if precision not in self._lanes:
                 self._lanes[precision] = _Lane(self._make(precision))
             self._laned, self._lane_now = step, self._lanes[precision]
+            self._precision_now = precision
         return self._lane_now
 
     def copy(self, piece: Copy) -> None:
@@ -126,8 +128,8 @@ class Worker:
 
     def load(self, step: Step, region: Region) -> list[LoadedChange]:
         """Read and arrange the adapter tensors of a region's changes."""
-        precision = working_precision(step, self._settings)
         ops = self._lane(step).ops
+        precision = self._precision_now
         loaded = [self._load(ops, change, precision) for change in region.changes]
         loaded = [self._with_whole(ops, step, region, change) for change in loaded]
         if precision == "float32" and _for_kernel(step, region, ops):

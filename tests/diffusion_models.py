@@ -19,7 +19,13 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+)
 
 import dora_export
 
@@ -35,6 +41,13 @@ def unet(kind="sd", seed=0):
         "sample_size": 8, "in_channels": 4, "out_channels": 4, "layers_per_block": 2,
         "norm_num_groups": 2, "cross_attention_dim": 12,
     }  # fmt: skip
+    if kind == "deep":  # as many levels as Stable Diffusion 1.5 has
+        cross = "CrossAttn{}Block2D"
+        return UNet2DConditionModel(
+            block_out_channels=(4, 4, 8, 8), attention_head_dim=2,
+            down_block_types=(*(cross.format("Down"),) * 3, "DownBlock2D"),
+            up_block_types=("UpBlock2D", *(cross.format("Up"),) * 3), **common,
+        )  # fmt: skip
     if kind == "sd":
         return UNet2DConditionModel(
             block_out_channels=(4, 8), attention_head_dim=2,
@@ -148,6 +161,14 @@ def outputs(model, inputs):
             for k, v in inputs.items()}  # fmt: skip
     with torch.no_grad():
         return model(**cast)[0]
+
+
+def t5(seed=6):
+    torch.manual_seed(seed)
+    return T5EncoderModel(T5Config(
+        vocab_size=40, d_model=12, d_kv=4, d_ff=20, num_layers=2, num_heads=2,
+        feed_forward_proj="gated-gelu",
+    ))  # fmt: skip
 
 
 def text_outputs(model):
