@@ -17,17 +17,19 @@ from dora_export._version import __version__
 if TYPE_CHECKING:
     from dora_export.adapters.model import Adapter
     from dora_export.api import inspect, load_adapter, merge, verify
+    from dora_export.api_convert import convert
     from dora_export.api_onnx import export_onnx
     from dora_export.errors import DoraExportError
     from dora_export.onnx.model import GraphOptions, GraphReport
     from dora_export.onnx.session import AdapterSession
-    from dora_export.report import InspectReport, MergeReport
+    from dora_export.report import ConvertReport, InspectReport, MergeReport
     from dora_export.update import Update
     from dora_export.verification.model import Finding, TensorResult, VerifyReport
 
 __all__ = [
     "Adapter",
     "AdapterSession",
+    "ConvertReport",
     "DoraExportError",
     "Finding",
     "GraphOptions",
@@ -38,6 +40,7 @@ __all__ = [
     "Update",
     "VerifyReport",
     "__version__",
+    "convert",
     "export_onnx",
     "inspect",
     "load_adapter",
@@ -48,6 +51,7 @@ __all__ = [
 _HOMES = {
     "Adapter": "adapters.model",
     "AdapterSession": "onnx.session",
+    "ConvertReport": "report",
     "DoraExportError": "errors",
     "Finding": "verification.model",
     "GraphOptions": "onnx.model",
@@ -57,6 +61,7 @@ _HOMES = {
     "TensorResult": "verification.model",
     "Update": "update",
     "VerifyReport": "verification.model",
+    "convert": "api_convert",
     "export_onnx": "api_onnx",
     "inspect": "api",
     "load_adapter": "api",

@@ -29,7 +29,7 @@ from dora_export.formula import ZeroNorm
 from dora_export.machine import faults_told, memory_told, require_space
 from dora_export.plan import Plan, Precision, Settings, plan_merge
 from dora_export.report import InspectReport, MergeReport
-from dora_export.serving import engines
+from dora_export.serving import engines, ways_out
 from dora_export.tensors import OUTPUT_WORDS, DType
 from dora_export.update import Update
 from dora_export.verification.check import Checked, check, in_order, refuse_wrong
@@ -357,7 +357,10 @@ def inspect(
         base_name=found.base_name,
         modules=dict(Counter(_module(u) for u in found.updates)),
         engines=engines(found),
-        notes=tuple(f"'{k}' ignored: {why}" for k, why in found.ignored.items()),
+        notes=(
+            *(f"'{k}' ignored: {why}" for k, why in found.ignored.items()),
+            *ways_out(found),
+        ),
     )
     checkpoint = found.own_base
     if base is not None:

@@ -137,3 +137,66 @@ class InspectReport:
         """Return the report as JSON-ready data."""
         base = str(self.base) if self.base else None
         return {**asdict(self), "path": str(self.path), "base": base}
+
+
+@dataclass(frozen=True)
+class LayerLoss:
+    """How much of a layer's update a plain LoRA of some rank keeps.
+
+    Attributes:
+        name: The base's tensor.
+        shape: Its shape.
+        size: Frobenius norm of ``W' - W``.
+        energy: Share of its square that is kept, 0 to 1.
+        error: Frobenius norm of what is lost over ``size``, 0 to 1.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    size: float
+    energy: float
+    error: float
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What ``convert`` did.
+
+    Attributes:
+        output: The folder.
+        source_format: The adapter's format; of several, each once.
+        target: What it was converted to.
+        method: What it was, "DoRA" or "LoRA".
+        tensors: Tensors written.
+        weights: Name of the file that holds them.
+        files: Names of all files.
+        nbytes: Bytes of the weight file.
+        rank: Rank of a plain LoRA that approximates it; None: the conversion is exact.
+        layers: What each layer of that LoRA keeps, the worst first.
+        energy: Share of the squared norm of all updates together that is kept; None: exact.
+        seconds: Wall time.
+        notes: Decisions worth knowing.
+    """
+
+    output: Path
+    source_format: str
+    target: str
+    method: str
+    tensors: int
+    weights: str
+    files: tuple[str, ...]
+    nbytes: int
+    rank: int | None = None
+    layers: tuple[LayerLoss, ...] = ()
+    energy: float | None = None
+    seconds: float = 0.0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def worst(self) -> LayerLoss | None:
+        """The layer of which least is kept, or None."""
+        return self.layers[0] if self.layers else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON-ready data."""
+        return {**asdict(self), "output": str(self.output)}

@@ -109,6 +109,23 @@ def with_row_orders(
     return tuple(_resolved(u, shapes, base) if u.row_order is not None else u for u in updates)
 
 
+def for_torchtune(update: Update, base: Checkpoint) -> Update:
+    """Return an update of the checkpoint's row order in the order that torchtune trains in.
+
+    Raises:
+        PlanError: The base's model type or head size, which decide, are not known.
+    """
+    paired = _rotary_pairs(update, base.setting("model_type"))
+    if not paired or update.target.split(".")[-2] not in ROTARY_LEAVES:
+        return update
+    arrange = ToPairs(_head_dim(update, base))
+    return replace(
+        update,
+        up=_arranged(update.up, arrange),
+        magnitude=_arranged(update.magnitude, arrange),
+    )
+
+
 def _resolved(update: Update, shapes: Mapping[str, tuple[int, ...]], base: Checkpoint) -> Update:
     plain = replace(update, row_order=None)
     if update.row_order == "torchtune-peft?" and update.scales_bias and (

@@ -10,6 +10,7 @@ src/python/py/models/builders/base.py (magnitudes are not read).
 
 from __future__ import annotations
 
+from dora_export.adapters import peft_methods
 from dora_export.adapters.model import Adapter
 from dora_export.report import Engine
 
@@ -45,6 +46,11 @@ def engines(adapter: Adapter) -> tuple[Engine, ...]:
         )
     if adapter.format == "diffusers":
         return _image_engines(adapter)
+    if adapter.format == "peft" and (method := adapter.facts.get("method")) in peft_methods.METHODS:
+        return (
+            Engine("PEFT, transformers", "yes", "its own method"),
+            Engine("all others", "no", f"none reads PEFT's {method}"),
+        )
     if adapter.format != "peft":
         return (Engine("all", "no", f"none reads the {adapter.format} format"),)
     if any(u.normalises for u in adapter.updates):
@@ -93,6 +99,16 @@ def _stacked_engines(adapter: Adapter) -> tuple[Engine, ...]:
         Engine("PEFT, transformers", "wrong", why),
         Engine("vLLM", "wrong", why),
         Engine("SGLang", "no", "does not read factors of stacked experts"),
+    )
+
+
+def ways_out(adapter: Adapter) -> tuple[str, ...]:
+    """Return what to do for engines that refuse the adapter, for people."""
+    if not any(u.normalises for u in adapter.updates):
+        return ()
+    return (
+        "engines that refuse DoRA take it merged, or as the plain LoRA nearest to it: "
+        "dora-export convert --to lora --rank R --base BASE says what that loses",
     )
 
 

@@ -84,6 +84,12 @@ def head_of(checkpoint: Checkpoint, targets: Sequence[str]) -> str | None:
     return ends.head if ends and ends.head not in checkpoint.tensors else None
 
 
+def is_tied(checkpoint: Checkpoint, targets: Sequence[str]) -> bool:
+    """Return whether the model may use one tensor as its embedding and its head."""
+    ends = _tied_ends(checkpoint, targets)
+    return ends is not None and not _stored_apart(checkpoint, ends)
+
+
 def resolve(checkpoint: Checkpoint, adapters: Sequence[Trained]) -> Tying:
     """Return what becomes of the two ends of a tied model.
 

@@ -385,6 +385,7 @@ class Update:
             self.adapter,
             self.weight,
             function=None if self.function is None else self.function.placed(sliced, layout),
+            transposed=layout == "io",
         )
 
     def _region(self, shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]] | str:
@@ -443,6 +444,7 @@ class Change:
         weight: ``V + weight (V' - V)`` of all its adapter's changes here, dimensionless.
         own_norm: The norm is that of the base with this change's delta alone, whatever other
             adapters' changes come before it.
+        transposed: The matrix is stored as ``(in, out)``.
     """
 
     kind: Kind
@@ -463,6 +465,7 @@ class Change:
     weight: float = 1.0
     own_norm: bool = False
     function: Function | None = None
+    transposed: bool = False
 
     @property
     def stop(self) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from dora_export._version import __version__
-from dora_export.cli import onnx, streams
+from dora_export.cli import convert, onnx, streams
 from dora_export.cli.options import adapter_options
 from dora_export.errors import DoraExportError, printable
 from dora_export.machine import require_space
@@ -273,4 +273,5 @@ def demo(output: Path, tokens: int) -> None:
     demo_command.run(output, tokens)
 
 
+cli.add_command(convert.command)
 cli.add_command(onnx.command)

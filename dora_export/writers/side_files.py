@@ -223,7 +223,7 @@ def _modules(folder: Path) -> set[str]:
 
 def _one_tokenizer(folders: list[Path]) -> dict[str, Path]:
     """Return the tokenizer files of the adapters, which must agree where several have one."""
-    found = [(folder, _adapter_tokenizer(folder)) for folder in folders]
+    found = [(folder, tokenizer_of(folder)) for folder in folders]
     found = [(folder, files) for folder, files in found if files]
     if not found:
         return {}
@@ -243,7 +243,7 @@ def _same_file(one: Path | None, other: Path | None) -> bool:
     return one is not None and other is not None and one.read_bytes() == other.read_bytes()
 
 
-def _adapter_tokenizer(folder: Path) -> dict[str, Path]:
+def tokenizer_of(folder: Path) -> dict[str, Path]:
     """Return a whole tokenizer with its templates, or the templates alone.
 
     A tokenizer_config.json without a vocabulary belongs to a tokenizer that is not here.
