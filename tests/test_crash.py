@@ -265,6 +265,8 @@ def one_kill(kill, chance, tally, events, seconds):
         tally["mid-write"] += kill.midway()
         tally["replacing"] += bool(kill.force)
         tally["twice"] += again > 0
+        if kill.is_new() and not kill.force:
+            break  # killed when all was done: there is nothing left to start, or to kill
     if not kill.is_new() or (kill.out / MARK).exists():
         report = kill.finish(threads=chance.choice([1, 3]), block_bytes=chance.choice([None, 1]))
         tally["resumed"] += report.resumed_bytes > 0
