@@ -18,6 +18,7 @@ from typing import Any, Literal
 from dora_export import (
     diffusion_names,
     experts,
+    layer_biases,
     layouts,
     naming,
     replication,
@@ -240,7 +241,7 @@ def plan_merge(base: Checkpoint, adapters: Adapter | Sequence[Adapter], settings
             shapes, base, adapter, settings.fan_in_fan_out,
         )
     ]  # fmt: skip
-    by_target = _by_target(several.once(decided))
+    by_target = _by_target(several.once(layer_biases.with_biases(decided, base.tensors)))
     problems = [p for name, group in by_target.items()
                 for p in _problems(name, group, base, tied, settings)]  # fmt: skip
     if problems:
@@ -270,7 +271,7 @@ def plan_merge(base: Checkpoint, adapters: Adapter | Sequence[Adapter], settings
         indexes=_indexes(base, files, settings),
         config_edits={**stacked_anew.edits, **_config_edits(base, files, tied, settings)},
         rules=tuple(one.rule.what for one in placed),
-        notes=(*base.notes, *stacked_anew.notes, *tied.notes),
+        notes=(*base.notes, *stacked_anew.notes, *tied.notes, *layer_biases.notes(decided)),
         warnings=tuple(dict.fromkeys(_warnings(base, adapters, files))),
     )
 

@@ -10,6 +10,7 @@ src/python/py/models/builders/base.py (magnitudes are not read).
 
 from __future__ import annotations
 
+from dora_export.adapters import peft_methods
 from dora_export.adapters.model import Adapter
 from dora_export.report import Engine
 
@@ -45,6 +46,11 @@ def engines(adapter: Adapter) -> tuple[Engine, ...]:
         )
     if adapter.format == "diffusers":
         return _image_engines(adapter)
+    if adapter.format == "peft" and (method := adapter.facts.get("method")) in peft_methods.METHODS:
+        return (
+            Engine("PEFT, transformers", "yes", "its own method"),
+            Engine("all others", "no", f"none reads PEFT's {method}"),
+        )
     if adapter.format != "peft":
         return (Engine("all", "no", f"none reads the {adapter.format} format"),)
     if any(u.normalises for u in adapter.updates):
@@ -57,6 +63,8 @@ def engines(adapter: Adapter) -> tuple[Engine, ...]:
             Engine("Olive", "no", "refuses DoRA"),
             Engine("onnxruntime-genai", "wrong", "ignores the magnitudes without a word"),
         )
+    if any(u.orientation is not None and u.index is not None for u in adapter.updates):
+        return _stacked_engines(adapter)
     whole = any(u.kind in ("replace", "rows") for u in adapter.updates)
     scaled = len(set(adapter.facts.get("scaling", ()))) > 1 or bool(adapter.facts.get("rslora"))
     replaced = "no" if whole else "yes"
@@ -72,6 +80,26 @@ def engines(adapter: Adapter) -> tuple[Engine, ...]:
             else "reads lora_alpha only, not patterns or rslora" if scaled else "plain LoRA",
         ),
     )  # fmt: skip
+
+
+def _stacked_engines(adapter: Adapter) -> tuple[Engine, ...]:
+    """Return who takes LoRA on stacked experts unmerged.
+
+    Source: github.com/unslothai/unsloth-zoo, pull request 1269, which lists who reads the columns
+    of lora_B in which order.
+    """
+    if adapter.facts.get("moe_b_layout") == ["peft"]:
+        return (
+            Engine("PEFT, transformers", "yes", "LoRA on stacked experts"),
+            Engine("vLLM", "yes", "LoRA on stacked experts"),
+            Engine("SGLang", "no", "does not read factors of stacked experts"),
+        )
+    why = "takes the columns of lora_B in PEFT's order, which these are not in"
+    return (
+        Engine("PEFT, transformers", "wrong", why),
+        Engine("vLLM", "wrong", why),
+        Engine("SGLang", "no", "does not read factors of stacked experts"),
+    )
 
 
 def ways_out(adapter: Adapter) -> tuple[str, ...]:

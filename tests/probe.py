@@ -30,5 +30,7 @@ def weight(layer, base):
 
 def bias(layer, base):
     """What ``layer`` gives for an input of nothing."""
-    rows = base.in_features if isinstance(base, nn.Linear) else base.weight.shape[0]
-    return layer(torch.zeros(1, rows).double()).detach()
+    shape = base.weight.shape[1:]  # of one kernel, or a linear layer's inputs
+    if not isinstance(base, nn.Linear) and not hasattr(base, "kernel_size"):
+        shape = base.weight.shape[:1]
+    return layer(torch.zeros(1, *shape).double()).detach()

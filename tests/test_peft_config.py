@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import dora_export
-from dora_export.adapters import peft_config
+from dora_export.adapters import peft_config, peft_methods
 from dora_export.errors import AdapterError, InputError, PlanError
 
 IN, OUT, RANK = 12, 8, 4
@@ -163,8 +163,16 @@ OTHERS = sorted({t.value for t in peft.PeftType} - {"LORA", "ADALORA"})
 
 
 @pytest.mark.parametrize("method", [*OTHERS, "BONE"])
-def test_other_peft_type_is_refused_by_name(adapter, method):
-    with pytest.raises(AdapterError, match=rf"peft_type {method} is not supported; LORA"):
+def test_every_peft_type_is_merged_or_refused_by_name(adapter, method):
+    assert (method in peft_methods.METHODS) != (method in peft_methods.REFUSED)
+    if method in peft_methods.REFUSED:
+        with pytest.raises(AdapterError, match=rf"peft_type {method} cannot be merged here: \w+"):
+            adapter(peft_type=method)
+
+
+@pytest.mark.parametrize("method", sorted(peft_methods.METHODS))
+def test_tensors_of_another_method_than_the_config_names_are_refused(adapter, method):
+    with pytest.raises(AdapterError, match=r"unknown tensor 'base_model"):
         adapter(peft_type=method)
 
 

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dora_export.adapters import peft_config, peft_parameters, torchtune
+from dora_export.adapters import peft_config, peft_methods, peft_parameters, torchtune
 from dora_export.adapters.config_files import CONFIG, config_of
 from dora_export.adapters.model import Adapter, ReadOptions
 from dora_export.adapters.peft_config import PeftConfig
 from dora_export.adapters.peft_factors import Factors, factors
+from dora_export.adapters.peft_keys import plain_name
 from dora_export.checkpoints.folder import read_json
 from dora_export.errors import AdapterError, InputError, listing, shown
 from dora_export.residual import INITS, Residual
@@ -27,8 +28,6 @@ from dora_export.tensors import Operand, TensorRef
 from dora_export.update import Kind, RowOrder, Update
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-# Segments that wrappers of the training loop leave in names.
-WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 EMBEDDING_LEAVES = frozenset(
     ("embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "shared",
      "tok_embeddings")
@@ -91,6 +90,11 @@ def read(path: Path, options: ReadOptions) -> Adapter:
         raise InputError(f"{path}: no {CONFIG}. Check that this is the adapter's folder.")
     _refuse_options(config_path, options)
     raw = read_json(config_path)
+    if str(method := raw.get("peft_type")) in peft_methods.METHODS:
+        file = _weights(config_path.parent, options)
+        stored = read_tensors(file, allow_pickle=options.allow_pickle)
+        return peft_methods.read(path, config_path, raw, file, stored)
+    peft_methods.refuse(config_path, str(method))
     config = peft_config.parse(config_path, raw, options)
     weights = _weights(config_path.parent, options)
     tensors = read_tensors(weights, allow_pickle=options.allow_pickle)
@@ -196,7 +200,7 @@ def _sort(tensors: Mapping[str, TensorRef], config: PeftConfig) -> _Sorted:
 
 
 def _sort_one(key: str, ref: TensorRef, config: PeftConfig, found: _Sorted) -> None:
-    name = _plain_name(key)
+    name = plain_name(key)
     if any(f".{part}" in name for part in TRAINING_ONLY):
         found.ignored[key] = "used in training only"
         return
@@ -233,19 +237,6 @@ def _set_pruned_apart(found: _Sorted) -> bool:
         for ref in found.layers.pop(name).parts.values():
             found.ignored[ref.name] = "AdaLoRA has pruned this layer's rank to 0"
     return bool(pruned)
-
-
-def _plain_name(key: str) -> str:
-    """Return the module path and parameter in the model that PEFT wrapped."""
-    segments = _unwrapped([s for s in key.split(".") if s not in WRAPPERS])
-    if segments[:2] == ["base_model", "model"]:
-        segments = _unwrapped(segments[2:])
-    return ".".join(segments)
-
-
-def _unwrapped(segments: list[str]) -> list[str]:
-    """Return a path without DistributedDataParallel's leading "module"."""
-    return segments[1:] if segments[:1] == ["module"] else segments
 
 
 def _may_be_whole(name: str, config: PeftConfig) -> bool:
@@ -430,4 +421,7 @@ def _experts_facts(
         return {}
     orders = {packed.of(path.rpartition(".")[2]) for path in parameters}
     told = " and ".join(sorted(str(order) for order in orders if order is not None))
-    return {"experts": f"lora_B in {told or 'unknown'} order: {packed.why}"}
+    return {
+        "experts": f"lora_B in {told or 'either'} order: {packed.why}",
+        "moe_b_layout": sorted(order for order in orders if order is not None) or ["peft"],
+    }

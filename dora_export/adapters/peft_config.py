@@ -46,13 +46,6 @@ REFUSED = {
     "use_adalora": "not a setting of PEFT's; its AdaLoRA says peft_type ADALORA",
 }
 READ_AS_IT_IS = ReadOptions()
-# Source: src/peft/utils/peft_types.py (PeftType).
-OTHER_METHODS = frozenset(
-    """LOHA LOKR GRALORA HIRA MISS BONE OFT BOFT HRA ROAD IA3 C3A SUPERTUNING DEFT GLORA
-    DELORA VERA PVERA RANDLORA FOURIERFT WAVEFT VBLORA UNILORA SHIRA OSF PSOFT TINYLORA ADAMSS FROD
-    LN_TUNING BEFT TRAINABLE_TOKENS PEANUT LILY XLORA POLY SHADOW CARTRIDGE ADAPTION_PROMPT
-    PROMPT_TUNING P_TUNING PREFIX_TUNING MULTITASK_PROMPT_TUNING CPT""".split()
-)
 HEAD_TASKS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"),
               "QUESTION_ANS": ("qa_outputs",)}  # fmt: skip
 
@@ -243,11 +236,6 @@ def _method(path: Path, raw: Mapping[str, Any]) -> str:
     method = raw.get("peft_type", "LORA" if "r" in raw and "lora_alpha" in raw else None)
     if method in ("LORA", "ADALORA"):
         return str(method)
-    if isinstance(method, str) and method in OTHER_METHODS:
-        raise AdapterError(
-            f"{path}: peft_type {method} is not supported; LORA (with or without use_dora) is. "
-            "Merge it with PEFT's own merge_and_unload()."
-        )
     raise AdapterError(f"{path}: unknown peft_type {shown(method)}. Expected LORA.")
 
 

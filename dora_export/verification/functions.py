@@ -2,6 +2,8 @@
 
 A PiSSA residual is W less its projection onto the leading eigenvectors of its Gram matrix; an OLoRA
 residual is W less what its first columns explain of it by least squares.
+What PEFT's own merge made is held against PEFT's own forward of the unmerged layer: another code
+path, but the same author's, and no independent formula.
 Source: as ``dora_export/residual.py``; the formulas are other ones with the same result.
 """
 
@@ -10,6 +12,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from dora_export.peft_layers import PeftLayer
 from dora_export.residual import Residual
 from dora_export.tensors import DType
 from dora_export.update import Function
@@ -26,6 +29,8 @@ def exact(function: Function, W: Floats, dtype: DType) -> Floats:
         W: The base's values, rows and columns.
         dtype: How they are stored.
     """
+    if isinstance(function, PeftLayer):
+        return function.unmerged(W)
     assert isinstance(function, Residual), f"Bug: {type(function).__name__} has no second way"
     return _residual(function, W, dtype)
 

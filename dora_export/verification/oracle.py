@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dora_export.errors import shown
+from dora_export.peft_layers import PeftLayer
 from dora_export.pieces import Region, regions
 from dora_export.plan import Plan, Settings, Step
 from dora_export.tensors import DType, TensorRef
@@ -132,10 +133,13 @@ def check_oracle(
     tensors = tuple(r for r, _ in results)
     findings = tuple(f for _, fs in results for f in fs)
     seconds = time.monotonic() - started
-    return _tier(tensors, level, seconds), tensors, findings
+    by_peft = sum(any(isinstance(c.function, PeftLayer) for c in s.changes) for s in steps)
+    return _tier(tensors, level, seconds, by_peft), tensors, findings
 
 
-def _tier(tensors: Sequence[TensorResult], level: Level, seconds: float) -> TierResult:
+def _tier(
+    tensors: Sequence[TensorResult], level: Level, seconds: float, by_peft: int
+) -> TierResult:
     counts: dict[Status, int] = defaultdict(int)
     for tensor in tensors:
         counts[tensor.status] += 1
@@ -154,6 +158,8 @@ def _tier(tensors: Sequence[TensorResult], level: Level, seconds: float) -> Tier
     else:
         far = f"worst {worst.max_ulp:.3g} ulp in {shown(worst.name)}"
     summary = f"{len(tensors)} changed tensors, {scope}: {words}; {far}"
+    if by_peft:
+        summary += f"; {by_peft} against PEFT's own unmerged forward, not an independent formula"
     figures = {
         "tensors": dict(counts),
         "elements": compared,

@@ -1,0 +1,345 @@
+"""PEFT's methods other than LORA: by the normal form where it says them, else by PEFT's own layers.
+
+LoHa is a Hadamard product and LoKr a Kronecker product: those stream as LoRA does. What is another
+function of the stored tensors and W goes through ``peft_layers``. What depends on anything else is
+refused by name.
+Source: github.com/huggingface/peft 0.21.2, src/peft/tuners/*/layer.py and model.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dora_export import peft_layers
+from dora_export.adapters.model import Adapter
+from dora_export.adapters.patterns import first_matches
+from dora_export.adapters.peft_keys import plain_name
+from dora_export.errors import AdapterError, listing, shown
+from dora_export.peft_layers import PeftLayer
+from dora_export.tensors import Operand, TensorRef
+from dora_export.update import Dense, Hadamard, Kronecker, Layout, Product, Update
+
+Parts = Mapping[str, TensorRef]
+# Method -> how the names of its tensors begin. Source: PEFT's PEFT_TYPE_TO_PREFIX_MAPPING.
+BY_PEFT = {
+    "BOFT": "boft_", "C3A": "c3a_", "DEFT": "deft_", "DELORA": "delora_", "GLORA": "glora_",
+    "GRALORA": "gralora_", "HIRA": "hira_", "HRA": "hra_", "IA3": "ia3_", "MISS": "miss_",
+    "OFT": "oft_", "PEANUT": "peanut_", "ROAD": "road_", "SHIRA": "shira_",
+    "SUPERTUNING": "supertuning_", "VBLORA": "vblora_", "VERA": "vera_", "PVERA": "pvera_",
+}  # fmt: skip
+BY_FORMULA = {
+    "LOHA": "hada_", "LOKR": "lokr_", "LN_TUNING": "ln_tuning_", "BEFT": "beft_",
+    "TRAINABLE_TOKENS": "trainable_tokens_",
+}  # fmt: skip
+SHARED = {
+    "VBLORA": ("vblora_vector_bank",),
+    "VERA": ("vera_A", "vera_B"),
+    "PVERA": ("pvera_A", "pvera_B"),
+}
+PROMPT = "it feeds the model vectors beside its inputs, which weights cannot do"
+SEED = "its tensors are drawn from a random generator, not stored"
+SVD = "it is built on a decomposition of W whose signs and rounding differ from machine to machine"
+REFUSED = {
+    "XLORA": "it weighs adapters anew for every token", "POLY": "it mixes skills by task",
+    "LILY": "its routers choose factors by the input", "SHADOW": "it runs a second model beside",
+    "CARTRIDGE": PROMPT, "ADAPTION_PROMPT": PROMPT, "PROMPT_TUNING": PROMPT, "P_TUNING": PROMPT,
+    "PREFIX_TUNING": PROMPT, "MULTITASK_PROMPT_TUNING": PROMPT, "CPT": PROMPT,
+    "FOURIERFT": SEED, "WAVEFT": SEED, "UNILORA": SEED,
+    "RANDLORA": "its shared bases are cut to sizes that depend on all layers at once",
+    "FROD": "its layers depend on a decomposition of many weights at once",
+    "OSF": SVD, "PSOFT": SVD, "TINYLORA": SVD, "ADAMSS": SVD,
+    "BONE": "PEFT before 0.18 had it, and has MISS in its place; its own script converts adapters",
+}  # fmt: skip
+# Settings of the methods merged by formula: applied, seen in the tensors, or of training alone.
+KNOWN = frozenset(
+    """task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode
+    fan_in_fan_out target_modules exclude_modules layers_to_transform layers_pattern modules_to_save
+    r alpha rank_pattern alpha_pattern rank_dropout module_dropout rank_dropout_scale init_weights
+    use_effective_conv2d decompose_both decompose_factor token_indices runtime_config bias
+    trainable_token_indices layer_replication""".split()
+)
+METHODS = frozenset((*BY_PEFT, *BY_FORMULA))
+
+
+@dataclass
+class _Sorted:
+    """Tensors of a file by layer."""
+
+    layers: dict[str, dict[str, TensorRef]] = field(default_factory=lambda: defaultdict(dict))
+    shared: dict[str, TensorRef] = field(default_factory=dict)
+    whole: dict[str, TensorRef] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+def refuse(path: Path, method: str) -> None:
+    """Refuse a method by name, with the reason.
+
+    Raises:
+        AdapterError: It is one of those that no weight can hold, or not from what is stored.
+    """
+    if method in REFUSED:
+        raise AdapterError(
+            f"{path}: peft_type {method} cannot be merged here: {REFUSED[method]}. Serve it with "
+            "PEFT, or merge it there with merge_and_unload() if PEFT can."
+        )
+
+
+def read(
+    path: Path, config_path: Path, raw: Mapping[str, Any], file: Path, tensors: Parts
+) -> Adapter:
+    """Return an adapter of another method in normal form; reads no tensor.
+
+    Raises:
+        AdapterError: A tensor or a setting is unknown; all are listed. Or PEFT is not installed,
+            where its layers are needed.
+    """
+    method = str(raw["peft_type"])
+    if method in BY_PEFT:
+        peft_layers.refuse_without_peft(config_path, method)
+    found = _sort(tensors, raw, method)
+    found.problems += _config_problems(raw, method)
+    updates = [] if found.problems else list(_updates(config_path, raw, method, found))
+    updates += [Update(t, "replace", (ref.name,), value=ref) for t, ref in found.whole.items()]
+    if found.problems:
+        raise AdapterError(
+            f"{file}: does not add up:{listing(sorted(found.problems))}\n"
+            f"Check that the folder holds one whole {method} adapter with its own config."
+        )
+    if not updates:
+        raise AdapterError(f"{file}: holds no {method} tensors. Check how the adapter was saved.")
+    return Adapter(
+        path=path,
+        format="peft",
+        files=(file,),
+        tensors=tensors,
+        updates=tuple(updates),
+        folder=config_path.parent,
+        base_name=raw.get("base_model_name_or_path") or None,
+        square_io=bool(raw.get("fan_in_fan_out")),
+        facts={
+            "method": method,
+            "trainer": "PEFT; " + ("merged through PEFT's own layers" if method in BY_PEFT
+                                   else "merged by this tool's formula"),
+        },
+    )  # fmt: skip
+
+
+def _sort(tensors: Parts, raw: Mapping[str, Any], method: str) -> _Sorted:
+    prefix, found = {**BY_PEFT, **BY_FORMULA}[method], _Sorted()
+    saved = tuple(raw.get("modules_to_save") or ())
+    for key, ref in tensors.items():
+        segments = plain_name(key).split(".")
+        at = next((i for i, s in enumerate(segments) if s.startswith(prefix)), None)
+        if at is not None and segments[at] in SHARED.get(method, ()):
+            found.shared[".".join(segments)] = ref
+        elif at:
+            found.layers[".".join(segments[:at])][".".join(segments[at:])] = ref
+        elif "modules_to_save" in segments or any(s in segments[:-1] for s in saved):
+            parts = [s for s in segments if s not in ("modules_to_save", "default")]
+            found.whole[".".join(parts)] = ref
+        else:
+            found.problems.append(f"unknown tensor '{shown(key)}'")
+    return found
+
+
+def _config_problems(raw: Mapping[str, Any], method: str) -> Iterator[str]:
+    if (raw.get("bias") or "none") != "none":
+        yield f"bias {shown(raw['bias'])}: trained biases are supported for LORA only"
+    if raw.get("trainable_token_indices"):
+        yield "trainable_token_indices: supported for LORA only"
+    if raw.get("layer_replication"):
+        yield "layer_replication: supported for LORA only"
+    if method in BY_FORMULA:
+        for name in sorted(n for n, value in raw.items() if value and n not in KNOWN):
+            yield (
+                f"{shown(name)}: unknown field, set to {shown(raw[name], 40)}; it may change the "
+                "weights. Set it to null if you know that it does not"
+            )
+    if method in BY_PEFT:
+        if not peft_layers.knows(method):
+            yield f"peft_type {method}: the installed PEFT does not have it; install a newer one"
+            return
+        for name in peft_layers.unknown_fields(raw):
+            yield (
+                f"{shown(name)}: set to {shown(raw[name], 40)}, which the installed PEFT does not "
+                "know; install the version that trained it"
+            )
+
+
+def _updates(
+    config_path: Path, raw: Mapping[str, Any], method: str, found: _Sorted
+) -> Iterator[Update]:
+    if method in BY_PEFT:
+        yield from _by_peft(raw, found)
+    elif method in ("LOHA", "LOKR"):
+        scalings = _scalings(config_path, raw, list(found.layers))
+        for module, parts in found.layers.items():
+            delta = _loha(parts) if method == "LOHA" else _lokr(parts)
+            if isinstance(delta, str):
+                found.problems.append(f"{shown(module)}: {delta}")
+                continue
+            keys = tuple(ref.name for ref in parts.values())
+            yield Update(f"{module}.weight", "lora", keys, scaling=scalings[module], delta=delta,
+                         layout="oi" if _is_convolution(parts) else None)  # fmt: skip
+    else:
+        yield from _replaced(raw, method, found)
+
+
+def _by_peft(raw: Mapping[str, Any], found: _Sorted) -> Iterator[Update]:
+    config, method = json.dumps(raw, sort_keys=True), str(raw["peft_type"])
+    wanted = SHARED.get(method, ())
+    if {name.rpartition(".")[2] for name in found.shared} != set(wanted):
+        found.problems.append(
+            f"{' and '.join(wanted)} not in the file: they were drawn from a random generator. "
+            "Save the adapter again with save_projection=True"
+        )
+        return
+    for module, parts in found.layers.items():
+        own = {f"base_model.model.{module}.{part}": ref for part, ref in parts.items()}
+        tensors = {**own, **found.shared}
+        function = PeftLayer(
+            config,
+            module,
+            tuple(tensors.items()),
+            embedding=any("embedding" in part for part in parts),
+        )
+        keys = tuple(ref.name for ref in tensors.values())
+        layout: Layout | None = "oi" if function.embedding else None
+        yield Update(f"{module}.weight", "function", keys, function=function, layout=layout)
+
+
+def _scalings(path: Path, raw: Mapping[str, Any], modules: Sequence[str]) -> dict[str, float]:
+    """Return alpha / r of each module; LoKr's too, whatever its factors."""
+    found = []
+    for name, default in (
+        ("rank_pattern", raw.get("r", 8)),
+        ("alpha_pattern", raw.get("alpha", 8)),
+    ):
+        pattern = raw.get(name) or {}
+        if not isinstance(pattern, dict):
+            raise AdapterError(f"{path}: {name}: expected a map, got {shown(pattern)}.")
+        keys = first_matches(path, name, pattern, modules)
+        values = {m: pattern.get(keys.get(m, m), default) for m in modules}
+        wrong = [v for v in values.values() if type(v) not in (int, float) or not v]
+        if wrong:
+            raise AdapterError(f"{path}: {name} gives {shown(wrong[0])}, expected a number.")
+        found.append(values)
+    ranks, alphas = found
+    return {m: float(alphas[m]) / float(ranks[m]) for m in modules}
+
+
+def _is_convolution(parts: Parts) -> bool:
+    return any(len(ref.shape) > 2 for ref in parts.values())
+
+
+def _loha(parts: Parts) -> Hadamard | str:
+    """``(w1_a w1_b) * (w2_a w2_b)``, or with Tucker cores t1, t2 in the place of the products."""
+    names = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
+    cores = {"hada_t1", "hada_t2"}
+    if set(parts) not in (names, names | cores):
+        return f"LoHa tensors {sorted(parts)}"
+    first, second = (_loha_product(parts, i) for i in "12")
+    if isinstance(first, str) or isinstance(second, str):
+        return str(first if isinstance(first, str) else second)
+    return Hadamard(first, second)
+
+
+def _loha_product(parts: Parts, i: str) -> Product | str:
+    a, b = parts[f"hada_w{i}_a"], parts[f"hada_w{i}_b"]
+    core = parts.get(f"hada_t{i}")
+    if core is None:
+        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != b.shape[0]:
+            return f"LoHa factors {a.shape} and {b.shape}"
+        return Product(Operand.plain(a), Operand.plain(b))
+    # a (rank, out), b (rank, in), t (rank, rank, *kernel): W[o, i, k] = a[p, o] t[p, q, k] b[q, i]
+    rank, kernel = core.shape[0], core.shape[2:]
+    if a.shape[0] != rank or b.shape[0] != core.shape[1]:
+        return f"LoHa factors {a.shape}, {b.shape} and core {core.shape}"
+    inner = (rank, b.shape[1] * int(np.prod(kernel)))
+    return Product(Operand.plain(a).T, Operand.computed((core, b), inner, _core_times))
+
+
+def _core_times(core: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    product: NDArray[np.float64] = np.einsum("pq...,qi->pi...", core, b)
+    return product.reshape(len(core), -1)
+
+
+def _lokr(parts: Parts) -> Kronecker | Dense | str:
+    first, second = _lokr_factor(parts, "1"), _lokr_factor(parts, "2")
+    if isinstance(first, str) or isinstance(second, str):
+        return str(first if isinstance(first, str) else second)
+    whole = parts.get("lokr_w2")
+    if whole is not None and len(whole.shape) == 3:
+        # PEFT multiplies a matrix by a Conv1d's three dimensions and then reshapes: the dimensions
+        # of w1 fall on the last two of w2. Its forward does the same, so that is what was trained.
+        # Source: src/peft/tuners/lokr/layer.py (make_kron).
+        shape = (first.shape[0] * whole.shape[0], first.shape[1] * second.shape[1])
+        return Dense(Operand.computed((*first.refs, whole), shape, _kronecker_of_conv1d))
+    return Kronecker(first, second)
+
+
+def _kronecker_of_conv1d(*factors: NDArray[np.float64]) -> NDArray[np.float64]:
+    *first, whole = factors
+    w1 = first[0] if len(first) == 1 else first[0] @ first[1]
+    product = np.kron(w1[None], whole)
+    return product.reshape(w1.shape[0] * len(whole), -1).astype(np.float64, copy=False)
+
+
+def _lokr_factor(parts: Parts, i: str) -> Operand | str:
+    """Return one factor of LoKr: whole, as a product, or with a Tucker core."""
+    own = {name: ref for name, ref in parts.items() if name in (
+        f"lokr_w{i}", f"lokr_w{i}_a", f"lokr_w{i}_b", f"lokr_t{i}")}  # fmt: skip
+    if set(own) == {f"lokr_w{i}"}:
+        return Operand.matrix(own[f"lokr_w{i}"])
+    a, b, core = (own.get(f"lokr_{n}") for n in (f"w{i}_a", f"w{i}_b", f"t{i}"))
+    if a is None or b is None or f"lokr_w{i}" in own:
+        return f"LoKr tensors {sorted(parts)}"
+    if core is None:
+        if len(a.shape) != 2 or a.shape[1] != b.shape[0]:
+            return f"LoKr factors {a.shape} and {b.shape}"
+        inner = int(np.prod(b.shape[1:]))
+        return Operand.computed((a, b), (a.shape[0], inner), _matrix_product)
+    if a.shape[0] != core.shape[0] or b.shape[0] != core.shape[1]:
+        return f"LoKr factors {a.shape}, {b.shape} and core {core.shape}"
+    kernel = int(np.prod(core.shape[2:]))
+    shape = (a.shape[1], b.shape[1] * kernel)
+    return Operand.computed((a, core, b), shape, _tucker)
+
+
+def _matrix_product(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    product: NDArray[np.float64] = a @ b.reshape(len(b), -1)
+    return product
+
+
+def _tucker(
+    a: NDArray[np.float64], core: NDArray[np.float64], b: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    product: NDArray[np.float64] = a.T @ _core_times(core, b)
+    return product
+
+
+def _replaced(raw: Mapping[str, Any], method: str, found: _Sorted) -> Iterator[Update]:
+    """Norms and tokens are replaced, biases added to."""
+    for module, parts in found.layers.items():
+        for name, ref in parts.items():
+            leaf = name.rpartition(".")[2]
+            if method == "LN_TUNING" and leaf in ("weight", "bias"):
+                yield Update(f"{module}.{leaf}", "replace", (ref.name,), value=ref)
+            elif method == "BEFT" and ref.size == ref.shape[-1]:
+                value = ref.reshaped(ref.size)
+                yield Update(f"{module}.bias", "add", (ref.name,), value=value)
+            elif (
+                method == "TRAINABLE_TOKENS" and len(raw.get("token_indices") or ()) == ref.shape[0]
+            ):
+                yield Update(f"{module}.weight", "rows", (ref.name,), value=ref,
+                             row_indices=tuple(raw["token_indices"]))  # fmt: skip
+            else:
+                found.problems.append(f"'{shown(ref.name)}' {ref.shape}: not as {method} saves it")
