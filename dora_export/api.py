@@ -392,7 +392,9 @@ def _module(update: Update) -> str:
     module = update.target.rpartition(".")[0]
     if is_flat(module):
         return prefix_of(module)  # a flattened path has no last segment
-    return module.rpartition(".")[2] or update.target
+    parent, _, last = module.rpartition(".")
+    # "to_out.0" rather than "0"
+    return f"{parent.rpartition('.')[2]}.{last}" if last.isdigit() else last or update.target
 
 
 def _plan(

@@ -63,6 +63,8 @@ def engines(adapter: Adapter) -> tuple[Engine, ...]:
             Engine("Olive", "no", "refuses DoRA"),
             Engine("onnxruntime-genai", "wrong", "ignores the magnitudes without a word"),
         )
+    if any(u.orientation is not None and u.index is not None for u in adapter.updates):
+        return _stacked_engines(adapter)
     whole = any(u.kind in ("replace", "rows") for u in adapter.updates)
     scaled = len(set(adapter.facts.get("scaling", ()))) > 1 or bool(adapter.facts.get("rslora"))
     replaced = "no" if whole else "yes"
@@ -78,6 +80,26 @@ def engines(adapter: Adapter) -> tuple[Engine, ...]:
             else "reads lora_alpha only, not patterns or rslora" if scaled else "plain LoRA",
         ),
     )  # fmt: skip
+
+
+def _stacked_engines(adapter: Adapter) -> tuple[Engine, ...]:
+    """Return who takes LoRA on stacked experts unmerged.
+
+    Source: github.com/unslothai/unsloth-zoo, pull request 1269, which lists who reads the columns
+    of lora_B in which order.
+    """
+    if adapter.facts.get("moe_b_layout") == ["peft"]:
+        return (
+            Engine("PEFT, transformers", "yes", "LoRA on stacked experts"),
+            Engine("vLLM", "yes", "LoRA on stacked experts"),
+            Engine("SGLang", "no", "does not read factors of stacked experts"),
+        )
+    why = "takes the columns of lora_B in PEFT's order, which these are not in"
+    return (
+        Engine("PEFT, transformers", "wrong", why),
+        Engine("vLLM", "wrong", why),
+        Engine("SGLang", "no", "does not read factors of stacked experts"),
+    )
 
 
 def ways_out(adapter: Adapter) -> tuple[str, ...]:

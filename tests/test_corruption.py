@@ -252,7 +252,14 @@ def apply(kind, folder, what):
     how, which, other, detail = what
     path, config = folder / "adapter" / WEIGHTS[kind], folder / "adapter/adapter_config.json"
     if how in ("field", "scale"):
-        content = json.loads(config.read_text())
+        try:
+            content = json.loads(config.read_bytes())
+        except ValueError:
+            return  # damaged beyond further damage
+        if not isinstance(content, dict) or not isinstance(
+            content.get("lora_parameters", {}), dict
+        ):
+            return
         place = content.setdefault("lora_parameters", {}) if how == "scale" else content
         place[detail[0]] = detail[1]
         config.write_text(json.dumps(content))

@@ -93,7 +93,12 @@ def test_a_nested_pair_in_the_wrong_order_fits_nothing(kind, tmp_path):
 
 def test_order_of_b_is_told_by_peft_own_config_and_shown(tmp_path):
     case = prepare(tmp_path, "qwen3_moe")
-    assert "lora_B in peft order: PEFT" in run("inspect", case.adapter).stdout
+    shown = run("inspect", case.adapter).stdout
+    assert "lora_B in peft order: PEFT" in shown
+    assert re.search(r"✓ vLLM +LoRA on stacked experts", shown)
+    shown = run("inspect", case.adapter, "--moe-b-layout", "unsloth").stdout
+    assert "lora_B in unsloth order: by --moe-b-layout" in shown
+    assert re.search(r"! PEFT, transformers +takes the columns of lora_B in PEFT's order", shown)
 
 
 MARKS = {

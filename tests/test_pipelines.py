@@ -4,13 +4,15 @@ import json
 import os
 import shutil
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import dora_export
-from dora_export.checkpoints import open_checkpoint
+from dora_export.checkpoints import locate, open_checkpoint
 from dora_export.errors import InputError
 from tests import pipelines, small
 from tests.pipelines import check_merged, write_pair
@@ -332,3 +334,61 @@ def test_input_that_changes_in_a_sub_folder_is_noticed(tmp_path):
 
     with pytest.raises(InputError, match=r"scheduler_config\.json: had"):
         dora_export.merge(base, adapter, tmp_path / "out", progress=progress)
+
+
+# --- the Hugging Face cache
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """A pipeline in a local cache: links in sub-folders to blobs; and the snapshot's folder."""
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    root = cache / "models--org--pipe"
+    snapshot = root / "snapshots" / ("c" * 40)
+    for sub in ("blobs", "refs"):
+        (root / sub).mkdir(parents=True)
+    (root / "refs/main").write_text("c" * 40)
+    base = pipelines.write(tmp_path / "published")
+    for i, path in enumerate(sorted(p for p in base.rglob("*") if p.is_file())):
+        blob = root / "blobs" / f"{i:x}".rjust(64, "0")
+        shutil.copy(path, blob)
+        link = snapshot / path.relative_to(base)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        os.symlink(os.path.relpath(blob, link.parent), link)
+    return snapshot
+
+
+def test_cached_pipeline_is_merged_by_its_hub_id(cached, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None, raising=False)
+    _, adapter = write_pair(tmp_path)
+    out = merged("org/pipe", adapter, tmp_path / "out")
+    check_merged(out, cached)
+    assert not any(path.is_symlink() for path in out.rglob("*"))
+
+
+@pytest.mark.parametrize("lacking", ["vae", VAE])
+def test_pipeline_that_is_cached_in_part_is_asked_for(lacking, cached, tmp_path, monkeypatch):
+    path = cached / lacking
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    whole = pipelines.write(tmp_path / "whole")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(whole))
+    assert locate("org/pipe", "base") == whole
+
+
+def test_link_that_leads_out_of_the_pipeline_is_refused(tmp_path):
+    base, adapter = write_pair(tmp_path)
+    (base / VAE).rename(tmp_path / "private.safetensors")
+    os.symlink(tmp_path / "private.safetensors", base / VAE)
+    said = refusal("merge", base, adapter, "-o", tmp_path / "out")
+    assert "a link that leads out of its folder" in said
+
+
+def test_running_a_whole_pipeline_is_told_as_unchecked(tmp_path):
+    base, adapter = write_pair(tmp_path)
+    out = merged(base, adapter, tmp_path / "out")
+    result = run("verify", "--forward", base, adapter, out)
+    assert result.exit_code == 3
+    assert "name that model's folder" in " ".join(result.stdout.split())

@@ -421,4 +421,7 @@ def _experts_facts(
         return {}
     orders = {packed.of(path.rpartition(".")[2]) for path in parameters}
     told = " and ".join(sorted(str(order) for order in orders if order is not None))
-    return {"experts": f"lora_B in {told or 'unknown'} order: {packed.why}"}
+    return {
+        "experts": f"lora_B in {told or 'either'} order: {packed.why}",
+        "moe_b_layout": sorted(order for order in orders if order is not None) or ["peft"],
+    }

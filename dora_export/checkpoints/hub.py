@@ -7,6 +7,7 @@ import os
 import re
 from pathlib import Path
 
+from dora_export.checkpoints import pipeline
 from dora_export.checkpoints.folder import read_json
 from dora_export.errors import InputError, shown
 from dora_export.machine import advice
@@ -101,9 +102,20 @@ def _cached(repo: str, revision: str | None) -> Path | None:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Return whether all shards are there that the folder's index names, if it has one."""
+    """Return whether all is there that the folder's index names, if it has one."""
+    if pipeline.is_pipeline(folder):
+        return _is_whole_pipeline(folder)
     indexes = [i for i in WEIGHTS if i.endswith(".index.json") and (folder / i).is_file()]
     if not indexes:
         return True
     places = read_json(folder / indexes[0]).get("weight_map")
     return isinstance(places, dict) and all((folder / str(s)).is_file() for s in places.values())
+
+
+def _is_whole_pipeline(folder: Path) -> bool:
+    """Return whether the folders of all parts are there, and weights in those of models."""
+    return all(
+        (folder / name).is_dir()
+        and (not pipeline.is_model(folder / name, cls) or pipeline.weights_in(folder / name).files)
+        for name, cls in pipeline.parts(folder).items()
+    )

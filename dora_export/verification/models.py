@@ -114,6 +114,10 @@ def class_of(plan: Plan) -> ModelClass:
     Raises:
         Unsupported: As ``model_class``.
     """
+    if plan.base.components:
+        why = ("a pipeline of several models is not run as one; for an adapter of one model, name "
+               "that model's folder in base and merged pipeline")  # fmt: skip
+        raise Unsupported("model_index.json", why)
     config = plan.base.config
     base = model_class(config)
     added = [s for s in plan.steps if s.status == "added" and len(s.shape) == 2]
