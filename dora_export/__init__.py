@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dora_export.api_onnx import export_onnx
     from dora_export.errors import DoraExportError
     from dora_export.onnx.model import GraphOptions, GraphReport
+    from dora_export.onnx.module import export_module
     from dora_export.onnx.session import AdapterSession
     from dora_export.report import ConvertReport, InspectReport, MergeReport
     from dora_export.update import Update
@@ -41,6 +42,7 @@ __all__ = [
     "VerifyReport",
     "__version__",
     "convert",
+    "export_module",
     "export_onnx",
     "inspect",
     "load_adapter",
@@ -62,6 +64,7 @@ _HOMES = {
     "Update": "update",
     "VerifyReport": "verification.model",
     "convert": "api_convert",
+    "export_module": "onnx.module",
     "export_onnx": "api_onnx",
     "inspect": "api",
     "load_adapter": "api",

@@ -313,7 +313,7 @@ def _verified(
         tier, found = check_graph(
             one.plan, graph, runner=one.runner(graph) if one.runner else None,
             outputs=one.outputs, budget=one.budget if budget is None else budget, prompts=prompts,
-            padding=one.padding, cls=one.cls,
+            padding=one.padding, cls=one.cls, derive=one.derive,
         )  # fmt: skip
         tiers.append(tier)
         findings += found

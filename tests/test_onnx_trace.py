@@ -12,15 +12,18 @@ import onnxruntime
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import BertConfig, BertModel
 
 import dora_export
 from dora_export import DoraExportError, GraphOptions, api_onnx
 from dora_export.cli.main import cli
-from dora_export.onnx import engines, files, quantise, share, tasks, tidy, trace
+from dora_export.onnx import engines, files, pooling, quantise, share, tasks, tidy, trace
 from dora_export.onnx.model import GraphError, Made, Parity, ParityError
 from dora_export.onnx.wrappers import Flat, Part
 from dora_export.verification.graph import check_graph
+from dora_export.verification.pooling import embedding
 from tests.forward_models import KINDS, prepare
 from tests.rider_models import WARNINGS
 
@@ -124,9 +127,30 @@ def test_the_manifest_says_what_was_made_and_what_was_found(exported):
 
 def test_the_config_is_the_bases_and_not_one_that_a_library_rewrote(exported):
     pair, _, out, _ = exported
-    base = json.loads((pair.base / "config.json").read_text())
-    ours = json.loads((out / "config.json").read_text())
-    assert ours == base
+    assert (out / "config.json").read_bytes() == (pair.base / "config.json").read_bytes()
+
+
+def test_the_config_names_the_graphs_dtype_and_not_the_bases(exported, tmp_path, monkeypatch):
+    """onnxruntime-genai's builder and others round weights to what config.json says."""
+    pair = exported[0]
+    shutil.copytree(pair.base, tmp_path / "base")
+    config = json.loads((pair.base / "config.json").read_text())
+    weights = {n: t.bfloat16() for n, t in load_file(pair.base / "model.safetensors").items()}
+    save_file(weights, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    seen = {}
+
+    def make(request, folder):
+        seen.update(load_file(folder / "model.safetensors"))
+        shutil.copyfile(exported[2] / "model.onnx", request.folder / "model.onnx")
+        return Made(("model.onnx",), {}, ())
+
+    monkeypatch.setattr(trace, "make", make)
+    dora_export.export_onnx(tmp_path / "base", pair.adapter, tmp_path / "out", verify=False)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
+    assert {t.dtype for t in seen.values()} == {torch.float32}
+    changed = seen["model.layers.0.mlp.up_proj.weight"]  # merged in float32, rounded to it alone
+    assert not torch.equal(changed, changed.bfloat16().float())
 
 
 def test_genai_config_names_what_the_graph_has(exported):
@@ -220,6 +244,13 @@ def test_weights_above_the_threshold_go_into_a_file_of_their_own(exported, tmp_p
     assert check_graph(pair.plan(), tmp_path / "model.onnx")[1] == ()
 
 
+def test_what_the_checker_refuses_is_not_written_off_as_right(exported, tmp_path):
+    model = ir.load(exported[2] / "model.onnx")
+    model.graph[0].op_type = "NoSuchOperator"
+    with pytest.raises(GraphError, match="another --engine or --opset"):
+        files.write(model, tmp_path / "model.onnx", "model.onnx.data")
+
+
 # --- publishing
 
 
@@ -299,6 +330,25 @@ def test_a_merged_folder_is_exported_as_it_is_stored(exported, tmp_path):
     assert sorted(p.name for p in (tmp_path / "half").iterdir()) == before
 
 
+def test_what_onnxruntime_cannot_run_is_published_unchecked(exported, tmp_path, monkeypatch):
+    """As a bfloat16 graph on the CPU: exit code 3, and the manifest says so."""
+    pair, report, out, _ = exported
+
+    def make(request, folder):
+        model = onnx.load(out / "model.onnx")
+        model.graph.node[0].op_type = "NoSuchOperator"
+        onnx.save(model, request.folder / "model.onnx")
+        parity = Parity("model.onnx", request.plan, outputs=["logits"])
+        return Made(("model.onnx",), dict(report.facts), (parity,))
+
+    monkeypatch.setattr(trace, "make", make)
+    found = dora_export.export_onnx(pair.base, pair.adapter, tmp_path / "out")
+    assert (found.verdict, found.exit_code) == ("unchecked", 3)
+    assert [f.code for f in found.verified.findings] == ["graph-unsupported"]
+    said = json.loads((tmp_path / "out" / "dora_export.json").read_text())
+    assert said["onnx"]["parity"]["verdict"] == "unchecked"
+
+
 @pytest.mark.usefixtures("traced_already")
 def test_an_interrupted_export_leaves_nothing(exported, tmp_path, monkeypatch):
     pair = exported[0]
@@ -333,9 +383,10 @@ def small_part(run=lambda model, values: [model(values["x"])], axes=None):
 
 
 @pytest.mark.parametrize("engine", ["torch", "transformers"])
-def test_both_engines_give_the_same_names_and_values(engine, tmp_path):
+def test_both_engines_give_the_same_names_and_values(engine, tmp_path, capfd):
     part = small_part()
     model = engines.export(part, None, engine)
+    assert capfd.readouterr() == ("", "")  # exporters speak of their progress
     tidy.tidy(model)
     assert [v.name for v in model.graph.inputs] == ["x"]
     assert [v.name for v in model.graph.outputs] == ["y"]
@@ -375,6 +426,123 @@ def test_an_input_that_the_model_does_not_use_is_told():
     module = Flat(Scaled(), list(inputs), lambda m, v: [m(v["x"])], ["y"])
     model = engines.export(Part(module, inputs, part.axes, ["y"]), None, "torch")
     assert [v.name for v in model.graph.inputs] == ["x", "unused"]  # torch keeps it
+
+
+# --- modules from Python
+
+
+def test_a_module_from_python_is_published_and_held_against_itself(tmp_path):
+    report = dora_export.export_module(
+        Scaled(), {"x": torch.randn(3, 8)}, tmp_path / "out", axes={"x": {0: "rows"}},
+        outputs=["y"],
+    )  # fmt: skip
+    assert report.verdict == "right"
+    assert set(report.verified.tiers[0].figures) == {"y, the example inputs", "y, longer ones"}
+    graph = graph_of(tmp_path / "out")
+    assert (dims(graph.input[0]), dims(graph.output[0])) == (["rows", 8], ["rows", 8])
+    said = json.loads((tmp_path / "out" / "dora_export.json").read_text())
+    assert said["onnx"]["parity"] == "right"
+
+
+def test_a_module_whose_graph_is_another_is_not_published(tmp_path, monkeypatch):
+    whole = tidy.tidy
+
+    def spoil(model):
+        whole(model)
+        for value in model.graph.initializers.values():
+            if len(value.const_value.shape) == 2:
+                value.const_value = ir.tensor(value.const_value.numpy() * 1.001, name=value.name)
+
+    monkeypatch.setattr(tidy, "tidy", spoil)
+    with pytest.raises(ParityError, match=r"of .* on the example inputs"):
+        dora_export.export_module(Scaled(), {"x": torch.randn(3, 8)}, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("size", "axes", "outputs", "remedy"),
+    [
+        (1, {"x": {0: "rows"}}, None, "2 or more"),
+        (3, {"z": {0: "rows"}}, None, "Inputs are x"),
+        (3, {}, ["a", "b"], "2 names for 1 outputs"),
+    ],
+)
+def test_examples_that_say_too_little_are_refused(size, axes, outputs, remedy, tmp_path):
+    with pytest.raises(GraphError, match=remedy):
+        dora_export.export_module(
+            Scaled(), {"x": torch.randn(size, 8)}, tmp_path / "out", axes=axes, outputs=outputs
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- pooling
+
+
+def sentence_folder(tmp_path, modules=("Transformer", "Pooling", "Normalize"), **pooling):
+    (tmp_path / "1_Pooling").mkdir()
+    pooling = pooling or {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    entries = [{"type": f"sentence_transformers.models.{m}",
+                "path": "1_Pooling" if m == "Pooling" else ""} for m in modules]  # fmt: skip
+    (tmp_path / "modules.json").write_text(json.dumps(entries))
+    return tmp_path
+
+
+def test_pooling_is_as_the_folder_says(tmp_path):
+    folder = sentence_folder(tmp_path)
+    assert pooling.pooling_of(folder, "config") == pooling.Pooling("mean", True)
+    assert pooling.pooling_of(folder, "last") == pooling.Pooling("last", True)
+
+
+@pytest.mark.parametrize(
+    ("modules", "config", "remedy"),
+    [
+        (("Transformer",), {}, "Pass --pooling mean, cls or last"),
+        (("Transformer", "Pooling", "Dense"), {}, "Leave the option out"),
+        (("Transformer", "Pooling"), {"pooling_mode_max_tokens": True}, "if one of them is meant"),
+        (("Transformer", "Pooling"), {"pooling_mode_mean_tokens": True,
+                                      "pooling_mode_cls_token": True}, "if one of them is meant"),
+    ],
+)  # fmt: skip
+def test_pooling_that_cannot_be_in_the_graph_is_refused(tmp_path, modules, config, remedy):
+    folder = sentence_folder(tmp_path, modules, **config)
+    with pytest.raises(GraphError, match=remedy):
+        pooling.pooling_of(folder, "config")
+
+
+@pytest.mark.parametrize("mode", ["mean", "cls", "last"])
+@pytest.mark.parametrize("normalise", [True, False])
+def test_embeddings_in_the_graph_and_in_the_reference_are_of_one_definition(mode, normalise):
+    """Each written on its own, and both from the definition: padding on either side counts not."""
+    states = torch.randn(3, 5, 8)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 0, 1, 1, 1]])
+    ours = pooling._embedding(states, mask, pooling.Pooling(mode, normalise)).numpy()
+    values, outputs = {"attention_mask": mask.numpy()}, {"last_hidden_state": states.numpy()}
+    theirs = embedding(mode, normalise=normalise)(values, outputs)["sentence_embedding"]
+    assert np.abs(ours - theirs).max() < 1e-6
+    row = {"mean": states[2, 2:].mean(0), "cls": states[2, 0], "last": states[2, 4]}[mode]
+    row = row / row.norm() if normalise else row
+    assert np.abs(ours[2] - row.numpy()).max() < 1e-6
+
+
+def test_a_sentence_encoder_is_published_with_its_pooling(tmp_path):
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                        num_attention_heads=4, max_position_embeddings=64,
+                        initializer_range=0.2)  # fmt: skip
+    pair = prepare(tmp_path, BertModel(config), target_modules=["query", "dense"])
+    sentence_folder(pair.base)
+    report = dora_export.export_onnx(
+        pair.base, pair.adapter, tmp_path / "out", options=GraphOptions(pooling="config")
+    )
+    assert report.verdict == "right"
+    figures = report.verified.tiers[0].figures["outputs"]
+    assert {"last_hidden_state", "sentence_embedding"} < set(figures)
+    assert figures["sentence_embedding"]["effect"]["max"] > 0.01
+    assert figures["sentence_embedding"]["error"]["max"] < 1e-5
+    assert report.facts["pooling"] == {"mode": "mean", "normalise": True}
+    (output,) = [v for v in graph_of(tmp_path / "out").output if v.name == "sentence_embedding"]
+    assert dims(output) == ["batch_size", 32]
 
 
 # --- refusals

@@ -7,11 +7,12 @@ replaced by another dtype or another kind of graph.
 from __future__ import annotations
 
 import importlib.util
+import io
 import logging
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any, Literal
 
 import onnx_ir as ir
@@ -119,7 +120,8 @@ def quiet() -> Iterator[None]:
     for one in loggers:
         one.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        # transformers lets torch print its progress.
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dora_export.onnx.model import DATA_BYTES
+from dora_export.errors import shown
+from dora_export.onnx.model import DATA_BYTES, GraphError
 from dora_export.writers.files import refusal
 
 if TYPE_CHECKING:
@@ -49,6 +50,24 @@ def write(model: ir.Model, path: Path, data: str) -> None:
         settle_all(path, data)
     except OSError as error:
         raise refusal(path, error) from error
+    check(path)
+
+
+def check(path: Path) -> None:
+    """Let onnx's checker look at a graph by its path, as graphs above 2 GiB need.
+
+    Raises:
+        GraphError: It refuses the graph.
+    """
+    import onnx  # noqa: PLC0415 - takes a second
+
+    try:
+        onnx.checker.check_model(str(path))
+    except onnx.checker.ValidationError as error:
+        raise GraphError(
+            f"{path.name}: onnx's checker refuses what was exported: {shown(error, 300)}. Pass "
+            "another --engine or --opset."
+        ) from error
 
 
 def settle_all(path: Path, data: str) -> None:

@@ -13,6 +13,7 @@ from dora_export.verification.model import TierResult, Verdict, VerifyReport
 
 if TYPE_CHECKING:
     from dora_export.verification.models import ModelClass
+    from dora_export.verification.pooling import Derive
     from dora_export.verification.runner import Runner
 
 Way = Literal["trace", "into", "adapters"]
@@ -118,6 +119,7 @@ class Parity:
         budget: Largest difference allowed, relative; None: the measured noise.
         padding: Where padding may be.
         cls: Class to run the unmerged model with; None: the base's.
+        derive: Gives outputs that the graph has beside the model's, from inputs and outputs.
         needs_budget: The graph is quantised: it is compared only where the user gives a budget.
     """
 
@@ -128,6 +130,7 @@ class Parity:
     budget: float | None = None
     padding: Padding = "any"
     cls: ModelClass | None = None
+    derive: Derive | None = None
     needs_budget: bool = False
 
 

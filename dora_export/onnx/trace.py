@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from dora_export.onnx.model import (
     Request,
 )
 from dora_export.verification.measured import LoadFailure, Unsupported, library_of
+from dora_export.verification.pooling import embedding
 from dora_export.writers.files import write_small
 
 OPSETS = range(18, 26)  # what torch's exporter writes
@@ -84,6 +86,7 @@ def make(request: Request, folder: Path) -> Made:
         files,
         fuse,
         genai,
+        pooling,
         quantise,
         share,
         tasks,
@@ -106,6 +109,11 @@ def make(request: Request, folder: Path) -> Made:
         )
     (part,) = tasks.parts(loaded.model, options.batch)
     task = options.task or tasks.task_of(cls.name)
+    derive, pooled = None, None
+    if options.pooling is not None:
+        pooled = pooling.pooling_of(folder, options.pooling)
+        part = pooling.pooled(part, pooled)
+        derive = embedding(pooled.mode, normalise=pooled.normalise)
     request.on_stage(f"tracing {cls.name}, the longest part")
     model, engine, failures = engines.traced(part, options.opset, options.engine)
     tidy.tidy(model)
@@ -120,7 +128,7 @@ def make(request: Request, folder: Path) -> Made:
     request.on_stage(f"writing {name}")
     facts = {"task": task, "class": cls.name, "dtype": options.dtype, "engine": engine,
              **_facts(model, part), "padding": "any", "fused": options.fuse,
-             "shared_weights": len(shared)}  # fmt: skip
+             "shared_weights": len(shared), "pooling": pooled and asdict(pooled)}  # fmt: skip
     if options.quantize is not None:
         quantise.reachable(model)
         plain = path.with_name("float.onnx")
@@ -130,6 +138,7 @@ def make(request: Request, folder: Path) -> Made:
         for file in (plain, plain.with_name(f"{plain.name}.data")):
             file.unlink(missing_ok=True)
         files.settle_all(path, data)
+        files.check(path)
     else:
         files.write(model, path, data)
     if task == "text-generation":
@@ -142,7 +151,7 @@ def make(request: Request, folder: Path) -> Made:
         graphs=(name,),
         facts=facts,
         parity=(Parity(name, request.plan, outputs=part.compared, budget=budget,
-                       cls=None if options.task is None else cls),),
+                       cls=None if options.task is None else cls, derive=derive),),
         notes=tuple(failures),
     )  # fmt: skip
 

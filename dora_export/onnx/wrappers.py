@@ -71,14 +71,15 @@ class Flat(nn.Module):
         """
         super().__init__()
         self.model = model
-        self._names, self._run, self._outputs = list(names), run, list(outputs)
+        self._names, self._outputs = list(names), list(outputs)
+        self.run = run
         self.by_name = False  # return a mapping
 
     def forward(self, *given: Tensor, **named: Tensor) -> Any:
         """Return the outputs in order, or by name."""
         values = dict(zip(self._names, given, strict=False))
         values |= {name: named[word(name)] for name in self._names if word(name) in named}
-        found = tuple(self._run(self.model, values))
+        found = tuple(self.run(self.model, values))
         return dict(zip(self._outputs, found, strict=True)) if self.by_name else found
 
 

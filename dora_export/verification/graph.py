@@ -26,6 +26,7 @@ from dora_export.verification.stale import stale
 
 if TYPE_CHECKING:
     from dora_export.verification.models import ModelClass
+    from dora_export.verification.pooling import Derive
 
 GREEDY = 64  # tokens of greedy text
 
@@ -41,6 +42,7 @@ def check_graph(
     padding: Padding = "any",
     tokens: int = GREEDY,
     cls: ModelClass | None = None,
+    derive: Derive | None = None,
     progress: Progress | None = None,
 ) -> tuple[TierResult, tuple[Finding, ...]]:
     """Run an ONNX graph beside the unmerged base and adapter, and compare all outputs.
@@ -60,6 +62,7 @@ def check_graph(
         tokens: Tokens that the reference writes, one by one, for the graph to agree with, if it
             keeps a cache.
         cls: Class to run the reference with; None: the base's.
+        derive: Gives outputs that the graph has beside the model's, from inputs and outputs.
         progress: Called with stages done and stages in all.
 
     Returns:
@@ -72,7 +75,7 @@ def check_graph(
     own_runner = runner is None
     try:
         measured = _measure(
-            plan, graph, runner, outputs, budget, prompts, progress, padding, tokens, cls
+            plan, graph, runner, outputs, budget, prompts, progress, padding, tokens, cls, derive
         )
         held = stale(plan, graph) if own_runner else ()
         found = (*_judge(name, measured, budget), *held)
@@ -96,6 +99,7 @@ def _measure(
     padding: Padding,
     tokens: int,
     cls: ModelClass | None,
+    derive: Derive | None,
 ) -> GraphMeasured:
     library = library_of(plan.base.config)
     if importlib.util.find_spec(library) is None:
@@ -106,7 +110,17 @@ def _measure(
     from dora_export.verification import named  # noqa: PLC0415 - torch takes a second to import
 
     return named.measure(
-        plan, graph, runner, outputs, budget is None, prompts, progress, padding, tokens, cls
+        plan,
+        graph,
+        runner,
+        outputs,
+        budget is None,
+        prompts,
+        progress,
+        padding,
+        tokens,
+        cls,
+        derive,
     )
 
 

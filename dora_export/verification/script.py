@@ -19,6 +19,7 @@ from dora_export.verification.runner import Arrays, Slot
 
 PAST, PRESENT = "past_key_values.", "present."
 DECODED = 4  # tokens given one by one behind a prefill
+MOST_PARTS = 2  # of a batch, for a graph that takes fewer sequences at once
 # What a graph may ask for beside the model's main input, and models otherwise make up themselves.
 DERIVED = ("attention_mask", "position_ids", "token_type_ids")
 
@@ -70,6 +71,17 @@ def scripts(
         slots: The graph's inputs.
         padding: Where the graph takes padding.
     """
+    fixed = _fixed_rows(values, slots)
+    rows = len(next(iter(values.values())))
+    if fixed is not None and rows > fixed:  # a graph for so many sequences and no others
+        return [
+            found
+            for start in range(0, min(rows - fixed + 1, MOST_PARTS * fixed), fixed)
+            for found in scripts(
+                f"{name} {start + 1}" + (f" to {start + fixed}" if fixed > 1 else ""),
+                {n: v[start : start + fixed] for n, v in values.items()}, slots, padding,
+            )
+        ]  # fmt: skip
     if "input_ids" not in values:
         whole = _fitted(values, slots)
         return [] if whole is None else [Script(name, (Ask(whole),))]
@@ -93,6 +105,13 @@ def scripts(
         found.append(_stepwise(f"{name}, step by step", ids[:, ::direction],
                                mask[:, ::direction], rest, slots))  # fmt: skip
     return [script for script in found if script is not None]
+
+
+def _fixed_rows(values: Arrays, slots: Mapping[str, Slot]) -> int | None:
+    """Return the batch size that a graph is fixed to, if it is one and the values share theirs."""
+    found = {slots[n].shape[0] for n in values if n in slots and slots[n].shape}
+    rows = {len(v) for v in values.values() if v.ndim}
+    return found.pop() if len(found) == 1 and len(rows) == 1 else None
 
 
 def _whole(
@@ -212,6 +231,12 @@ def compared(
         for ask, one, other in zip(script.asks, ours, theirs, strict=True)
     ]  # fmt: skip
     return parity.added(parts)
+
+
+def finite(script: Script, results: Sequence[Arrays], names: Sequence[str]) -> bool:
+    """Return whether the named outputs are finite, but for padding."""
+    found = pieces([script], [results], names)
+    return all(bool(np.isfinite(array).all()) for array in found)
 
 
 def pieces(

@@ -1,0 +1,235 @@
+"""Time a decoder's graphs beside onnxruntime-genai's builder and torch, all in one run.
+
+``tools/bench_onnx.py --base BASE --adapter ADAPTER --work DIR [--rounds 5] [--json FILE]`` exports
+what is not in DIR yet and times, in turn, round by round:
+
+- prefill latency of a prompt and decoding speed of our graphs (fp32, fp32 fused for one sequence,
+  int4) and of the builder's (fp32, int4; where onnxruntime-genai is installed), in onnxruntime with
+  the cache fed back;
+- torch eager, merged and unmerged (PEFT's active adapter);
+- a traced graph of the unmerged model, whose norms are computed anew in every step.
+
+The builder is given the merged weights in float32, never the adapter: it drops magnitudes silently.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PROMPT, TOKENS = 64, 32  # tokens of the prompt, and written behind it
+Turn = Callable[[], tuple[float, float]]  # seconds of the prefill, and of all steps behind it
+
+
+def of_graph(path: Path, threads: int) -> Turn:
+    """Return what times one graph with a cache; sessions are made once."""
+    import onnxruntime  # noqa: PLC0415 - seconds
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    types = {"tensor(float)": np.float32, "tensor(float16)": np.float16,
+             "tensor(int64)": np.int64, "tensor(int32)": np.int32}  # fmt: skip
+    slots = {i.name: i for i in session.get_inputs()}
+    outputs = [o.name for o in session.get_outputs()]
+
+    def feed(ids: Any, seen: int, past: dict[str, Any]) -> dict[str, Any]:
+        values = {
+            "input_ids": ids,
+            "attention_mask": np.ones((1, seen), np.int64),
+            "position_ids": np.arange(seen - ids.shape[1], seen)[None],
+            **past,
+        }
+        return {n: values[n].astype(types[slot.type]) for n, slot in slots.items()}
+
+    def empty() -> dict[str, Any]:
+        return {n: np.zeros((1, slot.shape[1], 0, slot.shape[3]), np.float32)
+                for n, slot in slots.items() if n.startswith("past")}  # fmt: skip
+
+    def turn() -> tuple[float, float]:
+        ids = np.arange(100, 100 + PROMPT)[None]
+        started = time.perf_counter()
+        found = dict(zip(outputs, session.run(None, feed(ids, PROMPT, empty())), strict=True))
+        prefilled = time.perf_counter()
+        for step in range(TOKENS):
+            token = found["logits"][:, -1:].argmax(-1)
+            past = {n: found[n.replace("past_key_values", "present")] for n in empty()}
+            values = feed(token, PROMPT + step + 1, past)
+            found = dict(zip(outputs, session.run(None, values), strict=True))
+        return prefilled - started, time.perf_counter() - prefilled
+
+    return turn
+
+
+def of_torch(model: Any, threads: int) -> Turn:
+    """Return what times a model of transformers, eager."""
+    import torch  # noqa: PLC0415 - seconds
+
+    def turn() -> tuple[float, float]:
+        torch.set_num_threads(threads)
+        with torch.no_grad():
+            started = time.perf_counter()
+            found = model(torch.arange(100, 100 + PROMPT)[None], use_cache=True)
+            prefilled = time.perf_counter()
+            for _ in range(TOKENS):
+                token = found.logits[:, -1:].argmax(-1)
+                found = model(token, past_key_values=found.past_key_values, use_cache=True)
+            return prefilled - started, time.perf_counter() - prefilled
+
+    return turn
+
+
+def make_graphs(base: Path, adapter: Path, work: Path) -> dict[str, Path]:
+    """Export what is missing; return the graphs by name."""
+    from dora_export import GraphOptions, export_onnx, merge  # noqa: PLC0415
+
+    kinds = {
+        "ours, fp32": GraphOptions(),
+        "ours, fp32 fused, one sequence": GraphOptions(fuse="cpu", batch=1),
+        "ours, int4": GraphOptions(quantize="int4"),
+        "ours, int4 fused, one sequence": GraphOptions(quantize="int4", fuse="cpu", batch=1),
+    }
+    found = {}
+    for name, options in kinds.items():
+        folder = work / name.replace(", ", "-").replace(" ", "-")
+        if not folder.is_dir():
+            print(f"exporting {name} ...", file=sys.stderr, flush=True)
+            export_onnx(base, adapter, folder, options=options, verify=False)
+        found[name] = folder / "model.onnx"
+    if not (work / "merged").is_dir():
+        merge(base, adapter, work / "merged", dtype="fp32")
+    unmerged = work / "unmerged" / "model.onnx"
+    if not unmerged.is_file():
+        print("exporting the unmerged model ...", file=sys.stderr, flush=True)
+        trace_unmerged(base, adapter, unmerged)
+    return {**found, "unmerged DoRA, fp32": unmerged, **by_builder(work)}
+
+
+def trace_unmerged(base: Path, adapter: Path, path: Path) -> None:
+    """Trace PEFT's model with its adapter active: norms and products stay in the graph."""
+    from dora_export.onnx import engines, files, tasks, tidy  # noqa: PLC0415
+
+    (part,) = tasks.parts(unmerged_model(base, adapter))
+    model, _, _ = engines.traced(part, None, "torch")
+    tidy.tidy(model)
+    files.write(model, path, f"{path.name}.data")
+
+
+def unmerged_model(base: Path, adapter: Path) -> Any:
+    """Return the base with PEFT's adapter active, in float32."""
+    import peft  # noqa: PLC0415 - seconds
+    import torch  # noqa: PLC0415
+    import transformers  # noqa: PLC0415
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    wrapped = peft.PeftModel.from_pretrained(model, adapter).eval()
+    return wrapped.base_model.model  # its layers are PEFT's, and its forward is the model's own
+
+
+def by_builder(work: Path) -> dict[str, Path]:
+    """Return graphs of onnxruntime-genai's builder from the merged weights; none without it."""
+    found = {}
+    for precision in ("fp32", "int4"):
+        folder = work / f"builder-{precision}"
+        if not (folder / "model.onnx").is_file():
+            command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i",
+                       str(work / "merged"), "-o", str(folder), "-p", precision, "-e", "cpu",
+                       "-c", str(work / "cache")]  # fmt: skip
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+                print(f"builder {precision}: {reason}", file=sys.stderr)
+                shutil.rmtree(folder, ignore_errors=True)
+                continue
+        found[f"builder, {precision}"] = folder / "model.onnx"
+    return found
+
+
+def turns(graphs: dict[str, Path], base: Path, adapter: Path, work: Path, threads: int
+          ) -> dict[str, Turn]:  # fmt: skip
+    """Return everything that is timed, by name."""
+    import torch  # noqa: PLC0415 - seconds
+    import transformers  # noqa: PLC0415
+
+    found = {name: of_graph(path, threads) for name, path in graphs.items()}
+    merged = transformers.AutoModelForCausalLM.from_pretrained(work / "merged", dtype=torch.float32)
+    found["torch eager, merged"] = of_torch(merged.eval(), threads)
+    found["torch eager, unmerged"] = of_torch(unmerged_model(base, adapter), threads)
+    return found
+
+
+def peak_memory(base: Path, adapter: Path, work: Path) -> None:
+    """Print the most anonymous memory that exporting takes, beside the graph's bytes."""
+    out = work / "memory"
+    shutil.rmtree(out, ignore_errors=True)
+    command = [sys.executable, "-m", "dora_export", "onnx", str(base), str(adapter), "-o", str(out),
+               "--no-verify"]  # fmt: skip
+    peak = 0
+    with subprocess.Popen(command) as process:
+        status = Path(f"/proc/{process.pid}/status")
+        while process.poll() is None:
+            found = re.search(r"^RssAnon:\s*(\d+) kB", status.read_text(), re.MULTILINE)
+            peak = max(peak, 1024 * int(found[1])) if found else peak
+            time.sleep(0.02)
+    if process.returncode:
+        sys.exit(process.returncode)
+    nbytes = sum(f.stat().st_size for f in out.glob("model.onnx*"))
+    print(f"graph {nbytes / 1e6:.0f} MB, peak anonymous memory {peak / 1e6:.0f} MB, of which "
+          "python and torch take about 250 MB whatever the model")  # fmt: skip
+
+
+def main() -> int:
+    """Print the table; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--base", type=Path, default=Path("build/real/smollm2-135m"))
+    parser.add_argument("--adapter", type=Path, default=Path("build/real/smollm2-135m-dora"))
+    parser.add_argument("--work", type=Path, default=Path("build/bench-onnx"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--memory", action="store_true", help="only measure an export's memory")
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    given.work.mkdir(parents=True, exist_ok=True)
+    if given.memory:
+        peak_memory(given.base, given.adapter, given.work)
+        return 0
+    graphs = make_graphs(given.base, given.adapter, given.work)
+    timed = turns(graphs, given.base, given.adapter, given.work, given.threads)
+    for turn in timed.values():
+        turn()  # warm up
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in timed}
+    for _ in range(given.rounds):
+        for name, turn in timed.items():
+            seconds[name].append(turn())
+    rows = []
+    print(f"{'what':<34} {'prefill ms':>10} {'min - max':>15} {'ms per token':>13} "
+          f"{'min - max':>13} {'tokens/s':>9}")  # fmt: skip
+    for name, runs in seconds.items():
+        prefill = [1000 * first for first, _ in runs]
+        step = [1000 * rest / TOKENS for _, rest in runs]
+        row = {"name": name, "prefill_ms": prefill, "token_ms": step}
+        rows.append(row)
+        print(f"{name:<34} {statistics.median(prefill):>10.1f} "
+              f"{f'{min(prefill):.1f} - {max(prefill):.1f}':>15} {statistics.median(step):>13.2f} "
+              f"{f'{min(step):.2f} - {max(step):.2f}':>13} "
+              f"{1000 / statistics.median(step):>9.1f}")  # fmt: skip
+    if given.json:
+        given.json.write_text(json.dumps(rows, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
