@@ -20,8 +20,10 @@ INDEX_TENSORS = 1_000_000
 
 # --- other JSON: configs, manifests, tokenizers ---
 
-JSON_BYTES = 64_000_000  # the largest tokenizer.json known has 35 MB
-JSON_VALUES = 2_000_000  # values in one file, counted by what separates them
+JSON_BYTES = 32_000_000  # a manifest that names 70,000 changed tensors has 21 MB
+JSON_VALUES = 1_000_000  # values in one file, counted by what separates them
+TOKENIZER_BYTES = 64_000_000  # the largest tokenizer.json known has 35 MB
+TOKENIZER_VALUES = 4_000_000  # and 2,000,000 values
 JSON_DEPTH = 64  # configs go down to 6
 
 # --- numbers and patterns in configs ---
@@ -39,10 +41,9 @@ ZIP_DIRECTORY_BYTES = 16_000_000  # a tensor takes about 70
 
 # --- side files ---
 
-SIDE_FILES = 10_000
 SIDE_FILE_BYTES = 256 << 20
 CARD_BYTES = 1 << 20  # of the model card, read for its licence
-CODE_BYTES = 16 << 20  # of a file whose text is looked at
+TEMPLATE_BYTES = 16 << 20  # of a chat template
 
 # --- staged work ---
 

@@ -236,7 +236,7 @@ def test_huge_json_is_refused_before_it_is_read(at, tensors):
     small.write_base(at / "base", tensors)
     with (at / "base/config.json").open("wb") as file:
         file.truncate(300_000_000)  # a hole
-    with pytest.raises(InputError, match="larger than 64000000 bytes"):
+    with pytest.raises(InputError, match="larger than 32000000 bytes"):
         merge(at)
 
 

@@ -302,8 +302,8 @@ def test_what_was_written_is_held_against_the_plan(pair, monkeypatch, damage):
     graph = save_graph(folder / "graph/model.onnx", transposed(base), data="w.bin")
     write = into.write
 
-    def spoilt(plan, matches, layout, request):
-        write(plan, matches, layout, request)
+    def spoilt(plan, matches, parameters, layout, request):
+        write(plan, matches, parameters, layout, request)
         path = request.folder / ("model.onnx" if damage == "structure" else "w.bin")
         data = bytearray(path.read_bytes())
         at = {"tensor": matches[0].tensor.source.start + 3, "structure": 1,

@@ -6,7 +6,7 @@ proves that a graph holds the base (the base's rows give its very bytes) and wri
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from dora_export import cast
 from dora_export.tensors import F16, F64, Bytes, DType
+
+UINT8, INT8 = 2, 3  # TensorProto.DataType
 
 
 class Encoding(Protocol):
@@ -130,7 +132,7 @@ class NBits:
 
     def encode(self, rows: NDArray[Any]) -> tuple[Bytes, ...]:
         """Return packed values, scales, and zero points unless symmetric."""
-        from onnxruntime.quantization import matmul_nbits_quantizer as ort  # noqa: PLC0415 - slow
+        from onnxruntime.capi import _pybind_state as ort  # noqa: PLC0415 - slow to import
 
         quantise = ort.quantize_matmul_8bits if self.bits == 8 else ort.quantize_matmul_4bits
         count, length = rows.shape
@@ -143,6 +145,128 @@ class NBits:
         quantise(packed, values, scales, zeros, self.block, count, length, self.symmetric)
         stored = (packed.reshape(count, -1), _as_bytes(_narrowed(scales, self.scales)))
         return stored if self.symmetric else (*stored, zeros)
+
+
+@dataclass(frozen=True)
+class Int8:
+    """onnxruntime's 8-bit quantisation with one scale for a whole tensor.
+
+    Source: onnxruntime.quantization.quant_utils, quantize_nparray, compute_scale_zp.
+
+    Attributes:
+        values: The type that was quantised; that of the scale.
+        signed: int8, else uint8.
+        scale: The scale.
+        zero: The zero point.
+        symmetric: The range was made symmetric about zero.
+        reduced: Seven bits only ("reduce_range").
+    """
+
+    values: DType
+    signed: bool
+    scale: float
+    zero: int
+    symmetric: bool = True
+    reduced: bool = False
+
+    @property
+    def source(self) -> DType:  # noqa: D102 - as in the Protocol
+        return self.values
+
+    @property
+    def name(self) -> str:  # noqa: D102
+        return f"{'int8' if self.signed else 'uint8'}, one scale"
+
+    def encode(self, rows: NDArray[Any]) -> tuple[Bytes, ...]:  # noqa: D102
+        return (_quantised(rows, self.values, np.float32(self.scale), self.zero, self.signed),)
+
+    def of_range(self, low: float, high: float) -> Int8:
+        """Return the encoding that onnxruntime chooses for values of a range."""
+        from onnxruntime.quantization import quant_utils as ort  # noqa: PLC0415 - slow to import
+
+        kind = _float_of(self.values)
+        first, last = ort.get_qmin_qmax_for_qType(
+            INT8 if self.signed else UINT8, self.reduced, self.symmetric
+        )
+        zero, scale = ort.compute_scale_zp(
+            np.array(low, kind), np.array(high, kind), first, last, self.symmetric
+        )
+        return replace(self, scale=float(scale), zero=int(zero))
+
+
+@dataclass(frozen=True)
+class Int8Rows:
+    """onnxruntime's 8-bit quantisation with a scale for each row ("per_channel").
+
+    Attributes:
+        values: The type that was quantised; that of the scales.
+        signed: int8, else uint8.
+        symmetric: The range was made symmetric about zero.
+        reduced: Seven bits only.
+        with_zeros: Zero points are stored that are not all zero.
+    """
+
+    values: DType
+    signed: bool
+    symmetric: bool = True
+    reduced: bool = False
+    with_zeros: bool = False
+
+    @property
+    def source(self) -> DType:  # noqa: D102 - as in the Protocol
+        return self.values
+
+    @property
+    def name(self) -> str:  # noqa: D102
+        return f"{'int8' if self.signed else 'uint8'}, a scale for each row"
+
+    def encode(self, rows: NDArray[Any]) -> tuple[Bytes, ...]:
+        """Return quantised values, scales, and zero points where they are stored."""
+        kind = _float_of(self.values)
+        values = rows.view(kind)
+        low = np.minimum(values.min(axis=1), kind.type(0))
+        high = np.maximum(values.max(axis=1), kind.type(0))
+        if self.symmetric:
+            high = np.maximum(np.abs(low), np.abs(high))
+            low = -high
+        first, last = _range(self.signed, self.reduced, self.symmetric)
+        scale = (high.astype(np.float64) - low.astype(np.float64)) / (last - first)
+        stored = scale.astype(kind)
+        least = np.finfo(kind).smallest_subnormal if kind == np.float16 else np.finfo(kind).tiny
+        none = (stored if kind == np.float16 else scale) < least
+        with np.errstate(divide="ignore", invalid="ignore"):
+            zero = np.round(first - low / scale)
+        if self.symmetric:
+            zero = np.full(scale.shape, np.round((first + last) / 2))
+        stored, zero = np.where(none, kind.type(1), stored), np.where(none, 0, zero)
+        scaled = stored[:, None]
+        quantised = _quantised(rows, self.values, scaled, zero[:, None], self.signed)
+        out = (quantised, _as_bytes(stored[:, None]))
+        if not self.with_zeros:
+            return out
+        return (*out, zero.astype(np.int8 if self.signed else np.uint8)[:, None].view(np.uint8))
+
+
+def _range(signed: bool, reduced: bool, symmetric: bool) -> tuple[int, int]:
+    """Return the least and largest quantised value. Source: as in ``Int8``, ONNX_INT_TYPE_*."""
+    if reduced:
+        return (-64, 64) if signed else (0, 127)
+    if signed:
+        return (-127 if symmetric else -128), 127
+    return 0, 255
+
+
+def _quantised(rows: NDArray[Any], dtype: DType, scale: Any, zero: Any, signed: bool) -> Bytes:
+    values = rows.view(_float_of(dtype)).astype(np.float32)
+    values /= scale
+    np.round(values, out=values)
+    values += np.asarray(zero, np.float32)
+    np.clip(values, -128 if signed else 0, 127 if signed else 255, out=values)
+    return values.astype(np.int8 if signed else np.uint8).view(np.uint8)
+
+
+def _float_of(dtype: DType) -> np.dtype[Any]:
+    return np.dtype(f"f{dtype.itemsize}")
 
 
 def _narrowed(values: NDArray[Any], dtype: DType) -> NDArray[Any]:

@@ -9,22 +9,27 @@ from __future__ import annotations
 
 import shutil
 import threading
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from dora_export import inputs
 from dora_export.checkpoints.folder import read_json
 from dora_export.engine import Engine, Resources, check_adapter
 from dora_export.errors import OutputError, listing, shown
-from dora_export.onnx.encodings import NeverZero, Plain
-from dora_export.onnx.graph_file import Graph, open_graph
+from dora_export.onnx.encodings import Int8, NeverZero, Plain
+from dora_export.onnx.graph_file import Graph, StoredTensor, nodes, open_graph
 from dora_export.onnx.layout import Layout, lay_out
 from dora_export.onnx.matching import Match, weights_of
 from dora_export.onnx.matching_graph import Matched, match_graph
 from dora_export.onnx.model import GraphError, GraphOptions, Made, Parity, Request
 from dora_export.onnx.rewritten import recheck
-from dora_export.onnx.scatter import Rewriter, Scatter, parts_of, rewriting
+from dora_export.onnx.scatter import Part, Rewriter, Scatter, parts_of, rewriting
 from dora_export.plan import Plan
 from dora_export.tensors import FileRange
 from dora_export.verification.plausible import refuse_implausible
@@ -34,6 +39,17 @@ from dora_export.writers.staging import MANIFEST
 
 LEAST_BLOCK, MOST_BLOCK = 2 << 20, 16 << 20
 COLUMNS = 1024  # rows of a piece that goes into columns: fewer make too many writes
+# Names that the comparison with the unmerged model knows, beside those of a cache.
+INPUTS = frozenset(
+    """input_ids attention_mask position_ids token_type_ids inputs_embeds pixel_values
+    pixel_mask input_features input_values decoder_input_ids decoder_attention_mask
+    encoder_hidden_states encoder_outputs encoder_attention_mask""".split()
+)
+OUTPUTS = frozenset(
+    """logits last_hidden_state pooler_output hidden_states start_logits end_logits
+    image_embeds text_embeds logits_per_image logits_per_text encoder_last_hidden_state
+    sentence_embedding token_embeddings""".split()
+)
 RUNS = 24  # of a tensor that are listed in the manifest; reordered ones have thousands
 
 
@@ -62,19 +78,23 @@ def make(request: Request) -> Made:
         request.on_stage("looking for the base in the graph")
         matched = match_graph(graph, weights_of(plan), threads=request.threads)
         refuse_unmatched(plan, matched, request.allow_missing)
-        changed = _each_once(matched)
-        layout = lay_out(graph, [lines.tensor for m in changed for lines in m.holders])
+        proofs = _each_once(matched)
+        changed, parameters = with_new_ranges(plan, matched, proofs, request.threads)
+        holders = [lines.tensor for m in changed for lines in m.holders]
+        layout = lay_out(graph, [*holders, *parameters])
         _check_space(request.folder, layout)
         request.on_stage("writing merged weights into the graph")
-        write(plan, changed, layout, request)
+        write(plan, changed, parameters, layout, request)
         request.on_stage("checking what was written")
-        found = recheck(plan, graph, changed, layout, request.folder, threads=request.threads)
+        found = recheck(
+            plan, graph, changed, parameters, layout, request.folder, threads=request.threads
+        )
     return Made(
         graphs=(graph.path.name,),
-        facts=_facts(graph, matched, changed),
+        facts=_facts(graph, matched, proofs),
         parity=_parity(plan, graph, changed),
         tiers=found.tiers,
-        notes=tuple(_notes(matched)),
+        notes=tuple(_notes(matched, changed)),
         warnings=tuple(f"not in the graph, as allowed: {shown(n)} ({w})"
                        for n, w in matched.missing.items()),
     )  # fmt: skip
@@ -148,8 +168,8 @@ def refuse_unmatched(plan: Plan, matched: Matched, allowed: Sequence[str]) -> No
         raise GraphError(
             f"{path}: holds other parts of {base}, but none of the {total} tensors that the "
             f"adapter changes:{listed}\nIt has an adapter merged in already, is of a fine-tuned "
-            f"model, or folds or quantises weights in a way of its own.{quantised} Pass the graph "
-            "of the base itself."
+            "model or of the base in another precision, or folds or quantises weights in a way of "
+            f"its own.{quantised} Pass the graph of the base itself."
         )
     raise GraphError(
         f"{path}: does not hold {len(missing)} of the {total} tensors that the adapter changes:"
@@ -220,7 +240,81 @@ def _check_space(folder: Path, layout: Layout) -> None:
         )
 
 
-def write(plan: Plan, matches: Sequence[Match], layout: Layout, request: Request) -> None:
+def with_new_ranges(
+    plan: Plan, matched: Matched, matches: Sequence[Match], threads: int | None
+) -> tuple[list[Match], dict[StoredTensor, bytes]]:
+    """Return matches with the scales that merged values have, and what becomes of those.
+
+    Where one scale holds for a whole tensor it follows from its largest value, so these tensors are
+    merged twice, the first time for their ranges only.
+
+    Returns:
+        The matches, and the new bytes of stored scales and zero points that change.
+
+    Raises:
+        GraphError: A scale that changes is shared with a tensor that has another one.
+    """
+    ranged = [m for m in matches if isinstance(m.encoding, Int8)]
+    found = _ranges(plan, ranged, threads)
+    renewed = []
+    wanted: dict[StoredTensor, dict[bytes, str]] = defaultdict(dict)
+    for match in matched.matches:
+        encoding = match.encoding
+        if isinstance(encoding, Int8):
+            if match in matches:
+                encoding = encoding.of_range(*found[id(match)])
+            for tensor, data in zip(match.parameters, _stored_parameters(encoding), strict=False):
+                wanted[tensor][data] = match.tensor.where
+        if match in matches:
+            renewed.append(replace(match, encoding=encoding))
+    problems = [f"{t.where}: of {' and '.join(users.values())}" for t, users in wanted.items()
+                if len(users) > 1]  # fmt: skip
+    if problems:
+        raise GraphError(
+            f"{matched.graph.path}: scales that the merge makes different are shared:"
+            f"{listing(problems)}\nQuantise the base with a scale for each weight."
+        )
+    changed = {t: data for t, (data,) in ((t, tuple(u)) for t, u in wanted.items())
+               if t.read().tobytes() != data}  # fmt: skip
+    return renewed, changed
+
+
+def _ranges(
+    plan: Plan, matches: Sequence[Match], threads: int | None
+) -> dict[int, tuple[float, float]]:
+    """Return the least and the largest merged value of each match, zero included."""
+    found = {id(m): (0.0, 0.0) for m in matches}
+    lock = threading.Lock()
+
+    def widen(part: Part, start: int, rows: NDArray[Any]) -> None:
+        values = rows.view(f"f{rows.dtype.itemsize}")
+        with lock:
+            low, high = found[id(part.match)]
+            found[id(part.match)] = (
+                min(low, float(values.min())),
+                max(high, float(values.max())),
+            )
+
+    parts = parts_of(matches)
+    for dtype in dict.fromkeys(m.encoding.source for m in matches):
+        merged = rewriting(plan, matches, dtype)
+        Engine(merged, Scatter(merged, parts, widen), Resources("cpu", threads)).run()
+    return found
+
+
+def _stored_parameters(encoding: Int8) -> tuple[bytes, bytes]:
+    scale = np.array([encoding.scale], f"f{encoding.values.itemsize}")
+    zero = np.array([encoding.zero], np.int8 if encoding.signed else np.uint8)
+    return scale.tobytes(), zero.tobytes()
+
+
+def write(
+    plan: Plan,
+    matches: Sequence[Match],
+    parameters: Mapping[StoredTensor, bytes],
+    layout: Layout,
+    request: Request,
+) -> None:
     """Write all files of a re-weighted graph, merged values in the place of the base's.
 
     Peak memory: a few blocks per worker; no tensor is held whole.
@@ -245,6 +339,7 @@ def write(plan: Plan, matches: Sequence[Match], layout: Layout, request: Request
         writer = Rewriter(layout, sink, matches)
         writer.copy()
         on_bytes(sum(c.nbytes for c in layout.copied))
+        writer.replace(parameters)
         for match in matches:
             writer.keep(match)
         resources = Resources("cpu", request.threads, _block_bytes(matches))
@@ -259,9 +354,43 @@ def _block_bytes(matches: Sequence[Match]) -> int:
 
 
 def _parity(plan: Plan, graph: Graph, changed: Sequence[Match]) -> tuple[Parity, ...]:
-    quantised = any(not isinstance(m.encoding, Plain | NeverZero) for m in changed)
+    if _own_names(graph):
+        return ()
     outputs = [o.name for o in graph.model.graph.output if not o.name.startswith("present")]
-    return (Parity(graph.path.name, plan, outputs=outputs, needs_budget=quantised),)
+    return (
+        Parity(
+            graph.path.name,
+            plan,
+            outputs=outputs,
+            padding="none" if _counts_tokens(graph) else "any",
+            needs_budget=_is_quantised(changed),
+        ),
+    )
+
+
+def _own_names(graph: Graph) -> list[str]:
+    """Return the inputs and outputs whose names say nothing to the comparison."""
+    inner = graph.model.graph
+    stored = {t.name for t in inner.initializer}
+    given = [i.name for i in inner.input if i.name not in stored]
+    made = [o.name for o in inner.output]
+    return [n for n in given if n not in INPUTS and not n.startswith("past_key_values.")] + [
+        n for n in made if n not in OUTPUTS and not n.startswith("present.")
+    ]
+
+
+def _counts_tokens(graph: Graph) -> bool:
+    """Return whether a graph takes lengths from the mask's sums, so padding on the right only.
+
+    Its cache then leaves padding out, so that it has no counterpart in the unmerged model's.
+
+    Source: onnxruntime's contrib operator GroupQueryAttention, input ``seqlens_k``.
+    """
+    return any(node.op_type == "GroupQueryAttention" for node, _ in nodes(graph.model))
+
+
+def _is_quantised(changed: Sequence[Match]) -> bool:
+    return any(not isinstance(m.encoding, Plain | NeverZero) for m in changed)
 
 
 def beside(path: Path, files: Sequence[SideFile]) -> tuple[SideFile, ...]:
@@ -284,7 +413,17 @@ def beside(path: Path, files: Sequence[SideFile]) -> tuple[SideFile, ...]:
     return tuple(found[name] for name in sorted(found))
 
 
-def _notes(matched: Matched) -> Iterator[str]:
+def _notes(matched: Matched, changed: Sequence[Match]) -> Iterator[str]:
+    if _counts_tokens(matched.graph):
+        yield "as before, the graph takes padding on the right only; it is compared without any"
+    if own := _own_names(matched.graph):
+        said = ", ".join(shown(n) for n in own[:3]) + (" ..." if len(own) > 3 else "")
+        yield f"not run beside the unmerged model: {said} are names of the exporter's own"
+    if _is_quantised(changed):
+        yield (
+            "quantised: the unmerged model is run beside the graph only with --budget, the largest "
+            "relative difference to allow"
+        )
     if matched.absent:
         names = ", ".join(shown(n) for n in matched.absent[:4])
         more = " ..." if len(matched.absent) > 4 else ""

@@ -91,6 +91,7 @@ class Match:
         evidence: "sampled": elements were compared; "bytes": all of them.
         digest: SHA-256 of the lines in order, once they are proven.
         uses: Nodes that take the values.
+        parameters: Stored tensors with what the whole tensor shares: one scale, one zero point.
     """
 
     holders: tuple[Lines, ...]
@@ -102,6 +103,7 @@ class Match:
     evidence: Literal["sampled", "bytes"] = "sampled"
     digest: str | None = None
     uses: tuple[Use, ...] = field(default=(), repr=False)
+    parameters: tuple[StoredTensor, ...] = ()
 
     @property
     def tensor(self) -> StoredTensor:

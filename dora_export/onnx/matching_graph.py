@@ -15,6 +15,7 @@ from dora_export.onnx.lines import Lines
 from dora_export.onnx.matching import KEPT, Match, Weight, Whole, described, ends, narrowed
 from dora_export.onnx.matching_lines import ByLines, Found
 from dora_export.onnx.matching_proof import proven, values_of
+from dora_export.onnx.matching_quantised import Quantised, find, proven_quantised, quantised
 from dora_export.verification.parallel import each
 from dora_export.writers.ranges import Ranges
 
@@ -68,8 +69,10 @@ def match_graph(graph: Graph, weights: Sequence[Weight], *, threads: int | None 
     """
     looking = _Looking(graph, tuple(weights), threads)
     looking.whole_tensors()
-    looking.lines()
+    by_lines = ByLines(looking.weights)
+    looking.lines(by_lines)
     looking.vectors()
+    looking.quantised_weights(by_lines)
     return looking.matched()
 
 
@@ -126,8 +129,39 @@ class _Looking:
             )
         return f"{tensor.where}: has the values of {said}, of which not all change alike"
 
-    def lines(self) -> None:
-        by_lines = ByLines(self.weights)
+    def quantised_weights(self, by_lines: ByLines) -> None:
+        looked = each(lambda q: (q, find(q, by_lines)), list(quantised(self.graph)), 1)
+        for (what, _), (match, problem) in zip(
+            looked, each(lambda pair: self._quantised(*pair), looked, self.threads), strict=True
+        ):
+            if match is not None:
+                self.matches.append(match)
+            elif problem:
+                self.problems.append(problem)
+            else:
+                self.quantised.append(f"{what.node}{': ' if what.why else ''}{what.why}")
+
+    def _quantised(
+        self, what: Quantised, found: Sequence[Found]
+    ) -> tuple[Match | None, str | None]:
+        """Return what a quantised weight is, proven if it changes, or what is wrong."""
+        del what
+        self.alike |= {f.match.weights[0].name for f in found if len(f.match.weights) == 1}
+        if not any(f.match.changed or f.unclear.size for f in found):
+            return (found[0].match, None) if found else (None, None)
+        if found[0].unclear.size:
+            count = found[0].unclear.size
+            where = described(found[0].match)
+            return None, f"{where}: {count} lines could be rows of several tensors"
+        held = [m for f in found if (m := proven_quantised(f.match)) is not None]
+        if not held:
+            return None, None
+        chosen = narrowed(self.graph, held)
+        if len(chosen) == 1:
+            return chosen[0], None
+        return None, self._ambiguous(held[0].tensor, chosen)
+
+    def lines(self, by_lines: ByLines) -> None:
         kept = []
         for tensor in self.left:
             found = by_lines.find(tensor)

@@ -7,14 +7,14 @@ there are told apart by their neighbours: weights are packed in runs. The proof 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dora_export.onnx.encodings import Plain, converted
+from dora_export.onnx.encodings import Encoding, Plain, converted
 from dora_export.onnx.graph_file import StoredTensor
 from dora_export.onnx.lines import Lines, rows_of
 from dora_export.onnx.matching import KEPT, Match, Weight
@@ -25,6 +25,8 @@ SHORTEST = 4  # elements of a row that can tell it from others
 ELEMENTS = 8  # compared at the start, in the middle and at the end of a row
 BLOCK_BYTES = 4 << 20
 Keys = NDArray[np.uint64]
+# Takes rows of the base as stored, and their type; returns bytes that tell them apart.
+Sample = Callable[[NDArray[Any], DType], Bytes]
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,47 +93,86 @@ class Index:
     row_of: NDArray[np.int64]
 
     @classmethod
-    def of(cls, weights: Sequence[Weight], length: int, dtype: DType) -> Index:
-        """Read some elements of every row."""
-        at = positions(length)
-        keys, which, rows = [], [], []
-        for i, weight in enumerate(weights):
-            found = _base_keys(weight, length, at, dtype)
-            keys.append(found)
-            which.append(np.full(found.size, i, np.int32))
-            rows.append(np.arange(found.size))
+    def of(cls, weights: Sequence[Weight], length: int, sample: Sample) -> Index:
+        """Read some of every row."""
+        keys = [base_keys(weight, length, sample) for weight in weights]
         joined = np.concatenate(keys)
         order = np.argsort(joined, kind="stable")
+        which = [np.full(found.size, i, np.int32) for i, found in enumerate(keys)]
+        rows = [np.arange(found.size) for found in keys]
         return cls(
             tuple(weights), joined[order], np.concatenate(which)[order], np.concatenate(rows)[order]
         )
 
 
-def _base_keys(weight: Weight, length: int, at: NDArray[np.int64], dtype: DType) -> Keys:
+def base_keys(weight: Weight, length: int, sample: Sample, most: int | None = None) -> Keys:
+    """Return the keys of all rows of a base tensor, or of the first ones; a few MB at a time."""
     ref = values_of(weight)
-    count = ref.size // length
+    count = ref.size // length if most is None else min(most, ref.size // length)
     step = max(1, BLOCK_BYTES // (length * ref.dtype.itemsize))
     keys = np.empty(count, np.uint64)
     for first in range(0, count, step):
         last = min(first + step, count)
-        raw = rows_of(ref, length, first, last)[:, at]
-        keys[first:last] = keys_of(_bytes(converted(raw, ref.dtype, dtype)))
+        keys[first:last] = keys_of(sample(rows_of(ref, length, first, last), ref.dtype))
     return keys
+
+
+def elements_of(length: int, dtype: DType) -> Sample:
+    """Return what takes the elements by which a row of floats is known, in a graph's type."""
+    at = positions(length)
+    return lambda rows, stored: _bytes(converted(rows[:, at], stored, dtype))
 
 
 def _bytes(raw: NDArray[Any]) -> Bytes:
     return np.ascontiguousarray(raw).view(np.uint8).reshape(raw.shape[0], -1)
 
 
+def look_up(
+    index: Index, keys: Keys, zero: NDArray[np.bool_], holders: tuple[Lines, ...], like: Match
+) -> Found | None:
+    """Return what lines are by their keys, or None: nothing.
+
+    Args:
+        index: Rows of the base.
+        keys: Of the lines.
+        zero: Lines that are all zeros.
+        holders: The stored tensors as lines.
+        like: What else the match says.
+    """
+    low = np.searchsorted(index.keys, keys, "left")
+    high = np.searchsorted(index.keys, keys, "right")
+    if not ((high > low) & ~zero).any():
+        return None
+    which = np.full(keys.size, KEPT, np.int32)
+    row = np.zeros(keys.size, np.int64)
+    one = high - low == 1
+    which[one], row[one] = index.weight_of[low[one]], index.row_of[low[one]]
+    unclear = _by_neighbours(index, low, high, which, row)
+    zeros = zero & (which == KEPT)
+    strange = np.flatnonzero((which == KEPT) & ~zeros & (high == low))
+    used = np.unique(which[which != KEPT])
+    renumbered = np.full(len(index.weights) + 1, KEPT, np.int32)
+    renumbered[used] = np.arange(used.size)
+    match = replace(
+        like,
+        holders=holders,
+        weights=tuple(index.weights[i] for i in used),
+        weight_of=renumbered[which],
+        row_of=row,
+    )
+    known = int(((which != KEPT) & ~zero).sum())
+    return Found(match, known, strange, unclear[~zeros[unclear]])
+
+
 class ByLines:
     """Looks stored tensors up in the rows of the base; reads the base when it is first asked."""
 
     def __init__(self, weights: Sequence[Weight]) -> None:
-        self._by_length: dict[int, list[Weight]] = defaultdict(list)
+        self.by_length: dict[int, list[Weight]] = defaultdict(list)
         for weight in weights:
             if weight.base is not None:
                 for length in dict.fromkeys(row_lengths(weight.base.shape)):
-                    self._by_length[length].append(weight)
+                    self.by_length[length].append(weight)
         self._indexes: dict[tuple[int, str], Index] = {}
 
     def find(self, tensor: StoredTensor) -> Found | None:
@@ -139,53 +180,39 @@ class ByLines:
         dtype = tensor.dtype
         assert dtype is not None, "Bug: only floating-point tensors are looked up"
         found: list[Found] = []
-        for lines in _views(tensor, dtype.itemsize):
-            if lines.length >= SHORTEST and lines.length in self._by_length:
-                looked = self._look(lines, dtype)
+        for lines in views(tensor, dtype.itemsize):
+            if lines.length >= SHORTEST and lines.length in self.by_length:
+                index = self.index(lines.length, dtype.name, elements_of(lines.length, dtype))
+                at = positions(lines.length)
+                keys = line_keys(lines, at)
+                zero = keys == keys_of(np.zeros((1, at.size * dtype.itemsize), np.uint8))[0]
+                looked = look_up(index, keys, zero, (lines,), unknown(lines, Plain(dtype)))
                 if looked is not None and looked.known + looked.unclear.size:
                     found.append(looked)
                     if not looked.strange.size:
                         break
         return max(found, key=lambda f: f.known / f.match.lines.count, default=None)
 
-    def _look(self, lines: Lines, dtype: DType) -> Found | None:
-        index = self._index(lines.length, dtype)
-        at = positions(lines.length)
-        keys = _line_keys(lines, at)
-        zero = keys == keys_of(np.zeros((1, at.size * dtype.itemsize), np.uint8))[0]
-        low = np.searchsorted(index.keys, keys, "left")
-        high = np.searchsorted(index.keys, keys, "right")
-        if not ((high > low) & ~zero).any():
-            return None
-        which = np.full(keys.size, KEPT, np.int32)
-        row = np.zeros(keys.size, np.int64)
-        one = high - low == 1
-        which[one], row[one] = index.weight_of[low[one]], index.row_of[low[one]]
-        unclear = _by_neighbours(index, low, high, which, row)
-        zeros = zero & (which == KEPT)
-        strange = np.flatnonzero((which == KEPT) & ~zeros & (high == low))
-        used = np.unique(which[which != KEPT])
-        renumbered = np.full(len(index.weights) + 1, KEPT, np.int32)
-        renumbered[used] = np.arange(used.size)
-        match = Match(
-            (lines,),
-            Plain(dtype),
-            lines.length,
-            tuple(index.weights[i] for i in used),
-            renumbered[which],
-            row,
-        )
-        known = int(((which != KEPT) & ~zero).sum())
-        return Found(match, known, strange, unclear[~zeros[unclear]])
-
-    def _index(self, length: int, dtype: DType) -> Index:
-        key = (length, dtype.name)
-        if key not in self._indexes:
-            self._indexes[key] = Index.of(self._by_length[length], length, dtype)
-        return self._indexes[key]
+    def index(self, length: int, name: str, sample: Sample) -> Index:
+        """Return all rows of a length, sampled in a way of that name."""
+        if (length, name) not in self._indexes:
+            self._indexes[length, name] = Index.of(self.by_length[length], length, sample)
+        return self._indexes[length, name]
 
 
-def _views(tensor: StoredTensor, itemsize: int) -> list[Lines]:
+def unknown(lines: Lines, encoding: Encoding, length: int = 0) -> Match:
+    """Return a match that says nothing yet of what its lines are."""
+    return Match(
+        (lines,),
+        encoding,
+        length or lines.length,
+        (),
+        np.full(lines.count, KEPT, np.int32),
+        np.zeros(lines.count, np.int64),
+    )
+
+
+def views(tensor: StoredTensor, itemsize: int) -> list[Lines]:
     """Return the ways to see a tensor as lines; columns first, of which few bytes are read."""
     shape = tuple(d for d in tensor.shape if d != 1)
     if len(shape) < 2:
@@ -200,7 +227,8 @@ def _views(tensor: StoredTensor, itemsize: int) -> list[Lines]:
     return views
 
 
-def _line_keys(lines: Lines, at: NDArray[np.int64]) -> Keys:
+def line_keys(lines: Lines, at: NDArray[np.int64]) -> Keys:
+    """Return the keys of all lines, by the elements at some positions."""
     item = lines.itemsize
     source = lines.tensor.source
     assert source is not None, "Bug: only tensors with bytes are looked up"

@@ -41,7 +41,8 @@ def proven(match: Match) -> Match | None:
                 mine[kept] = stored[kept]
             if not same(mine, stored):
                 return _otherwise(match)
-        digest.update(expected[0].data)
+        for mine in expected:
+            digest.update(mine.data)
     return replace(match, evidence="bytes", digest=digest.hexdigest())
 
 
@@ -55,7 +56,7 @@ def _otherwise(match: Match) -> Match | None:
 def lines_at_once(match: Match) -> int:
     """Return how many lines to take at once."""
     lines = match.lines
-    each = max(1, lines.length * lines.itemsize)
+    each = max(1, lines.length * lines.itemsize, match.length * match.encoding.source.itemsize)
     count = BLOCK_BYTES // each
     if lines.by_column:
         count = max(count, COLUMN_BYTES // lines.itemsize)

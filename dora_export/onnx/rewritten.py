@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dora_export.errors import VerifyError, listing, shown
-from dora_export.onnx.encodings import Encoding, NeverZero, Plain
-from dora_export.onnx.graph_file import Graph, open_graph
+from dora_export.onnx.encodings import Encoding, Int8, NeverZero, Plain
+from dora_export.onnx.graph_file import Graph, StoredTensor, open_graph
 from dora_export.onnx.layout import Copied, Layout
 from dora_export.onnx.matching import Match
 from dora_export.onnx.scatter import Part, parts_of
@@ -59,6 +59,7 @@ def recheck(
     plan: Plan,
     graph: Graph,
     matches: Sequence[Match],
+    parameters: Mapping[StoredTensor, bytes],
     layout: Layout,
     folder: Path,
     *,
@@ -71,6 +72,7 @@ def recheck(
         plan: The merge.
         graph: The graph of the base.
         matches: What was written anew.
+        parameters: Scales and zero points that were written anew, with their bytes.
         layout: Where it went.
         folder: Where the new files are.
         level: "fast" compares some rows of everything that changes, "full" all; both compare every
@@ -87,6 +89,9 @@ def recheck(
     paths = [folder / name for name in layout.names]
     changed = each(lambda c: _copied(c, paths[c.file]), layout.copied, threads)
     problems += [what for what in changed if what]
+    at = {id(t): i for i, t in enumerate(graph.tensors)}
+    problems += [f"{t.where}: not the bytes that it should have" for t, data in parameters.items()
+                 if not problems and found.tensors[at[id(t)]].read().tobytes() != data]  # fmt: skip
     kept = sum(c.nbytes for c in layout.copied)
     ledger = TierResult(
         "ledger",
@@ -291,6 +296,11 @@ def _requantised(part: Part, lines: NDArray[np.int64], values: Floats) -> tuple[
     encoding: Encoding = part.match.encoding
     expected = encoding.encode(_narrowed(values, encoding.source))
     wrong = count = 0
+    if isinstance(encoding, Int8):  # a scale too small for its values would cut them off
+        limit = encoding.scale * (0.5 + ROUNDED_ELSE)
+        quantised = expected[0].view(np.int8 if encoding.signed else np.uint8)
+        wrong += int((np.abs((quantised - float(encoding.zero)) * encoding.scale - values)
+                      > limit).sum())  # fmt: skip
     for holder, mine in enumerate(expected):
         stored = _read(part, lines, holder)
         wrong += int((stored != mine).sum())

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dora_export.onnx.graph_file import StoredTensor
 from dora_export.onnx.layout import Layout
 from dora_export.onnx.lines import Lines
 from dora_export.onnx.matching import KEPT, Match
@@ -115,9 +116,15 @@ class Scatter:
 
     def write(self, file: int, offset: int, data: NDArray[np.uint8]) -> None:
         """Put merged bytes into place; rows that come in parts are put together first."""
-        position = bisect_right(self._starts, offset) - 1
-        step, at = self._steps[position], offset - self._starts[position]
         data = data.reshape(-1)
+        while data.size:  # what is copied may reach over several tensors
+            position = bisect_right(self._starts, offset) - 1
+            step, at = self._steps[position], offset - self._starts[position]
+            count = min(data.size, step.nbytes - at)
+            self._write(step, at, data[:count])
+            offset, data = offset + count, data[count:]
+
+    def _write(self, step: Step, at: int, data: NDArray[np.uint8]) -> None:
         each = self._row_bytes(step)
         if at % each:
             size = min(each - at % each, data.size)
@@ -181,6 +188,12 @@ class Rewriter:
                 self._sink.write(piece.file, piece.offset, data)
             else:
                 self._sink.copy(piece.file, piece.offset, piece.source)
+
+    def replace(self, parameters: Mapping[StoredTensor, bytes]) -> None:
+        """Put new scales and zero points into place."""
+        for tensor, data in parameters.items():
+            place = self._layout.places[tensor]
+            self._sink.write(place.file, place.offset, np.frombuffer(data, np.uint8))
 
     def keep(self, match: Match) -> None:
         """Take over the lines of a match that hold nothing of the base."""

@@ -49,11 +49,11 @@ def read_json(
     try:
         with contained(path, path.parent).open("rb") as file:
             _refuse_large(path, os.fstat(file.fileno()).st_size, most_bytes)
-            data = file.read(most_bytes + 1)  # no more, should it grow
+            texts = [file.read(most_bytes + 1)]  # no more, should it grow
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}. Check the path.") from error
-    _refuse_large(path, len(data), most_bytes)
-    found = parse(data, path, most_values)
+    _refuse_large(path, len(texts[0]), most_bytes)
+    found = parse(texts.pop(), path, most_values)  # which is then the only one that has it
     if not isinstance(found, dict):
         raise InputError(f"{path}: expected a JSON object. Download it again.")
     return found

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from dora_export import limits
 from dora_export.checkpoints.folder import read_json
 from dora_export.errors import InputError, shown
 from dora_export.plan import Plan
@@ -194,7 +195,9 @@ def _tokenizer(where: str, path: Path, source: Source) -> list[Finding]:
 
 def _tokenizer_parts(path: Path) -> dict[str, Any]:
     """Return what a tokenizer.json says, free of the spellings of its versions."""
-    content = read_json(path)
+    content = read_json(
+        path, most_bytes=limits.TOKENIZER_BYTES, most_values=limits.TOKENIZER_VALUES
+    )
     model = _object(content.get("model"))
     vocabulary = model.get("vocab")
     if isinstance(vocabulary, list):  # Unigram: (token, score) by position
@@ -296,7 +299,8 @@ def _template(folder: Path, sources: Mapping[str, Source]) -> list[Finding]:
 def _template_of(files: Mapping[str, Path]) -> Any:
     path = files.get(TEMPLATE_FILES[0])
     if path is not None and path.is_file():
-        return path.read_text(encoding="utf-8", errors="replace")
+        with path.open("rb") as file:
+            return file.read(limits.TEMPLATE_BYTES).decode("utf-8", "replace")
     for name in (TEMPLATE_FILES[1], "tokenizer_config.json"):
         path = files.get(name)
         if path is not None and path.is_file():
