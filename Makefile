@@ -1,5 +1,6 @@
 # make demo   merge the small model inside the package and let it write
 # make test   format, lint, types and tests
+# make nightly  the tests that take long: traced graphs of real models, kills, forged files
 # make crash  a few hundred kills of a running merge (about 5 minutes)
 # make fuzz   damaged and forged files for every reader (20 minutes; MINUTES=5 for less)
 # make bench  the speed and memory table of the README (about 15 minutes, 12 GB of disk)
@@ -9,13 +10,16 @@ PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet -c con
 WORK ?= build/bench
 MINUTES ?= 20
 
-.PHONY: demo test crash fuzz bench clean
+.PHONY: demo test nightly crash fuzz bench clean
 
 demo: .venv/.demo
 	.venv/bin/dora-export demo -o demo-output
 
 test: .venv/.test
 	PATH="$(CURDIR)/.venv/bin:$$PATH" tools/check
+
+nightly: .venv/.test
+	.venv/bin/pytest -q -m nightly
 
 crash: .venv/.test
 	.venv/bin/pytest -m nightly -s tests/test_crash.py
@@ -31,7 +35,7 @@ bench: .venv/.test
 	$(PYTHON) -m venv .venv
 	touch $@
 
-.venv/.demo: .venv/.venv pyproject.toml constraints.txt
+.venv/.demo: .venv/.venv pyproject.toml constraints.txt $(wildcard dora_export/kernel/*)
 	$(PIP) "torch==2.13.0"
 	$(PIP) -e ".[transformers]"
 	touch $@

@@ -80,6 +80,37 @@ def test_verification_passes_and_inspection_gives_the_evidence(pair):
     assert "fits" in said
 
 
+def of_unet(pair):
+    return {n: t for n, t in pair.tensors.items() if n.startswith("unet.")}
+
+
+def test_model_of_a_pipeline_runs_beside_the_unmerged_one(pair, tmp_path):
+    adapter = save(tmp_path / "lora", of_unet(pair))
+    dora_export.merge(pair.base / "unet", adapter, tmp_path / "out")
+    report = dora_export.verify(pair.base / "unet", adapter, tmp_path / "out", forward=True)
+    assert report.exit_code == 0
+    assert [tier.tier for tier in report.tiers] == ["ledger", "oracle", "forward"]
+    assert all(tier.ran for tier in report.tiers)
+
+
+def test_pipeline_that_diffusers_fused_and_saved_is_found_right(pair, tmp_path):
+    adapter = save(tmp_path / "lora", of_unet(pair))
+    pipe = dm.load(pair.base)
+    pipe.load_lora_weights(adapter)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(tmp_path / "theirs")
+    report = dora_export.verify(pair.base, adapter, tmp_path / "theirs")
+    assert report.exit_code == 0
+    assert {f.code for f in report.findings} == {"config-rewritten", "rounded"}
+    assert "diffusers" in report.maker
+    pipe = dm.load(pair.base)
+    pipe.save_pretrained(tmp_path / "unmerged")
+    report = dora_export.verify(pair.base, adapter, tmp_path / "unmerged")
+    assert report.exit_code == 1
+    assert "nothing-applied" in {f.code for f in report.findings}
+
+
 def save(folder, tensors, metadata=None):
     """An adapter's folder."""
     folder.mkdir()
@@ -106,8 +137,7 @@ def plain_lora(tensors):
 
 def test_file_without_metadata_has_scaling_one(pair, tmp_path):
     # Of the UNet alone with magnitudes: diffusers 0.42 loses a text encoder's under transformers 5.
-    tensors = {n: t for n, t in pair.tensors.items() if n.startswith("unet.")}
-    tensors |= plain_lora(pair.tensors)
+    tensors = of_unet(pair) | plain_lora(pair.tensors)
     expected, text = same_as_diffusers(pair, save(tmp_path / "lora", tensors), tmp_path / "out")
     assert dm.distance(expected, pair.outputs) > 1e-3
     assert dm.distance(text, pair.text_outputs) > 1e-3

@@ -369,3 +369,29 @@ def test_replication_that_is_no_list_of_ranges_is_refused(tmp_path, value):
     small.edit_json(adapter / "adapter_config.json", layer_replication=value)
     with pytest.raises(AdapterError, match="layer_replication: expected pairs of layer numbers"):
         dora_export.load_adapter(adapter)
+
+
+# Variants that change the training alone: the saved factors are plain LoRA's
+
+TRAINING_ALONE = {
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "mica": {"init_lora_weights": "mica"},
+    "no init": {"init_lora_weights": False},
+    "velora": {"velora_config": peft.tuners.lora.config.VeloraConfig()},
+    "monteclora": {"monteclora_config": peft.tuners.lora.config.MontecloraConfig()},
+}
+
+
+@pytest.mark.parametrize("name", TRAINING_ALONE)
+def test_variants_of_training_merge_as_pefts_forward_computes(tmp_path, name):
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=["q_proj", "square"], **TRAINING_ALONE[name]
+    )
+    wrapped = peft.get_peft_model(fresh(Block(), torch.bfloat16), config)
+    folders = save(tmp_path, wrapped)
+    got = merged(*folders, tmp_path / "out")
+    stored = load_file(folders[0] / "model.safetensors")
+    for path, weight in adapted(wrapped).items():
+        assert_right(got[f"{path}.weight"], weight)
+        assert is_wrong(got[f"{path}.weight"], oracle.float64(stored[f"{path}.weight"]))

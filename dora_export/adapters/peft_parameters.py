@@ -262,6 +262,9 @@ def updates(
         config: The adapter's.
         packed: As ``packing`` returns it.
         problems: What does not add up is put in here.
+
+    Raises:
+        AdapterError: The order of B's columns is not told.
     """
     if set(parts) != {"A", "B"}:
         problems.append(f"{shown(path)}: {sorted(parts)}; a parameter has lora_A and lora_B, and "
@@ -274,12 +277,11 @@ def updates(
         return
     experts, layout = a.shape[0] // rank, packed.of(path.rpartition(".")[2])
     if layout is None and experts > 1 and rank > 1:
-        problems.append(
-            f"{shown(path)}: whether lora_B holds the experts of one rank together (PEFT) or the "
-            f"ranks of one expert (Unsloth) is not told: {packed.why}. Pass --moe-b-layout peft or "
-            "--moe-b-layout unsloth"
+        raise AdapterError(
+            f"{shown(path)}: whether lora_B of stacked experts holds the experts of one rank "
+            f"together (PEFT) or the ranks of one expert (Unsloth) is not told: {packed.why}. Pass "
+            "--moe-b-layout peft or --moe-b-layout unsloth."
         )
-        return
     for expert in range(experts):
         first, step = (expert, experts) if layout == "peft" else (expert * rank, 1)
         yield Update(

@@ -97,8 +97,11 @@ def _parts(model: nn.Module, rows: int) -> list[Part]:
 
 
 def _tokens(model: nn.Module, shape: tuple[int, int]) -> Tensor:
-    embedding: Any = getattr(model, "get_input_embeddings", lambda: None)()
     config: Any = model.config
+    try:
+        embedding: Any = getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:  # of models with two towers
+        embedding, config = None, getattr(config, "text_config", config)
     rows = int(config.vocab_size if embedding is None else embedding.weight.shape[0])
     return torch.randint(min(3, rows - 1), rows, shape)
 

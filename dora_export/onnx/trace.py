@@ -107,7 +107,15 @@ def make(request: Request, folder: Path) -> Made:
             f"{cls.name}: the model stores no '{shown(lacking[0])}' ({len(lacking)} such weights), "
             "which would start at random values. Pass the --task it was trained for."
         )
-    (part,) = tasks.parts(loaded.model, options.batch)
+    try:
+        (part,) = tasks.parts(loaded.model, options.batch)
+    except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as why:
+        # What a model's forward raises on inputs that it was not made for.
+        raise GraphError(
+            f"{cls.name}: cannot be run on inputs made up for it: {type(why).__name__}: "
+            f"{shown(why, 300)}. Pass another --task, or give an existing graph the adapter with "
+            "--into."
+        ) from why
     task = options.task or tasks.task_of(cls.name)
     derive, pooled = None, None
     if options.pooling is not None:

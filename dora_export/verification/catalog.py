@@ -174,6 +174,16 @@ FINDINGS: tuple[Meaning, ...] = (
     Meaning("strength-other", "oracle", "wrong", "another strength was used",
             "The tensor is W + strength (W' - W) with a strength that was not asked for.",
             "Pass --strength if it was intended, or merge again."),
+    Meaning("adapter-left-out", "oracle", "wrong", "one of several adapters is not in it",
+            "The tensor is what the other adapters give without this one.",
+            "Merge again with all adapters, or verify with those that were merged."),
+    Meaning("adapters-reordered", "oracle", "wrong", "the adapters were merged in another order",
+            "A DoRA factor scales what came before it, so the order of several adapters counts.",
+            "Give the adapters in the order they were merged in, or merge again."),
+    Meaning("norms-of-merged", "oracle", "wrong", "norms of what was merged before",
+            "Adapters were merged one by one, each divided by the norm of the merged weight and "
+            "not of the base's, as PEFT before 0.21 did. Its active adapters compute otherwise.",
+            "Merge again, with all adapters at once."),
     Meaning("norm-other-axis", "oracle", "wrong", "the norm was taken over the other axis",
             "The magnitudes were applied per input where the trainer had one per output, or the "
             "reverse. On square layers this runs without an error.",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from dora_export.errors import shown
 from dora_export.tensors import DType, TensorRef
-from dora_export.verification.exact import Exact, Floats, read_columns, read_rows, rounded
+from dora_export.verification.exact import Exact, Floats, Part, read_columns, read_rows, rounded
 
 LINES = 24  # rows or columns that mistakes are tried on
 # A mistake must leave less than this share of the squared distance to the right result: rounding
@@ -105,7 +105,7 @@ def take(exact: Exact, ref: TensorRef, lines: NDArray[np.int64]) -> Sample:
         and (len(exact.parts) == 1 or all(p.change.kind == "lora" for p in exact.parts))
     )
     first = exact.parts[0]
-    simple = simple and not first.change.magnitude_is_factor
+    simple = simple and not first.change.magnitude_is_factor and not _several(exact)
     magnitude = first.magnitude[lines] if simple and first.magnitude is not None else None
     if exact.by_column:
         group = exact.parts[exact.region.column_changes[0]].change.group
@@ -138,7 +138,7 @@ def diagnose(exact: Exact, ref: TensorRef, lines: NDArray[np.int64], others: Oth
     """
     sample = take(exact, ref, lines[:LINES])
     return (
-        _nearest(sample, _formulas(sample))
+        _nearest(sample, [*_formulas(sample), *_combinations(exact, lines[:LINES])])
         or _mixed_up(exact, ref, lines, others)
         or _rearranged(sample, exact, ref)
         or _nearest(sample, _lengths(sample), ALL_BUT_ROUNDING)
@@ -152,7 +152,7 @@ def known_mistake(
     """Return the mistake that explains lines which could pass for rounding, or None."""
     sample = take(exact, ref, lines[:LINES])
     return (
-        _nearest(sample, _formulas(sample))
+        _nearest(sample, [*_formulas(sample), *_combinations(exact, lines[:LINES])])
         or _mixed_up(exact, ref, lines, others)
         or _nearest(sample, _lengths(sample), ALL_BUT_ROUNDING)
     )
@@ -200,6 +200,39 @@ def _formulas(sample: Sample) -> Iterator[Candidate]:
         yield Candidate("lora-for-dora", "W + s B A", finish(v))
         yield Candidate("factors-ignored", "m W / ||W||", scaled(base))
         yield from _scalings(sample, scaled)
+
+
+def _several(exact: Exact) -> bool:
+    return len({p.change.adapter for p in exact.parts}) > 1
+
+
+def _combinations(exact: Exact, lines: NDArray[np.int64]) -> Iterator[Candidate]:
+    """Yield what mistakes about several adapters give: one left out, another order, other norms."""
+    if not _several(exact):
+        return
+    parts = exact.parts
+    for adapter in dict.fromkeys(p.change.adapter for p in parts):
+        kept = [p for p in parts if p.change.adapter != adapter]
+        what = f"all but adapter {adapter + 1}"
+        yield Candidate("adapter-left-out", what, _lines_with(exact, kept, lines))
+    turned = sorted(parts, key=lambda p: -p.change.adapter)
+    yield Candidate("adapters-reordered", "the last one first", _lines_with(exact, turned, lines))
+    merged = [
+        replace(p, change=replace(p.change, own_norm=False), factor=None, kept=None) for p in parts
+    ]
+    what = "norms of what the adapters before left, not of the base"
+    yield Candidate("norms-of-merged", what, _lines_with(exact, merged, lines))
+
+
+def _lines_with(exact: Exact, parts: Sequence[Part], lines: NDArray[np.int64]) -> Floats:
+    """Return the lines of a region as other changes would have them."""
+    region = replace(exact.region, changes=tuple(p.change for p in parts))
+    other = Exact(exact.source, region, exact.settings, tuple(parts))
+    if not exact.by_column:
+        return other.with_factors().rows(lines)[1]
+    group = exact.parts[exact.region.column_changes[0]].change.group
+    columns = (lines[:, None] * group + np.arange(group)).ravel()
+    return _as_lines(other.columns(columns)[1], group)
 
 
 def _strengths(sample: Sample) -> Iterator[Candidate]:

@@ -177,7 +177,8 @@ def _vocabulary(model: Any) -> int:
         embeddings = model.get_input_embeddings()
         return int(embeddings.weight.shape[0])
     except (AttributeError, NotImplementedError):
-        rows = getattr(model.config, "vocab_size", None)
+        text = getattr(model.config, "text_config", model.config)  # of models with two towers
+        rows = getattr(text, "vocab_size", None)
         if rows is None:
             raise Unsupported(type(model).__name__, "takes tokens of an unknown number") from None
         return int(rows)
