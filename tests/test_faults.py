@@ -554,7 +554,7 @@ def test_link_that_leads_elsewhere_meanwhile_is_reported(at, monkeypatch):
     link.symlink_to(old)
 
     def lead_elsewhere():
-        (at / "link").symlink_to(at / "blobs" / "new")
+        (at / "link").symlink_to(new)
         (at / "link").replace(link)
 
     options = during(at, "first byte", lead_elsewhere, monkeypatch)

@@ -271,13 +271,18 @@ def with_shard(at, name):
 
 
 @pytest.mark.parametrize("name", ["CON.safetensors", "aux.safetensors", "a b.safetensors",
-                                  "🦜.safetensors", "a:b.safetensors"])  # fmt: skip
+                                  "🦜.safetensors"])  # fmt: skip
 def test_shard_of_a_name_that_is_harmless_here_keeps_it(at, name):
     """On Windows no file has the first two, so that their shard is missing there."""
     if os.name == "nt":
         pytest.skip("Windows has no such files")
     assert attempt(at, base=with_shard(at, name).name) is None
     assert (at / "out" / name).is_file()
+
+
+def test_shard_that_would_be_elsewhere_on_windows_is_refused(at):
+    refusal = attempt(at, base=with_shard(at, "a:b.safetensors").name)
+    assert "names a file outside its folder: 'a:b.safetensors'" in refusal
 
 
 @pytest.mark.parametrize("name", ["model.safetensors.", "model.safetensors ", "CON", "model"])
