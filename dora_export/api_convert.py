@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from dora_export.adapter_writers import WRITERS, Source, Written
 from dora_export.adapters import Adapter, Reading, ReadOptions, read_adapter
 from dora_export.checkpoints import locate, open_checkpoint
 from dora_export.engine import check_adapter
-from dora_export.errors import AdapterError, DoraExportError
+from dora_export.errors import AdapterError, DoraExportError, listing, shown
 from dora_export.machine import faults_told
 from dora_export.plan import Plan, Settings, plan_merge
 from dora_export.report import ConvertReport, LayerLoss
@@ -107,8 +108,8 @@ def _to_format(
     path = locate(adapter, "adapter")
     before = inputs.seen(path)
     found = read_adapter(path, options)
-    source = _source(found, base, options, settings)
     writer = next(w for w in WRITERS if w.name == to)
+    source = _source(found, base, options, settings, needs_paths=writer.needs_paths)
     written = writer.write(source)
     nbytes = sum(t.dtype.itemsize * _size(t.shape) for t in written.tensors)
     tokenizer = side_files.tokenizer_of(found.folder) if found.folder else {}
@@ -119,11 +120,14 @@ def _to_format(
         "converted": {"from": found.format, "path": found.path.name, "to": to, "exact": True},
     }
     places = {"adapter": found.path, **({"base": source.base.path} if source.base else {})}
-    with _publishing(target, places, nbytes) as stage, inputs.held(stamps):
+    config = {} if written.config is None else {CONFIG: manifest.as_json(dict(written.config))}
+    names = [written.weights, *config, MANIFEST]
+    with _publishing(target, places, nbytes, names) as stage, inputs.held(stamps):
         _write(written, stage.folder)
         for name, file in tokenizer.items():
             write_small(stage.folder / name, file.read_bytes())
-        write_small(stage.folder / CONFIG, manifest.as_json(dict(written.config)))
+        for name, text in config.items():
+            write_small(stage.folder / name, text)
         write_small(stage.folder / MANIFEST, manifest.as_json(content))
     return ConvertReport(
         output=target,
@@ -132,26 +136,29 @@ def _to_format(
         method=str(found.facts.get("method", "LoRA")),
         tensors=len(written.tensors),
         weights=written.weights,
-        files=tuple(sorted([written.weights, CONFIG, MANIFEST, *tokenizer])),
+        files=tuple(sorted([*names, *tokenizer])),
         nbytes=nbytes,
         notes=written.notes,
     )
 
 
 def _source(
-    found: Adapter, base: api.PathLike | None, options: ReadOptions, settings: Settings
-) -> Source:
+    found: Adapter, base: api.PathLike | None, options: ReadOptions, settings: Settings,
+    *, needs_paths: bool,
+) -> Source:  # fmt: skip
     """Return the adapter with what the base decides about it."""
     checkpoint = found.own_base
     if base is not None:
         checkpoint = open_checkpoint(locate(base, "base"), allow_pickle=options.allow_pickle)
     if checkpoint is None:
-        if found.naming == "flat":
+        if found.naming == "flat" and needs_paths:
             raise AdapterError(
                 f"{found.path}: its names do not say where a module's name ends. Pass --base."
             )
         return Source(found, found.updates, None)
     plan = plan_merge(checkpoint, found, settings)  # refuses an adapter of another base
+    if found.naming == "flat":
+        _refuse_parts(plan, found)
     steps = {key: step.name for step in plan.steps for key in step.consumes}
     names = {u.target: steps[u.source_keys[0]] for u in found.updates if u.source_keys[0] in steps}
     shapes = {name: ref.shape for name, ref in checkpoint.tensors.items()}
@@ -161,6 +168,25 @@ def _source(
         return Source(found, ordered, checkpoint, {u.target: u.target for u in ordered})
     updates = tuple(_named(u, o.target) for u, o in zip(ordered, found.updates, strict=True))
     return Source(found, updates, checkpoint, names)
+
+
+def _refuse_parts(plan: Plan, found: Adapter) -> None:
+    """Refuse an adapter with layers that are not one layer each of this base, under its names."""
+    places = Counter(c.source_keys[:1] for step in plan.steps for c in step.changes)
+    whole = {
+        c.source_keys[:1]
+        for step in plan.steps
+        for c in step.changes
+        if (c.start, c.rows * c.columns) == (0, step.source.size)
+    }
+    keys = {u.target: u.source_keys[:1] for u in found.updates if u.kind in ("lora", "dora")}
+    parts = [t for t, key in keys.items() if places[key] > 1 or (places[key] and key not in whole)]
+    if parts:
+        raise AdapterError(
+            f"{found.path}: {plan.base.path} has layers of the adapter in several parts, or as "
+            f"parts of others:{listing(map(shown, parts))}\nPass a --base that has the layers that "
+            "the adapter was trained on (a pipeline's folder), or merge the adapter instead."
+        )
 
 
 def _named(update: Update, target: str) -> Update:
@@ -184,7 +210,8 @@ def _to_lora(
     refuse_implausible(plan)
     losses: list[LayerLoss] = []
     weights = "adapter_model.safetensors"
-    with _publishing(target, plan.inputs, nbytes) as stage, inputs.held(stamps):
+    names = [weights, CONFIG, MANIFEST]
+    with _publishing(target, plan.inputs, nbytes, names) as stage, inputs.held(stamps):
         values = nearest_lora.approximate(plan, chosen, rank, losses, threads)
         write_tensors(stage.folder / weights, entries, values)
         config = nearest_lora.config(plan, chosen, rank)
@@ -198,7 +225,7 @@ def _to_lora(
         method=plan.method,
         tensors=len(entries),
         weights=weights,
-        files=tuple(sorted([weights, CONFIG, MANIFEST])),
+        files=tuple(sorted(names)),
         nbytes=nbytes,
         rank=rank,
         layers=tuple(sorted(losses, key=lambda loss: loss.energy)),
@@ -225,10 +252,10 @@ def _lora_manifest(plan: Plan, rank: int, losses: Sequence[LayerLoss]) -> dict[s
     }
 
 
-def _publishing(target: Path, places: Mapping[str, Path], nbytes: int) -> Any:
+def _publishing(target: Path, places: Mapping[str, Path], nbytes: int, names: Sequence[str]) -> Any:
     """Return the stage of a new folder, once nothing speaks against it."""
     leftover = find_leftover(target)
-    place.check_way(target, [CONFIG, MANIFEST, "adapter_model.safetensors"])
+    place.check_way(target, names)
     place.check_place(target, places, force=False, leftover=leftover)
     place.check_space(target, nbytes + SIDE_BYTES, leftover)
     # Quick to make anew, so no run goes on with another's.
@@ -240,7 +267,7 @@ def _write(written: Written, folder: Path) -> None:
     path = folder / written.weights
     if path.suffix == ".safetensors":
         entries = [(t.name, t.dtype, t.shape) for t in written.tensors]
-        write_tensors(path, entries, (t.raw() for t in written.tensors))
+        write_tensors(path, entries, (t.raw() for t in written.tensors), written.metadata)
         return
     import torch  # noqa: PLC0415 - more than a second of import that other formats do without
 

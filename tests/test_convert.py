@@ -311,7 +311,7 @@ def test_magnitudes_per_input_have_no_place(tmp_path):
 @pytest.mark.parametrize(
     ("options", "remedy"),
     [
-        (("--to", "gguf"), "Expected one of peft, mlx, torchtune, lora"),
+        (("--to", "gguf"), "Expected one of peft, mlx, torchtune, lycoris, diffusers, lora"),
         (("--to", "mlx", "--rank", 4), "only --to lora has a rank"),
         (("--to", "lora"), "needs --rank"),
         (("--to", "lora", "--rank", 0), "needs --rank"),

@@ -13,7 +13,7 @@ from dora_export.adapters.model import Adapter
 from dora_export.checkpoints.model import Checkpoint
 from dora_export.errors import AdapterError, listing, shown
 from dora_export.tensors import DType, Operand, TensorRef
-from dora_export.update import Update
+from dora_export.update import Axis, Update
 
 # Modules whose weight is looked up by token, in the formats that store them in a way of their own.
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "wpe",
@@ -44,14 +44,16 @@ class Written:
     Attributes:
         weights: Name of the weight file; ``.pt`` is pickled by torch.
         tensors: What it holds, in order.
-        config: Content of adapter_config.json.
+        config: Content of adapter_config.json; None: the format has none.
         notes: What the user has to know to load it.
+        metadata: Of the weight file, beside its format.
     """
 
     weights: str
     tensors: tuple[Stored, ...]
-    config: Mapping[str, Any]
+    config: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -85,13 +87,28 @@ def copied(name: str, ref: TensorRef) -> Stored:
     return Stored(name, ref.dtype, ref.shape, lambda: ref.raw().reshape(ref.shape))
 
 
-def check(source: Source, target: str, problems: Sequence[str]) -> None:
+def check(
+    source: Source,
+    target: str,
+    problems: Sequence[str],
+    axes: Sequence[Axis] = ("out",),
+    *,
+    adds_eps: bool = False,
+) -> None:
     """Refuse an adapter that the target format cannot hold.
+
+    Args:
+        source: The adapter.
+        target: What the format is called.
+        problems: What the writer has found itself.
+        axes: What the format's magnitudes can count.
+        adds_eps: The format adds something to norms; the writer has compared it.
 
     Raises:
         AdapterError: There are problems, those of the writer or those that all share.
     """
-    found = [*problems, *(p for u in source.updates for p in _problems(u, source))]
+    shared = (p for u in source.updates for p in _problems(u, source, axes, adds_eps))
+    found = [*problems, *shared]
     if found:
         raise AdapterError(
             f"{source.adapter.path}: the {target} format cannot hold this adapter exactly:"
@@ -100,7 +117,9 @@ def check(source: Source, target: str, problems: Sequence[str]) -> None:
         )
 
 
-def _problems(update: Update, source: Source) -> Iterator[str]:
+def _problems(
+    update: Update, source: Source, axes: Sequence[Axis], adds_eps: bool
+) -> Iterator[str]:
     """Yield what no format but the adapter's own can say of a product."""
     name = shown(update.target)
     if update.kind not in ("lora", "dora"):
@@ -115,9 +134,9 @@ def _problems(update: Update, source: Source) -> Iterator[str]:
         yield f"{name}: its magnitudes were divided by the norm beforehand"
     if update.index is not None or update.rows is not None:
         yield f"{name}: it changes a part of a fused weight"
-    if update.axis == "in" and update.magnitude is not None:
+    if update.axis not in axes and update.magnitude is not None:
         yield f"{name}: one magnitude per input, the format has one per output"
-    if update.eps:
+    if update.eps and not adds_eps:
         yield f"{name}: {update.eps:.3g} is added to the norm, the format adds nothing"
     if update.row_order is not None:
         yield f"{name}: the order of its rows depends on the base; pass --base"

@@ -42,7 +42,7 @@ def write(source: Source) -> Written:
     check(source, "PEFT", list(_problems(source)))
     products = [u for u in source.updates if u.kind != "replace"]
     copies = [u for u in source.updates if u.kind == "replace"]
-    tensors = [t for u in products for t in _tensors(u)]
+    tensors = [t for u in products for t in tensors_of(PREFIX + module_of(u), u)]
     tensors += [copied(PREFIX + u.target, u.value) for u in copies if u.value is not None]
     return Written(WEIGHTS, tuple(tensors), _config(source, products, copies))
 
@@ -74,8 +74,9 @@ def _tied_problems(name: str, source: Source) -> Iterator[str]:
         yield f"{name}: the base ties it to its head, which PEFT would leave as it is"
 
 
-def _tensors(update: Update) -> Iterator[Stored]:
-    key, (down, up) = PREFIX + module_of(update), factors(update)
+def tensors_of(key: str, update: Update) -> Iterator[Stored]:
+    """Yield a checked product's tensors, as PEFT shapes them, named ``key`` in front."""
+    down, up = factors(update)
     kernel = down.ref.shape[2:]
     out, rank = up.shape
     if is_embedding(update):

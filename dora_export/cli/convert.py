@@ -15,7 +15,12 @@ WORST = 5  # layers that are listed
 
 @click.command(name="convert")
 @click.argument("adapter", nargs=-1, required=True)
-@click.option("--to", required=True, metavar="FORMAT", help="peft, mlx, torchtune; or lora.")
+@click.option(
+    "--to",
+    required=True,
+    metavar="FORMAT",
+    help="peft, mlx, torchtune, lycoris, diffusers; or lora.",
+)
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to publish."
 )
@@ -34,9 +39,9 @@ WORST = 5  # layers that are listed
 def command(adapter: tuple[str, ...], to: str, output: Path, as_json: bool, **options: Any) -> None:
     """Write ADAPTER in another format, bit for bit, or as the plain LoRA nearest to it.
 
-    peft, mlx and torchtune: tensors are only rearranged; what the format cannot hold is refused by
-    name. lora: for engines that refuse DoRA, a PEFT folder with the best product of --rank R for
-    every layer, and how much of the update each one keeps.
+    peft, mlx, torchtune, lycoris and diffusers: tensors are only rearranged; what the format cannot
+    hold is refused by name. lora: for engines that refuse DoRA, a PEFT folder with the best product
+    of --rank R for every layer, and how much of the update each one keeps.
     """
     from dora_export import api_convert  # noqa: PLC0415
 
