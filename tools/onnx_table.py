@@ -146,7 +146,7 @@ def _adaptable(name: str, module: Any) -> bool:
     if any(head in name for head in HEADS) or "pos_conv" in name or not name:
         return False
     kind = type(module).__name__
-    return kind in ("Linear", "Conv1D") or (kind == "Conv2d" and module.groups == 1)
+    return kind in ("Linear", "FalconLinear", "Conv1D") or (kind == "Conv2d" and module.groups == 1)
 
 
 def _under_stored_names(folder: Path, weights: dict[str, Any]) -> None:
