@@ -38,7 +38,7 @@ def merge(base, adapter, out, **options):
 
 
 def check_tensors(base, adapter, *merged):
-    """Compare every tensor with the float64 oracle; return worst ulp and misrounded of each merge."""
+    """Hold every tensor against the float64 oracle; return worst ulp and misrounded of each."""
     config = json.loads((adapter / "adapter_config.json").read_text())
     scaling = config["lora_alpha"] / config["r"]
     stored = load_file(base / "model.safetensors")
