@@ -17,7 +17,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dora_export import api
 from dora_export.errors import DoraExportError
+from dora_export.machine import require_space
 
 SECONDS = 20.0  # of a busy machine; most calls take milliseconds
 MEMORY = 300 << 20
@@ -163,12 +165,28 @@ def _kept_memory_held():
 
 
 @contextmanager
+def _asking_for_address_space():
+    """Let a merge ask for the address space of threads, which is no memory yet."""
+
+    def ask(nbytes, what):
+        with _limit(resource.RLIMIT_DATA, resource.getrlimit(resource.RLIMIT_DATA)[1]):
+            require_space(nbytes, what)
+
+    api.require_space = ask
+    try:
+        yield
+    finally:
+        api.require_space = require_space
+
+
+@contextmanager
 def _bounded():
     def ring(*_):
         raise Hang
 
     before = signal.signal(signal.SIGALRM, ring)
     with (
+        _asking_for_address_space(),
         _kept_memory_held(),
         _limit(resource.RLIMIT_AS, _address_space() + SPACE),
         _limit(resource.RLIMIT_DATA, _status("VmData") + MEMORY),

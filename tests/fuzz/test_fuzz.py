@@ -1,6 +1,7 @@
 """A fixed, bounded part of the fuzzing, and the watch itself: it must see what it watches for."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -12,18 +13,42 @@ import pytest
 from dora_export.errors import InputError
 from tests.fuzz import guard
 from tests.fuzz.guard import problem
-from tests.fuzz.run import Tally, made, run
+from tests.fuzz.run import Tally, made, prepare, run, seeds_of
 from tests.fuzz.targets import TARGETS
 
-COUNTS = {"header": 60, "index": 60, "graph": 40, "verify": 12, "merge": 15, "resume": 10}
+COUNTS = {"header": 60, "index": 60, "graph": 40, "verify": 12, "merge": 15, "resume": 10,
+          "image merges": 8, "several": 8, "experts": 8, "into": 15, "adapters": 8, "convert": 20,
+          "methods": 60}  # fmt: skip
+SLOW = ("methods", "session")  # to import
+NAMES = [pytest.param(n, marks=[pytest.mark.nightly] * (n in SLOW)) for n in TARGETS]
 
 
 @pytest.mark.filterwarnings("ignore")  # what torch says of damaged pickles
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", NAMES)
 def test_reader_returns_or_refuses_whatever_it_is_fed(name):
     tally = Tally()
     run(name, range(COUNTS.get(name, 30)), tally)
     assert tally.broke == {}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "name", [n for n in NAMES if n.values != ("convert",)]
+)  # one format of many fits
+def test_seeds_are_read_to_the_end(name, tmp_path):
+    """Or what is fed would all be refused for the same reason, and early."""
+    target = TARGETS[name]
+    prepare(target)
+    with seeds_of(target) as seeds:
+        for number, seed in enumerate(seeds):
+            assert ended(target, shutil.copytree(seed, tmp_path / str(number))), f"{seed}: refused"
+
+
+def ended(target, folder):
+    """Whether a target reads a case without a refusal."""
+    results = []
+    assert problem(lambda: results.append(target.run(folder)), folder, target.writable) is None
+    return bool(results)
 
 
 def is_small(path):
