@@ -21,6 +21,7 @@ from dora_export.verification.hypotheses import mistaken
 from dora_export.verification.inputs import Batch
 from dora_export.verification.measured import LoadFailure, Unsupported
 from dora_export.verification.models import Loaded, ModelClass, Place
+from dora_export.verification.repeated import repeat_layers
 from dora_export.verification.unmerged import (
     Observer,
     Parts,
@@ -122,6 +123,7 @@ class Reference:
         self._noisy = noisy
         self.precision: torch.dtype = getattr(torch, dtype.torch)
         self.loaded = load_base(plan, cls, self.precision)
+        repeat_layers(self.loaded.model, plan)
         for path in self.loaded.problems["missing_keys"]:
             if fill is not None and path in fill:
                 models.get(self.model, path).copy_(fill[path])
@@ -286,7 +288,7 @@ def _stored_in_base(step: Step, tensors: Mapping[str, TensorRef]) -> TensorRef |
 
 
 def load_base(plan: Plan, cls: ModelClass, precision: torch.dtype) -> Loaded:
-    """Load the base of a plan.
+    """Load the base of a plan, as it is stored: its layers once each.
 
     Raises:
         Unsupported: It does not load, or not into this class.
