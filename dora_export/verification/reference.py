@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from dora_export.checkpoints.pipeline import variant_of
 from dora_export.errors import shown
 from dora_export.plan import Plan, Step
 from dora_export.tensors import DTYPES, DType, TensorRef
@@ -297,7 +298,7 @@ def load_base(plan: Plan, cls: ModelClass, precision: torch.dtype) -> Loaded:
     if folder is None:
         raise Unsupported(plan.base.path.name, "is a weight file without config.json")
     try:
-        loaded = models.load(folder, cls, precision)
+        loaded = models.load(folder, cls, precision, variant_of(plan.base))
     except LoadFailure as error:
         raise Unsupported(cls.name, f"the base does not load: {error}") from error
     if misshapen := sorted(loaded.problems["mismatched_keys"]):

@@ -54,8 +54,8 @@ def repeat_layers(model: Any, plan: Plan) -> None:
 def _copy(layer: nn.Module, number: int) -> nn.Module:
     made = copy.deepcopy(layer)
     for module in made.modules():
-        if hasattr(module, "layer_idx"):
-            module.layer_idx = number  # its place in a cache of keys and values
+        if "layer_idx" in vars(module):  # its place in a cache of keys and values
+            vars(module)["layer_idx"] = number
     return made
 
 
