@@ -370,8 +370,7 @@ def _write_manifest(
         "way": way,
         "options": {} if way == "into" else options_said(options),
         **made.facts,
-        # a re-weighted graph has the digests of what it held in its proof
-        "files": {} if way == "into" else files.digests(stage.folder, made.graphs),
+        "files": dict(made.digests) or files.digests(stage.folder, made.graphs),
         "parity": None if report is None else {
             "verdict": report.verdict,
             "tiers": [{"summary": t.summary, "figures": t.figures} for t in report.tiers],
