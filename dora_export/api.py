@@ -518,6 +518,7 @@ def _report(
         worst_tensor=worst.name if worst else None,
         resumed_bytes=resumed,
         weight_bytes=plan.output_bytes,
+        left_behind=side_files.left_behind(plan),
         notes=plan.notes,
         warnings=plan.warnings,
     )  # fmt: skip
