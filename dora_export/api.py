@@ -8,7 +8,8 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -200,17 +201,17 @@ def merge(
             inputs.held(stamps),
         ):
             resumed = stage.held_bytes
-            if not stage.published:
-                _write(plan, stage, resources, progress)
-                side_files.write(plan, beside, stage.folder)
-                content = manifest.manifest(plan, resources, beside, digests)
-                write_small(stage.folder / "README.md", card)
-                write_small(stage.folder / MANIFEST, manifest.as_json(content))
-            if verify != "none":
-                checked = check(
-                    plan, open_subject(stage.folder), _sources(beside), verify, threads=threads
-                )
-                refuse_wrong(checked)
+            # The disk takes the last of the weights while they are checked.
+            with _written(plan, stage, resources, progress):
+                if not stage.published:
+                    side_files.write(plan, beside, stage.folder)
+                    content = manifest.manifest(plan, resources, beside, digests)
+                    write_small(stage.folder / "README.md", card)
+                    write_small(stage.folder / MANIFEST, manifest.as_json(content))
+                if verify != "none":
+                    subject, sources = open_subject(stage.folder), _sources(beside)
+                    checked = check(plan, subject, sources, verify, threads=threads)
+                    refuse_wrong(checked)
     elif leftover is not None:
         job = identity.job(plan, resources, adapter_digests(plan))
         resumed = preview(target, job, force=force, restart=restart)
@@ -364,7 +365,9 @@ def inspect(
     )
     checkpoint = found.own_base
     if base is not None:
-        checkpoint = open_checkpoint(locate(base, "base"), allow_pickle=options.allow_pickle)
+        checkpoint = open_checkpoint(
+            locate(base, "base"), allow_pickle=options.allow_pickle, variant=options.variant
+        )
     if checkpoint is None:
         return report
     return _held_against(report, found, checkpoint, map_prefix)
@@ -417,7 +420,9 @@ def _plan(
     paths = [locate(one, "adapter") for one in adapters]
     several.refuse_repeated(paths)
     before = {k: v for path in (base_path, *paths) for k, v in inputs.seen(path).items()}
-    checkpoint = open_checkpoint(base_path, allow_pickle=options.allow_pickle)
+    checkpoint = open_checkpoint(
+        base_path, allow_pickle=options.allow_pickle, variant=options.variant
+    )
     read = [read_adapter(path, options) for path in paths]
     return plan_merge(checkpoint, read, settings), before
 
@@ -440,7 +445,14 @@ def _with_own_base(path: Path, options: ReadOptions) -> Adapter:
     return found
 
 
-def _write(plan: Plan, stage: Stage, resources: Resources, progress: Progress | None) -> None:
+@contextmanager
+def _written(
+    plan: Plan, stage: Stage, resources: Resources, progress: Progress | None
+) -> Iterator[None]:
+    """Write the weights, run the block, and wait until they are on the disk."""
+    if stage.published:
+        yield
+        return
     total, done, counting = plan.output_bytes, 0, threading.Lock()
 
     def on_bytes(count: int) -> None:
@@ -458,6 +470,7 @@ def _write(plan: Plan, stage: Stage, resources: Resources, progress: Progress | 
             sink.write_header(position, file.header)
             on_bytes(len(file.header))
         Engine(plan, sink, resources, on_bytes).run()
+        yield
 
 
 def _report(
@@ -505,6 +518,7 @@ def _report(
         worst_tensor=worst.name if worst else None,
         resumed_bytes=resumed,
         weight_bytes=plan.output_bytes,
+        left_behind=side_files.left_behind(plan),
         notes=plan.notes,
         warnings=plan.warnings,
     )  # fmt: skip
