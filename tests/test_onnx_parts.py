@@ -141,7 +141,7 @@ def test_stacked_experts_are_within_reach_of_quantisers(tmp_path):
 
 
 def test_noise_is_made_up_for_unets_and_for_transformers_of_patches():
-    import diffusers  # noqa: PLC0415 - takes seconds
+    import diffusers
 
     for name, main in (("sd, unet", "sample"), ("flux", "hidden_states")):
         cls, _, values = onnx_table.ARCHITECTURES[name]
