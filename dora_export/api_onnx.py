@@ -194,7 +194,9 @@ def _plans(
 ) -> tuple[Plan, ...]:
     """Return the merge to export, or with ``each`` one for every adapter."""
     if adapter is None:
-        checkpoint = open_checkpoint(locate(base, "base"), allow_pickle=options.allow_pickle)
+        checkpoint = open_checkpoint(
+            locate(base, "base"), allow_pickle=options.allow_pickle, variant=options.variant
+        )
         return (plan_unchanged(checkpoint, settings),)
     if each and not isinstance(adapter, str | os.PathLike):
         if not adapter:

@@ -29,6 +29,7 @@ class ReadOptions:
     moe_transposed: bool | None = None
     trained_in: str | None = None
     links_into: Sequence[str | os.PathLike[str]] = ()
+    variant: str | None = None
 
 
 class Reading(TypedDict, total=False):
@@ -57,6 +58,9 @@ class Reading(TypedDict, total=False):
             its forward adds to norms; None: as the metadata says, else the type they are stored in.
         links_into: Folders that links in base and adapter may lead into (shards on another disk);
             any other link out of its folder is refused, but for those of a Hugging Face cache.
+        variant: Which of a base's weights to read, where it has several beside each other: "fp16"
+            for ``model.fp16.safetensors``; models without such are read without a variant. None:
+            those without a variant, or the only variant.
     """
 
     adapter_format: str | None
@@ -71,6 +75,7 @@ class Reading(TypedDict, total=False):
     moe_transposed: bool | None
     trained_in: str | None
     links_into: Sequence[str | os.PathLike[str]]
+    variant: str | None
 
 
 @dataclass(frozen=True)
