@@ -214,7 +214,7 @@ def _facts(source: Path, count: int, said: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep onnxruntime's advice off the terminal, and the log as it was: its module sets that up."""
+    """Keep onnxruntime's advice off the terminal, and the log as it was before its imports."""
     root = logging.getLogger()
     disabled, level, handlers = root.manager.disable, root.level, list(root.handlers)
     logging.disable(logging.WARNING)
