@@ -47,9 +47,9 @@ def export(part: Part, opset: int | None, engine: Engine) -> ir.Model:
         TraceFailure: The engine cannot.
     """
     part.module.eval()
-    model: Any = getattr(part.module, "model", None)
-    if _is_mixture(model):
-        model.set_experts_implementation(EXPERTS[engine])
+    inner: Any = getattr(part.module, "model", None)
+    if _is_mixture(inner):
+        inner.set_experts_implementation(EXPERTS[engine])
     try:
         with torch.no_grad(), quiet():
             model = _by_torch(part, opset) if engine == "torch" else _by_transformers(part, opset)
