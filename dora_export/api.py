@@ -370,7 +370,9 @@ def inspect(
     )
     checkpoint = found.own_base
     if base is not None:
-        checkpoint = open_checkpoint(locate(base, "base"), allow_pickle=options.allow_pickle)
+        checkpoint = open_checkpoint(
+            locate(base, "base"), allow_pickle=options.allow_pickle, variant=options.variant
+        )
     if checkpoint is None:
         return report
     return _held_against(report, found, checkpoint, map_prefix)
@@ -423,7 +425,9 @@ def _plan(
     paths = [locate(one, "adapter") for one in adapters]
     several.refuse_repeated(paths)
     before = {k: v for path in (base_path, *paths) for k, v in inputs.seen(path).items()}
-    checkpoint = open_checkpoint(base_path, allow_pickle=options.allow_pickle)
+    checkpoint = open_checkpoint(
+        base_path, allow_pickle=options.allow_pickle, variant=options.variant
+    )
     read = [read_adapter(path, options) for path in paths]
     return plan_merge(checkpoint, read, settings), before
 
@@ -519,6 +523,7 @@ def _report(
         worst_tensor=worst.name if worst else None,
         resumed_bytes=resumed,
         weight_bytes=plan.output_bytes,
+        left_behind=side_files.left_behind(plan),
         notes=plan.notes,
         warnings=plan.warnings,
     )  # fmt: skip

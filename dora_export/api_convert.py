@@ -149,7 +149,9 @@ def _source(
     """Return the adapter with what the base decides about it."""
     checkpoint = found.own_base
     if base is not None:
-        checkpoint = open_checkpoint(locate(base, "base"), allow_pickle=options.allow_pickle)
+        checkpoint = open_checkpoint(
+            locate(base, "base"), allow_pickle=options.allow_pickle, variant=options.variant
+        )
     if checkpoint is None:
         if found.naming == "flat" and needs_paths:
             raise AdapterError(

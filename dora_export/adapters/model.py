@@ -27,6 +27,7 @@ class ReadOptions:
     moe_b_layout: Literal["peft", "unsloth"] | None = None
     moe_transposed: bool | None = None
     trained_in: str | None = None
+    variant: str | None = None
 
 
 class Reading(TypedDict, total=False):
@@ -53,6 +54,9 @@ class Reading(TypedDict, total=False):
             else refuse.
         trained_in: "fp32", "bf16" or "fp16": type of LyCORIS' parameters while training, whose eps
             its forward adds to norms; None: as the metadata says, else the type they are stored in.
+        variant: Which of a base's weights to read, where it has several beside each other: "fp16"
+            for ``model.fp16.safetensors``; models without such are read without a variant. None:
+            those without a variant, or the only variant.
     """
 
     adapter_format: str | None
@@ -66,6 +70,7 @@ class Reading(TypedDict, total=False):
     moe_b_layout: Literal["peft", "unsloth"] | None
     moe_transposed: bool | None
     trained_in: str | None
+    variant: str | None
 
 
 @dataclass(frozen=True)

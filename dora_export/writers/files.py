@@ -22,6 +22,7 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
+from dora_export import fused
 from dora_export.errors import OutputError
 from dora_export.machine import advice, start
 from dora_export.tensors import FileRange
@@ -206,10 +207,12 @@ class FileSink:
         target = self._files[file]
         try:
             descriptor = target.open()
+            rows = np.ascontiguousarray(rows)
             with target.lock:
-                for row in np.ascontiguousarray(rows):
-                    self._put_at(descriptor, offset, row.data)
-                    offset += stride
+                if not fused.write_rows(descriptor, offset, stride, rows):
+                    for row in rows:
+                        self._put_at(descriptor, offset, row.data)
+                        offset += stride
         except OSError as error:
             raise refusal(target.path, error) from error
 
