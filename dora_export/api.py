@@ -31,6 +31,7 @@ from dora_export.machine import faults_told, memory_told, require_space
 from dora_export.plan import Plan, Precision, Settings, plan_merge
 from dora_export.report import InspectReport, MergeReport
 from dora_export.serving import engines, ways_out
+from dora_export.storage.paths import links_followed
 from dora_export.tensors import OUTPUT_WORDS, DType
 from dora_export.update import Update
 from dora_export.verification.check import Checked, check, in_order, refuse_wrong
@@ -68,6 +69,7 @@ THREAD_BYTES = (8 + 64 + 32) << 20
 
 
 @faults_told()
+@links_followed
 def load_adapter(adapter: PathLike, **reading: Unpack[Reading]) -> Adapter:
     """Return an adapter in normal form; reads its config and headers, no tensor.
 
@@ -83,6 +85,7 @@ def load_adapter(adapter: PathLike, **reading: Unpack[Reading]) -> Adapter:
 
 
 @faults_told()
+@links_followed
 def merge(
     base: PathLike,
     adapter: PathLike | Sequence[PathLike] | None,
@@ -225,6 +228,7 @@ def merge(
 
 
 @faults_told()
+@links_followed
 def verify(
     base: PathLike,
     adapter: PathLike | Sequence[PathLike] | None,
@@ -331,6 +335,7 @@ def _sources(beside: Iterable[side_files.SideFile]) -> dict[str, Source]:
 
 
 @faults_told()
+@links_followed
 def inspect(
     adapter: PathLike,
     base: PathLike | None = None,

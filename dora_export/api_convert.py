@@ -21,6 +21,7 @@ from dora_export.errors import AdapterError, DoraExportError, listing, shown
 from dora_export.machine import faults_told
 from dora_export.plan import Plan, Settings, plan_merge
 from dora_export.report import ConvertReport, LayerLoss
+from dora_export.storage.paths import links_followed
 from dora_export.tensors import BY_TORCH
 from dora_export.update import Update
 from dora_export.verification.plausible import refuse_implausible
@@ -40,6 +41,7 @@ SIDE_BYTES = 1 << 20  # room for configs
 
 
 @faults_told()
+@links_followed
 def convert(
     adapter: api.PathLike | Sequence[api.PathLike],
     to: str,

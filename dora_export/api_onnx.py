@@ -31,6 +31,7 @@ from dora_export.onnx.model import (
     options_said,
 )
 from dora_export.plan import Plan, Settings, plan_unchanged
+from dora_export.storage.paths import links_followed
 from dora_export.tensors import OUTPUT_WORDS
 from dora_export.verification.check import in_order
 from dora_export.verification.model import Finding, TierResult, VerifyReport
@@ -47,6 +48,7 @@ PathLike = api.PathLike
 
 
 @faults_told()
+@links_followed
 def export_onnx(
     base: PathLike,
     adapter: PathLike | Sequence[PathLike] | None,

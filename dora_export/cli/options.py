@@ -73,6 +73,12 @@ def adapter_options(command: F) -> F:
             is_flag=True,
             help="Read .bin and .pt files, through torch's restricted loader.",
         ),
+        click.option(
+            "--links-into",
+            multiple=True,
+            type=click.Path(file_okay=False),
+            help="Follow links in BASE and ADAPTER that lead into this folder. Repeatable.",
+        ),
         click.option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
     ]
     for option in reversed(options):
