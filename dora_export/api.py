@@ -8,7 +8,8 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,6 +31,7 @@ from dora_export.machine import faults_told, memory_told, require_space
 from dora_export.plan import Plan, Precision, Settings, plan_merge
 from dora_export.report import InspectReport, MergeReport
 from dora_export.serving import engines, ways_out
+from dora_export.storage.paths import links_followed
 from dora_export.tensors import OUTPUT_WORDS, DType
 from dora_export.update import Update
 from dora_export.verification.check import Checked, check, in_order, refuse_wrong
@@ -67,6 +69,7 @@ THREAD_BYTES = (8 + 64 + 32) << 20
 
 
 @faults_told()
+@links_followed
 def load_adapter(adapter: PathLike, **reading: Unpack[Reading]) -> Adapter:
     """Return an adapter in normal form; reads its config and headers, no tensor.
 
@@ -82,6 +85,7 @@ def load_adapter(adapter: PathLike, **reading: Unpack[Reading]) -> Adapter:
 
 
 @faults_told()
+@links_followed
 def merge(
     base: PathLike,
     adapter: PathLike | Sequence[PathLike] | None,
@@ -102,6 +106,7 @@ def merge(
     force: bool = False,
     allow_merged_base: bool = False,
     restart: bool = False,
+    sync: bool = True,
     dry_run: bool = False,
     progress: Progress | None = None,
     **reading: Unpack[Reading],
@@ -145,6 +150,10 @@ def merge(
         allow_merged_base: Accept a base that this tool has merged an adapter into.
         restart: Drop what an interrupted merge into ``output`` left. Without it, one that was
             started from other inputs or with other options is an error, which names them.
+        sync: Wait until the output is on the disk. Without it, as with ``cp``, the system writes it
+            out later: a kill still finds ``output`` absent or whole, but a power failure within
+            the next minute may leave a folder with damaged files, and a merge that was killed is
+            not gone on with.
         dry_run: Plan and check only; write nothing.
         progress: Called with bytes done and bytes in all, from worker threads.
         **reading: As in ``load_adapter``.
@@ -196,21 +205,21 @@ def merge(
         job = identity.job(plan, resources, digests)
         with (
             memory_told(memory),
-            staged(target, job, force=force, restart=restart) as stage,
+            staged(target, job, force=force, restart=restart, sync=sync) as stage,
             inputs.held(stamps),
         ):
             resumed = stage.held_bytes
-            if not stage.published:
-                _write(plan, stage, resources, progress)
-                side_files.write(plan, beside, stage.folder)
-                content = manifest.manifest(plan, resources, beside, digests)
-                write_small(stage.folder / "README.md", card)
-                write_small(stage.folder / MANIFEST, manifest.as_json(content))
-            if verify != "none":
-                checked = check(
-                    plan, open_subject(stage.folder), _sources(beside), verify, threads=threads
-                )
-                refuse_wrong(checked)
+            # The disk takes the last of the weights while they are checked.
+            with _written(plan, stage, resources, progress, sync=sync):
+                if not stage.published:
+                    side_files.write(plan, beside, stage.folder, sync=sync)
+                    content = manifest.manifest(plan, resources, beside, digests)
+                    write_small(stage.folder / "README.md", card, sync=sync)
+                    write_small(stage.folder / MANIFEST, manifest.as_json(content), sync=sync)
+                if verify != "none":
+                    subject, sources = open_subject(stage.folder), _sources(beside)
+                    checked = check(plan, subject, sources, verify, threads=threads)
+                    refuse_wrong(checked)
     elif leftover is not None:
         job = identity.job(plan, resources, adapter_digests(plan))
         resumed = preview(target, job, force=force, restart=restart)
@@ -219,6 +228,7 @@ def merge(
 
 
 @faults_told()
+@links_followed
 def verify(
     base: PathLike,
     adapter: PathLike | Sequence[PathLike] | None,
@@ -325,6 +335,7 @@ def _sources(beside: Iterable[side_files.SideFile]) -> dict[str, Source]:
 
 
 @faults_told()
+@links_followed
 def inspect(
     adapter: PathLike,
     base: PathLike | None = None,
@@ -364,7 +375,9 @@ def inspect(
     )
     checkpoint = found.own_base
     if base is not None:
-        checkpoint = open_checkpoint(locate(base, "base"), allow_pickle=options.allow_pickle)
+        checkpoint = open_checkpoint(
+            locate(base, "base"), allow_pickle=options.allow_pickle, variant=options.variant
+        )
     if checkpoint is None:
         return report
     return _held_against(report, found, checkpoint, map_prefix)
@@ -417,7 +430,9 @@ def _plan(
     paths = [locate(one, "adapter") for one in adapters]
     several.refuse_repeated(paths)
     before = {k: v for path in (base_path, *paths) for k, v in inputs.seen(path).items()}
-    checkpoint = open_checkpoint(base_path, allow_pickle=options.allow_pickle)
+    checkpoint = open_checkpoint(
+        base_path, allow_pickle=options.allow_pickle, variant=options.variant
+    )
     read = [read_adapter(path, options) for path in paths]
     return plan_merge(checkpoint, read, settings), before
 
@@ -440,7 +455,14 @@ def _with_own_base(path: Path, options: ReadOptions) -> Adapter:
     return found
 
 
-def _write(plan: Plan, stage: Stage, resources: Resources, progress: Progress | None) -> None:
+@contextmanager
+def _written(
+    plan: Plan, stage: Stage, resources: Resources, progress: Progress | None, *, sync: bool
+) -> Iterator[None]:
+    """Write the weights, run the block, and wait until they are on the disk, with ``sync``."""
+    if stage.published:
+        yield
+        return
     total, done, counting = plan.output_bytes, 0, threading.Lock()
 
     def on_bytes(count: int) -> None:
@@ -453,11 +475,12 @@ def _write(plan: Plan, stage: Stage, resources: Resources, progress: Progress | 
     names = [file.name for file in plan.files]
     held = [stage.held.get(file.name, Ranges()) for file in plan.files]
     sizes = [file.nbytes for file in plan.files]
-    with FileSink(stage.folder, names, sizes, held, stage.record) as sink:
+    with FileSink(stage.folder, names, sizes, held, stage.record, sync=sync) as sink:
         for position, file in enumerate(plan.files):
             sink.write_header(position, file.header)
             on_bytes(len(file.header))
         Engine(plan, sink, resources, on_bytes).run()
+        yield
 
 
 def _report(
@@ -505,6 +528,7 @@ def _report(
         worst_tensor=worst.name if worst else None,
         resumed_bytes=resumed,
         weight_bytes=plan.output_bytes,
+        left_behind=side_files.left_behind(plan),
         notes=plan.notes,
         warnings=plan.warnings,
     )  # fmt: skip

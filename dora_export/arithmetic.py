@@ -78,7 +78,7 @@ class NumpyArithmetic:
 
     def __init__(self, precision: type[np.floating[Any]]) -> None:
         self.precision = precision
-        self.compiled = precision is np.float32 and fused.available()
+        self.compiled = fused.available()
 
     def empty(self, size: int) -> Array:  # noqa: D102 - as in the Protocol
         return _aligned(size, np.dtype(self.precision))

@@ -50,7 +50,7 @@ class LoadedChange:
     stored: Callable[[int, int], NDArray[Any]] | None = None
     product: refine.Product | None = None
     whole: Array | None = None
-    kernel: fused.Factors | None = None
+    kernel: fused.Factors | fused.WideFactors | None = None
     column_factor: Array | None = None
     column_factor_host: NDArray[np.float64] | None = None
     undefined_columns: NDArray[np.intp] | None = None

@@ -1,13 +1,16 @@
-"""The compiled merge of bfloat16 rows: one pass over memory, where numpy takes a dozen.
+"""The compiled merge of rows: one pass over memory, where numpy takes a dozen.
 
-``kernel/merge_rows.c`` holds the arithmetic. Where the package was built without a C compiler, or
-with ``DORA_EXPORT_KERNEL=numpy`` in the environment, numpy does the same work. The two add in
-another order, so about one stored element in 100,000 differs in its last place.
+``kernel/merge_rows.c`` merges bfloat16 into bfloat16, in float32 with what cancels in float64;
+``kernel/merge_wide.c`` bfloat16 or float32 into float32, in float64 throughout. Where the package
+was built without a C compiler, or with ``DORA_EXPORT_KERNEL=numpy`` in the environment, numpy does
+the same work. The two add in another order, so about one bfloat16 in 100,000, and practically no
+float32, differs in its last place.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -18,11 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dora_export import refine
+from dora_export.tensors import Bytes
 
 Mode = Literal["none", "norm", "given"]
 MODES: dict[Mode, int] = {"none": 0, "norm": 1, "given": 2}
 PANEL = 16  # columns that lie together in a packed factor
-NAME = "merge_rows 1"  # changes with the bytes it writes
+WIDE_PANEL = 8  # the same of float64
+NAME = "merge_rows 1, merge_wide 1"  # changes with the bytes it writes
 SWITCH = "DORA_EXPORT_KERNEL"
 
 
@@ -62,6 +67,25 @@ class Factors:
 
 
 @dataclass(frozen=True, eq=False)
+class WideFactors:
+    """A low-rank product as the kernel takes it that merges into float32.
+
+    Attributes:
+        left: float64, scaling included, ``(rows, rank)``.
+        panels: The right factor, float64, packed.
+    """
+
+    left: NDArray[np.float64]
+    panels: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, factors: Sequence[NDArray[np.float64]], rows: int, columns: int) -> WideFactors:
+        """Return two factors ready for the kernel; none: of rank 0, for magnitudes alone."""
+        left, right = factors or (np.empty((rows, 0)), np.empty((0, columns)))
+        return cls(np.ascontiguousarray(left), packed_wide(right))
+
+
+@dataclass(frozen=True, eq=False)
 class Merged:
     """What one call found, beside the rows that it wrote.
 
@@ -95,6 +119,14 @@ def packed(right: NDArray[Any]) -> NDArray[np.float32]:
     rank, columns = right.shape
     out = np.empty((-(-columns // PANEL), rank, PANEL), np.float32)
     _module().pack(np.ascontiguousarray(right, np.float32), out, rank, columns)
+    return out
+
+
+def packed_wide(right: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return a right factor ``(rank, columns)`` in the order ``merge_wide`` reads it."""
+    rank, columns = right.shape
+    out = np.empty((-(-columns // WIDE_PANEL), rank, WIDE_PANEL))
+    _module().pack_wide(np.ascontiguousarray(right), out, rank, columns)
     return out
 
 
@@ -151,3 +183,108 @@ def merge(
         undefined,
     )
     return Merged(np.flatnonzero(undefined) + first_row, nonfinite, again)
+
+
+def merge_wide(
+    stored: NDArray[Any],
+    out: NDArray[Any],
+    factors: WideFactors,
+    first_row: int = 0,
+    *,
+    mode: Mode = "none",
+    magnitude: NDArray[np.float64] | None = None,
+    eps: float = 0.0,
+    column_factor: NDArray[np.float64] | None = None,
+) -> Merged:
+    """Merge rows of a bfloat16 or float32 weight into float32, in float64, rounded once.
+
+    What a row gives depends on that row alone. Releases the interpreter lock.
+
+    Args:
+        stored: W as bit patterns, ``(rows, columns)``: uint16 is bfloat16, uint32 is float32.
+        out: Where the result goes, uint32, same shape.
+        factors: What is added.
+        first_row: As in ``merge``.
+        mode: As in ``merge``.
+        magnitude: As in ``merge``.
+        eps: As in ``merge``.
+        column_factor: As in ``merge``.
+    """
+    rows, columns = stored.shape
+    these = slice(first_row, first_row + rows)
+    none: NDArray[Any] = np.empty(0)
+    undefined = np.zeros(rows if mode == "norm" else 0, np.uint8)
+    nonfinite = _module().merge_wide(
+        MODES[mode],
+        columns,
+        factors.left.shape[1],
+        eps,
+        stored.itemsize,
+        stored,
+        out,
+        factors.left[these],
+        factors.panels,
+        none if column_factor is None else packed_wide(column_factor[None, :]),
+        none if magnitude is None or mode == "none" else magnitude[these],
+        undefined,
+    )
+    return Merged(np.flatnonzero(undefined) + first_row, nonfinite, 0)
+
+
+def turned(matrix: NDArray[Any]) -> NDArray[Any] | None:
+    """Return the transpose of a matrix, contiguous, or None where the kernel is not there."""
+    if not available() or matrix.itemsize not in (1, 2, 4, 8):
+        return None
+    rows, columns = matrix.shape
+    out = np.empty((columns, rows), matrix.dtype)
+    _module().turn(np.ascontiguousarray(matrix), out, rows, columns, matrix.itemsize)
+    return out
+
+
+def read_rows(descriptor: int, offset: int, stride: int, out: Bytes) -> bool | None:
+    """Read rows of bytes, ``stride`` apart in a file, without the interpreter lock.
+
+    Args:
+        descriptor: Of the file.
+        offset: Of the first byte.
+        stride: Bytes from one row to the next.
+        out: Filled, shape ``(rows, bytes)``.
+
+    Returns:
+        Whether the file held them all; None: the kernel is not there, and nothing was read.
+
+    Raises:
+        OSError: Reading fails.
+    """
+    if not _transfers():
+        return None
+    if not out.size:
+        return True
+    count: int = _module().read_rows(descriptor, offset, stride, out.shape[1], out)
+    return bool(count == out.shape[0])
+
+
+def write_rows(descriptor: int, offset: int, stride: int, rows: Bytes) -> bool:
+    """Write rows of bytes, ``stride`` apart in a file, without the interpreter lock.
+
+    Args:
+        descriptor: Of the file.
+        offset: Of the first byte.
+        stride: Bytes from one row to the next.
+        rows: Shape ``(rows, bytes)``.
+
+    Returns:
+        Whether they were written; False: the kernel is not there, and nothing was.
+
+    Raises:
+        OSError: Writing fails.
+    """
+    if not _transfers():
+        return False
+    if rows.size:
+        _module().write_rows(descriptor, offset, stride, rows.shape[1], rows)
+    return True
+
+
+def _transfers() -> bool:
+    return available() and hasattr(_module(), "read_rows")

@@ -29,7 +29,7 @@ from dora_export.formula import (
 from dora_export.pieces import ColumnSquares, Copy, Merge, Region, regions
 from dora_export.plan import Precision, Settings, Step
 from dora_export.refine import product, recompute_cancelled
-from dora_export.tensors import BF16, F64, FileRange, Operand
+from dora_export.tensors import BF16, F32, F64, DType, FileRange, Operand
 from dora_export.update import Change, Product
 
 ArithmeticFactory = Callable[[Precision], Arithmetic]
@@ -132,8 +132,10 @@ class Worker:
         precision = self._precision_now
         loaded = [self._load(ops, change, precision) for change in region.changes]
         loaded = [self._with_whole(ops, step, region, change) for change in loaded]
-        if precision == "float32" and _for_kernel(step, region, ops):
-            kernel = fused.Factors.of(loaded[0].product, region.rows, region.columns)
+        if _for_kernel(step, region, ops, self._settings):
+            shape = (region.rows, region.columns)
+            kernel = (fused.Factors.of(loaded[0].product, *shape) if precision == "float32"
+                      else fused.WideFactors.of(loaded[0].factors, *shape))  # fmt: skip
             loaded[0] = replace(loaded[0], kernel=kernel)
         return loaded
 
@@ -257,18 +259,18 @@ class Worker:
     def _merge_compiled(
         self, piece: Merge, block: _Block, loaded: LoadedChange, written: NDArray[Any]
     ) -> None:
-        """Merge a block of bfloat16 rows with the compiled kernel."""
+        """Merge a block of rows with the compiled kernel."""
         merged = _compiled(block, loaded, written)  # cancelled elements and all
         if merged.undefined.size and self._settings.zero_norm == "refuse":
             raise _undefined(piece.step, "rows", self._zero_rows(piece, [loaded]))
         if merged.nonfinite:
             self._refuse_nonfinite(piece.step, piece.region, block, written)
         if self._settings.zero_norm == "keep-base":
-            kept = merged.undefined - block.first_row
-            written[kept] = block.raw[kept]
-            if loaded.undefined_columns is not None:
-                columns = loaded.undefined_columns
-                written[:, columns] = block.raw[:, columns]
+            dtype, kept = piece.step.source.dtype, merged.undefined - block.first_row
+            written[kept] = _restored(block.raw[kept], dtype, piece.step.dtype)
+            if (columns := loaded.undefined_columns) is not None:
+                base = _restored(block.raw[:, columns], dtype, piece.step.dtype)
+                written[:, columns] = base
 
     def _merge_tile(
         self, ops: Arithmetic, piece: Merge, tile: Tile, changes: list[LoadedChange]
@@ -315,7 +317,8 @@ class Worker:
         found, ops = [], self._lane(piece.step).ops
         if changes[0].kernel is not None:
             for block in self._blocks(piece.step, piece.region, 0, piece.region.rows):
-                merged = _compiled(block, changes[0], np.empty_like(block.raw))
+                out = np.empty(block.raw.shape, piece.step.dtype.raw)
+                merged = _compiled(block, changes[0], out)
                 found.append(merged.undefined)
             return np.concatenate(found)
         for tile in self._tiles(piece.step, piece.region, 0, piece.region.rows):
@@ -378,26 +381,45 @@ def _compiled(block: _Block, loaded: LoadedChange, written: NDArray[Any]) -> fus
     """Run the compiled kernel on a block."""
     assert loaded.kernel is not None, "Bug: not loaded for the kernel"
     change, by_row = loaded.change, loaded.change.over == "row"
+    mode: fused.Mode = "none" if not by_row else "given" if change.magnitude_is_factor else "norm"
+    magnitude = loaded.magnitude if by_row else None
+    columns = loaded.column_factor_host
+    if isinstance(loaded.kernel, fused.WideFactors):
+        return fused.merge_wide(
+            block.raw, written, loaded.kernel, block.first_row,
+            mode=mode, magnitude=magnitude, eps=change.eps, column_factor=columns,
+        )  # fmt: skip
     return fused.merge(
-        block.raw,
-        written,
-        loaded.kernel,
-        block.first_row,
-        mode="none" if not by_row else "given" if change.magnitude_is_factor else "norm",
-        magnitude=loaded.magnitude if by_row else None,
-        eps=change.eps,
-        column_factor=loaded.column_factor_host,
+        block.raw, written, loaded.kernel, block.first_row,
+        mode=mode, magnitude=magnitude, eps=change.eps, column_factor=columns,
+    )  # fmt: skip
+
+
+def _restored(raw: NDArray[Any], dtype: DType, target: DType) -> NDArray[Any]:
+    """Return the base's own elements in the output's type: as they are, or widened to float32."""
+    return raw if dtype is target else cast.widened(raw, dtype, np.float32).view(target.raw)
+
+
+def _for_kernel(step: Step, region: Region, ops: Arithmetic, settings: Settings) -> bool:
+    """Return whether a region's merge is what a compiled kernel does.
+
+    One of them merges BF16 into BF16, in float32 with what cancels in float64, the other BF16 or
+    F32 into F32, in float64.
+    """
+    precision = working_precision(step, settings)
+    types = (
+        step.source.dtype is step.dtype is BF16
+        if precision == "float32"
+        else step.source.dtype in (BF16, F32) and step.dtype is F32
     )
-
-
-def _for_kernel(step: Step, region: Region, ops: Arithmetic) -> bool:
-    """Return whether a region's merge is what the compiled kernel does; working in float32."""
     return (
         ops.compiled
-        and step.source.dtype is step.dtype is BF16
+        and types
+        and settings.strength == 1
         and len(region.changes) == 1
         and not region.composed
         and region.changes[0].kind in ("lora", "dora", "magnitude")
+        and isinstance(region.changes[0].delta, Product | None)
     )
 
 

@@ -146,8 +146,9 @@ MIDDLE = {
     "in the middle of a record": 5,
     "a record is written, not synced": 5,
 }
-WEIGHTS_DONE = ("the weights are done", "before the manifest", "before the check",
-                "before the last syncs", "before the rename", "after the rename",
+# Steps while the last weights are on their way to the disk, and steps after that.
+SYNCING = ("the weights are done", "before the manifest", "before the check")
+WEIGHTS_DONE = ("before the last syncs", "before the rename", "after the rename",
                 "before the journal goes")  # fmt: skip
 # Steps of a run that replaces, and whether it swaps folders.
 FORCED = [
@@ -173,8 +174,21 @@ def test_killed_at_a_step_the_output_is_absent_or_whole_and_the_next_run_ends_it
     report = kill.finish(threads=3, block_bytes=200_000)
     if step in MIDDLE:
         assert 0 < report.resumed_bytes < report.weight_bytes
-    else:
+    elif step not in SYNCING:  # how many of those are in is the disk's affair
         assert report.resumed_bytes == (report.weight_bytes if step in WEIGHTS_DONE else 0)
+
+
+@pytest.mark.parametrize(
+    "step", ["in the middle of a shard", "before the check", "after the rename"]
+)
+def test_killed_without_sync_the_output_is_absent_or_whole_and_nothing_is_gone_on_with(
+    place, tmp_path, step
+):
+    kill = Kill(place, tmp_path)
+    plan = {"step": step, "visit": MIDDLE.get(step, 1)}
+    assert kill.die(plan, "--no-sync", "--threads", 2, "--block", 100_000)
+    report = kill.finish()
+    assert report.resumed_bytes == (report.weight_bytes if step == "after the rename" else 0)
 
 
 @pytest.mark.parametrize(("step", "swaps"), FORCED)

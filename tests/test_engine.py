@@ -163,7 +163,9 @@ def measured(folder, out, verify):
     return json.loads(run.stdout)
 
 
-@pytest.mark.parametrize("verify", ["none", "fast", "full"])
+@pytest.mark.parametrize(
+    "verify", [pytest.param("none", marks=pytest.mark.nightly), "fast", "full"]
+)
 def test_peak_memory_stays_under_the_printed_bound_and_does_not_grow_with_the_model(
     tmp_path, verify
 ):

@@ -214,3 +214,105 @@ def test_buffers_that_do_not_fit_are_refused():
 def test_the_environment_switches_it_off(monkeypatch):
     monkeypatch.setenv(fused.SWITCH, "numpy")
     assert not fused.available()
+
+
+class Wide(Case):
+    """The same rows merged into float32."""
+
+    def __init__(self, rows, columns, rank, stored):
+        super().__init__(rows, columns, rank)
+        if stored == "F32":
+            rng = np.random.default_rng(5)
+            self.W = (rng.standard_normal((rows, columns)) * 0.05).astype(np.float32)
+            W = self.W.astype(np.float64)
+            self.W = self.W.view(np.uint32)
+            self.V = W + self.left.astype(np.float64) @ self.right
+            self.norm = np.sqrt((self.V**2).sum(axis=1))
+            self.m = self.norm * rng.uniform(0.5, 2.0, rows)
+
+    def merge(self, first=0, last=None, **options):
+        stored = np.ascontiguousarray(self.W[first:last])
+        out = np.zeros(stored.shape, np.uint32)
+        factors = (self.left.astype(np.float64), self.right.astype(np.float64))
+        wide = fused.WideFactors.of(factors, *self.W.shape)
+        return out, fused.merge_wide(stored, out, wide, first, **options)
+
+
+def misrounded(out, exact):
+    """Elements that are not the float32 nearest to the exact ones."""
+    return int((out.view(np.float32) != exact.astype(np.float32)).sum())
+
+
+@needs_kernel
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("stored", ["BF16", "F32"])
+def test_rows_are_rounded_to_the_nearest_float32(shape, stored):
+    case = Wide(*shape, 6, stored)
+    by_column = np.random.default_rng(1).uniform(0.5, 2.0, shape[1])
+    norm = {"mode": "norm", "magnitude": case.m}
+    for options, factor in (
+        ({}, 1.0),
+        (norm, (case.m / case.norm)[:, None]),
+        ({**norm, "eps": 0.01}, (case.m / (case.norm + 0.01))[:, None]),
+        ({"mode": "given", "magnitude": case.m}, case.m[:, None]),
+        ({"column_factor": by_column}, by_column),
+    ):
+        out, found = case.merge(**options)
+        assert misrounded(out, case.V * factor) == 0
+        assert not found.nonfinite
+        assert found.undefined.size == 0
+    if shape[0] > 5 and shape[1] > 1:  # what float32 arithmetic or a wrong norm gives is not that
+        single = case.V.astype(np.float32) * (case.m / case.norm).astype(np.float32)[:, None]
+        assert misrounded(case.merge(**norm)[0], single.astype(np.float64)) > 0
+        assert misrounded(case.merge(**norm)[0], case.V) > 0
+
+
+@needs_kernel
+@pytest.mark.parametrize("stored", ["BF16", "F32"])
+def test_a_float32_row_does_not_depend_on_its_neighbours(stored):
+    case = Wide(19, 2065, 6, stored)
+    norm = {"mode": "norm", "magnitude": case.m}
+    whole, _ = case.merge(**norm)
+    for size in (1, 2, 5, 6, 7):
+        for first in range(0, 19, size):
+            part, _ = case.merge(first, first + size, **norm)
+            np.testing.assert_array_equal(part, whole[first : first + size])
+
+
+@needs_kernel
+@pytest.mark.parametrize("column", [0, 7, 8, 39])
+def test_float32_rows_tell_of_inf_and_of_no_direction(column):
+    case = Wide(7, 40, 2, "BF16")
+    assert not case.merge()[1].nonfinite
+    case.W[6, column] = 0x7F80
+    assert case.merge()[1].nonfinite
+    case = Wide(9, 40, 2, "BF16")
+    case.W[3], case.left[3] = 0, 0
+    case.W[5], case.left[5], case.m[5] = 0, 0, 0
+    out, found = case.merge(mode="norm", magnitude=case.m)
+    assert found.undefined.tolist() == [3]
+    assert not out[[3, 5]].any()
+
+
+@needs_kernel
+def test_float32_buffers_that_do_not_fit_are_refused():
+    case, out = Wide(6, 32, 2, "BF16"), np.zeros((6, 32), np.uint32)
+    good = fused.WideFactors.of((case.left.astype(float), case.right.astype(float)), 6, 32)
+    fused.merge_wide(case.W, out, good)
+    for name in ("left", "panels"):
+        bad = replace(good, **{name: getattr(good, name)[:-1].copy()})
+        with pytest.raises(ValueError, match="do not fit 6 rows of 32 columns"):
+            fused.merge_wide(case.W, out, bad)
+    for wrong in ({"column_factor": np.ones(23)}, {"mode": "norm", "magnitude": case.m[:5].copy()}):
+        with pytest.raises(ValueError, match="do not fit"):
+            fused.merge_wide(case.W, out, good, **wrong)
+    with pytest.raises(ValueError, match="do not fit"):
+        fused.merge_wide(case.W, out[:-1].copy(), good)
+
+
+@needs_kernel
+@pytest.mark.parametrize("kind", ["u1", "u2", "u4", "u8"])
+@pytest.mark.parametrize("shape", [(1, 1), (16, 16), (17, 33), (40, 5), (0, 3)], ids=str)
+def test_matrices_are_turned(kind, shape):
+    matrix = np.random.default_rng(0).integers(0, 255, shape).astype(kind)
+    np.testing.assert_array_equal(fused.turned(matrix), matrix.T)

@@ -1,6 +1,8 @@
 """Merged weights in a graph of the base: exact, only there, and only if all of it is found."""
 
+import hashlib
 import json
+import shutil
 
 import numpy as np
 import onnx
@@ -12,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 import dora_export
 from dora_export import GraphReport
 from dora_export.errors import DoraExportError, VerifyError
-from dora_export.onnx import into
+from dora_export.onnx import files, into, rewritten
 from tests import oracle, small
 from tests.small import LINEARS, entries, run
 
@@ -49,6 +51,12 @@ def save_graph(path, stored, *, data=None, dtype=torch.float32, extra=(), nodes=
 def loaded(path):
     """What a graph stores, by name."""
     return {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+
+
+def digests(folder, beside):
+    return {
+        n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in ["model.onnx", *beside]
+    }
 
 
 def export(folder, graph, out="out", **options):
@@ -96,7 +104,10 @@ def test_merged_values_are_exact_and_nothing_else_changes(pair, data, dtype):
     proof = {e["name"]: e for e in rewritten["proof"]["initializers"]}
     assert {names[n] for n in proof} == set(merged)
     assert proof["val_3"]["base"] == [f"{Q}.weight[0:20]"]
-    assert all(e["lines_are"] == "columns" and len(e["sha256"]) == 64 for e in proof.values())
+    assert all(e["lines_are"] == "columns" for e in proof.values())
+    beside = [data] if data else []
+    assert rewritten["proof"]["graph_files"] == digests(folder / "graph", beside)
+    assert rewritten["files"] == digests(folder / "out", beside)
 
 
 def test_a_mistake_in_the_formula_would_be_seen(pair):
@@ -220,7 +231,10 @@ def test_files_beside_the_graph_go_along_and_the_adapters_tokenizer_wins(pair):
          "tokenizer.json", "w.bin"])  # fmt: skip
     assert (out / "tokenizer.json").read_text() == '{"graph": 1}'
     (folder / "adapter/tokenizer.json").write_text('{"adapter": 1}')
-    export(folder, graph, "again")
+    with (graph.parent / "huge.txt").open("wb") as file:
+        file.truncate(1 << 40)  # a hole
+    report = export(folder, graph, "again")
+    assert any(n.startswith("huge.txt is left behind: 1100 GB") for n in report.notes)
     assert (folder / "again/tokenizer.json").read_text() == '{"adapter": 1}'
     assert (folder / "again/genai_config.json").read_text() == '{"model": 1}'
 
@@ -302,8 +316,8 @@ def test_what_was_written_is_held_against_the_plan(pair, monkeypatch, damage):
     graph = save_graph(folder / "graph/model.onnx", transposed(base), data="w.bin")
     write = into.write
 
-    def spoilt(plan, matches, parameters, layout, request):
-        write(plan, matches, parameters, layout, request)
+    def spoilt(plan, matches, parameters, layout, request, sink):
+        write(plan, matches, parameters, layout, request, sink)
         path = request.folder / ("model.onnx" if damage == "structure" else "w.bin")
         data = bytearray(path.read_bytes())
         at = {"tensor": matches[0].tensor.source.start + 3, "structure": 1,
@@ -315,6 +329,75 @@ def test_what_was_written_is_held_against_the_plan(pair, monkeypatch, damage):
     said = refused(folder, graph, "not what was planned", VerifyError)
     what = {"tensor": "ulp off", "beside": "not as it was", "structure": "not as it was"}[damage]
     assert what in said
+
+
+@pytest.mark.parametrize("turned", [True, False])
+def test_a_row_left_as_it_was_is_found_wherever_it_is(pair, monkeypatch, turned):
+    folder, base, _ = pair
+    stored = transposed(base) if turned else arrays(base)
+    graph = save_graph(folder / "graph/model.onnx", stored, data="w.bin")
+    write = into.write
+
+    def forgetful(plan, matches, parameters, layout, request, sink):
+        write(plan, matches, parameters, layout, request, sink)
+        lines = matches[0].lines
+        new = np.memmap(request.folder / "w.bin", np.uint8, "r+")
+        old = np.fromfile(folder / "graph/w.bin", np.uint8)
+        at = slice(lines.tensor.source.start, lines.tensor.source.start + lines.tensor.nbytes)
+        rows = [a[at].view("f4").reshape(lines.rows, lines.columns) for a in (new, old)]
+        row = (slice(None), 7) if lines.by_column else 7
+        assert lines.by_column == turned
+        rows[0][row] = rows[1][row]
+
+    monkeypatch.setattr(into, "write", forgetful)
+    monkeypatch.setattr(rewritten, "_chosen", lambda *_: iter(()))  # no row by chance
+    said = refused(folder, graph, "not what was planned", VerifyError)
+    assert "row 7 is" in said
+
+
+def test_rows_that_a_merge_does_not_change_may_stay(pair):
+    folder, base, _ = pair
+    adapter = small.adapter_tensors(base, dora=False)
+    adapter[f"{small.PREFIX}{Q}.lora_B.weight"][3:5] = 0
+    shutil.rmtree(folder / "adapter")
+    small.write_adapter(folder / "adapter", adapter, use_dora=False)
+    graph = save_graph(folder / "graph/model.onnx", transposed(base), data="w.bin")
+    done = dora_export.export_onnx(folder / "base", folder / "adapter", folder / "out", into=graph)
+    oracle_tier = done.verified.tiers[1]
+    assert oracle_tier.figures["rows_as_before"] == 2
+    assert "2 rows are as before, which is what the merge makes of them" in oracle_tier.summary
+
+
+def test_the_checker_may_refuse_what_it_refused_before_and_nothing_else(pair, monkeypatch):
+    folder, base, _ = pair
+    graph = save_graph(folder / "graph/model.onnx", transposed(base), data="w.bin")
+    done = export(folder, graph)  # the outputs of these tests' graphs have no shape
+    assert any("onnx's checker refuses the graph, as it did before" in n for n in done.notes)
+    model = onnx.load(graph, load_external_data=False)
+    for value in model.graph.output:
+        value.type.tensor_type.shape.dim.add().dim_param = "rows"
+    onnx.save(model, graph)
+    assert not any("checker" in n for n in export(folder, graph, "sound").notes)
+    write = into.write
+
+    def renamed(plan, matches, parameters, layout, request, sink):
+        write(plan, matches, parameters, layout, request, sink)
+        path = request.folder / "model.onnx"
+        path.write_bytes(path.read_bytes().replace(b"MatMul", b"NatMul"))
+
+    monkeypatch.setattr(into, "write", renamed)
+    monkeypatch.setattr(rewritten, "_structure", lambda *_: iter(()))
+    monkeypatch.setattr(rewritten, "_copied", lambda *_: None)
+    said = refused(folder, graph, "checker refuses the written", VerifyError, out="new")
+    assert "No Op registered for NatMul" in said
+
+
+@pytest.mark.parametrize("size", [files.CHECKED_BYTES, 0], ids=["by path", "in memory"])
+def test_the_checker_looks_at_graphs_of_any_size(pair, monkeypatch, size):
+    folder, base, _ = pair
+    graph = save_graph(folder / "graph/model.onnx", transposed(base))
+    monkeypatch.setattr(files, "CHECKED_BYTES", size)
+    assert any("'shape' of 'type' is required" in n for n in export(folder, graph).notes)
 
 
 def test_the_command_tells_what_it_did_and_refuses_in_one_message(pair):

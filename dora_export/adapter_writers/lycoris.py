@@ -167,5 +167,11 @@ def _notes(source: Source, alphas: Sequence[Stored]) -> Iterator[str]:
             f"alpha is in float64 in {len(long)} of {len(alphas)} layers, which float32 cannot "
             "hold exactly: LyCORIS and ComfyUI read it so, sd-scripts rounds it"
         )
-    if any(u.magnitude is not None and u.axis == "out" for u in source.updates):
+    axes = {u.axis for u in source.updates if u.magnitude is not None}
+    if "in" in axes:
+        yield (
+            "LyCORIS' own loader takes magnitudes of outputs only, and these count inputs; ComfyUI "
+            "and OneTrainer load them"
+        )
+    if "out" in axes:
         yield "ComfyUI divides magnitudes of outputs by the norm of W alone; LyCORIS loads it right"

@@ -1,8 +1,14 @@
-/* dora_export._kernel: merge_rows.c for Python, over buffers whose sizes are checked here. */
+/* dora_export._kernel: merge_rows.c and merge_wide.c for Python, over buffers that are checked here. */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <errno.h>
+#if !defined(_WIN32)
+#include <unistd.h>
+#endif
+
 #include "merge_rows.h"
+#include "merge_wide.h"
 
 static int usable(void) {
 #if defined(__x86_64__)
@@ -107,8 +113,169 @@ done:
   return result;
 }
 
+PyDoc_STRVAR(pack_wide_doc, "pack_wide(right, panels, rank, columns)\n\nPack a float64 right factor.");
+
+static PyObject *pack_wide_factor(PyObject *Py_UNUSED(module), PyObject *args) {
+  Py_buffer right, panels;
+  Py_ssize_t rank, columns;
+  if (!PyArg_ParseTuple(args, "y*w*nn", &right, &panels, &rank, &columns)) return NULL;
+  const Py_ssize_t packed = (columns + WIDE_PANEL - 1) / WIDE_PANEL * WIDE_PANEL;
+  const int fits = rank >= 0 && columns > 0 && holds(&right, rank * columns, sizeof(double), 0) &&
+                   holds(&panels, rank * packed, sizeof(double), 0);
+  if (fits) pack_wide(right.buf, panels.buf, rank, columns);
+  PyBuffer_Release(&right);
+  PyBuffer_Release(&panels);
+  if (!fits) return PyErr_Format(PyExc_ValueError, "pack_wide: buffers do not fit the shape");
+  Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(wide_doc,
+             "merge_wide(mode, columns, rank, eps, itemsize, stored, out, left, panels, by_column,\n"
+             "           magnitude, undefined) -> nonfinite\n\n"
+             "Merge rows into float32; see merge_wide.h. Empty buffers stand for none.");
+
+static PyObject *wide(PyObject *Py_UNUSED(module), PyObject *args) {
+  enum { STORED, OUT, LEFT, PANELS, BY_COLUMN, MAGNITUDE, UNDEFINED, BUFFERS };
+  Py_buffer b[BUFFERS] = {{0}};
+  int mode, itemsize;
+  Py_ssize_t columns, rank;
+  double eps;
+  if (!PyArg_ParseTuple(args, "inndi" "y*w*y*y*y*y*w*", &mode, &columns, &rank, &eps, &itemsize,
+                        &b[STORED], &b[OUT], &b[LEFT], &b[PANELS], &b[BY_COLUMN], &b[MAGNITUDE],
+                        &b[UNDEFINED]))
+    return NULL;
+  PyObject *result = NULL;
+  const int known = columns > 0 && (itemsize == 2 || itemsize == 4);
+  const Py_ssize_t count = known ? b[STORED].len / (columns * itemsize) : 0;
+  const Py_ssize_t packed = (columns + WIDE_PANEL - 1) / WIDE_PANEL * WIDE_PANEL;
+  if (!known || rank < 0 || mode < NO_FACTOR || mode > GIVEN ||
+      !holds(&b[STORED], count * columns, itemsize, 0) ||
+      !holds(&b[OUT], count * columns, sizeof(float), 0) ||
+      !holds(&b[LEFT], count * rank, sizeof(double), 0) ||
+      !holds(&b[PANELS], packed * rank, sizeof(double), 0) ||
+      !holds(&b[BY_COLUMN], packed, sizeof(double), 1) ||
+      !holds(&b[MAGNITUDE], mode != NO_FACTOR ? count : 0, sizeof(double), 0) ||
+      !holds(&b[UNDEFINED], mode == BY_NORM ? count : 0, 1, 0)) {
+    PyErr_Format(PyExc_ValueError, "merge_wide: buffers do not fit %zd rows of %zd columns", count,
+                 columns);
+    goto done;
+  }
+  double *scratch = PyMem_RawMalloc(wide_scratch(columns) * sizeof *scratch);
+  if (scratch == NULL) {
+    PyErr_NoMemory();
+    goto done;
+  }
+  const struct wide_rows rows = {
+      .stored = b[STORED].buf,
+      .out = b[OUT].buf,
+      .left = b[LEFT].buf,
+      .panels = b[PANELS].buf,
+      .by_column = b[BY_COLUMN].len ? b[BY_COLUMN].buf : NULL,
+      .magnitude = b[MAGNITUDE].buf,
+      .undefined = b[UNDEFINED].buf,
+      .count = count,
+      .columns = columns,
+      .rank = rank,
+      .eps = eps,
+      .itemsize = itemsize,
+      .mode = (enum factor_mode)mode,
+  };
+  int nonfinite;
+  Py_BEGIN_ALLOW_THREADS
+  nonfinite = merge_wide(&rows, scratch);
+  Py_END_ALLOW_THREADS
+  PyMem_RawFree(scratch);
+  result = PyBool_FromLong(nonfinite);
+done:
+  for (int i = 0; i < BUFFERS; i++) PyBuffer_Release(&b[i]);
+  return result;
+}
+
+PyDoc_STRVAR(turn_doc, "turn(matrix, out, rows, columns, itemsize)\n\nTranspose a matrix.");
+
+static PyObject *turn_matrix(PyObject *Py_UNUSED(module), PyObject *args) {
+  Py_buffer in, out;
+  Py_ssize_t rows, columns;
+  int itemsize;
+  if (!PyArg_ParseTuple(args, "y*w*nni", &in, &out, &rows, &columns, &itemsize)) return NULL;
+  const int known = itemsize == 1 || itemsize == 2 || itemsize == 4 || itemsize == 8;
+  const int fits = known && rows >= 0 && columns >= 0 && holds(&in, rows * columns, itemsize, 0) &&
+                   holds(&out, rows * columns, itemsize, 0);
+  if (fits) {
+    Py_BEGIN_ALLOW_THREADS
+    turn(in.buf, out.buf, rows, columns, itemsize);
+    Py_END_ALLOW_THREADS
+  }
+  PyBuffer_Release(&in);
+  PyBuffer_Release(&out);
+  if (!fits) return PyErr_Format(PyExc_ValueError, "turn: buffers do not fit the shape");
+  Py_RETURN_NONE;
+}
+
+#if !defined(_WIN32)
+/* Reads or writes rows of bytes, equally far apart in a file; returns how many are complete: all, but
+ * where the file ends. */
+static PyObject *transfer(PyObject *args, int writing) {
+  Py_buffer rows;
+  int descriptor;
+  Py_ssize_t offset, stride, length;
+  if (!PyArg_ParseTuple(args, writing ? "innny*" : "innnw*", &descriptor, &offset, &stride, &length,
+                        &rows))
+    return NULL;
+  if (offset < 0 || stride < 0 || length <= 0 || rows.len % length) {
+    PyBuffer_Release(&rows);
+    return PyErr_Format(PyExc_ValueError, "rows of %zd bytes do not fit the buffer", length);
+  }
+  const Py_ssize_t count = rows.len / length;
+  Py_ssize_t row = 0;
+  int code = 0;
+  Py_BEGIN_ALLOW_THREADS
+  for (; row < count && code == 0; row++) {
+    char *at = (char *)rows.buf + row * length;
+    const off_t place = (off_t)offset + (off_t)row * stride;
+    Py_ssize_t done = 0;
+    while (done < length && code == 0) {
+      const size_t left = (size_t)(length - done);
+      const ssize_t got = writing ? pwrite(descriptor, at + done, left, place + done)
+                                  : pread(descriptor, at + done, left, place + done);
+      if (got < 0 && errno == EINTR) continue;
+      if (got < 0) code = errno;
+      else if (got == 0 && writing) code = EIO; /* neither an error nor progress */
+      else if (got == 0) break;
+      else done += got;
+    }
+    if (done < length) break;
+  }
+  Py_END_ALLOW_THREADS
+  PyBuffer_Release(&rows);
+  if (code) {
+    errno = code;
+    return PyErr_SetFromErrno(PyExc_OSError);
+  }
+  return PyLong_FromSsize_t(row);
+}
+
+PyDoc_STRVAR(read_doc, "read_rows(descriptor, offset, stride, length, out) -> complete rows");
+PyDoc_STRVAR(write_doc, "write_rows(descriptor, offset, stride, length, rows) -> complete rows");
+
+static PyObject *read_rows(PyObject *Py_UNUSED(module), PyObject *args) {
+  return transfer(args, 0);
+}
+
+static PyObject *write_rows(PyObject *Py_UNUSED(module), PyObject *args) {
+  return transfer(args, 1);
+}
+#endif
+
 static PyMethodDef methods[] = {{"pack", pack, METH_VARARGS, pack_doc},
                                 {"merge", merge, METH_VARARGS, merge_doc},
+                                {"pack_wide", pack_wide_factor, METH_VARARGS, pack_wide_doc},
+                                {"merge_wide", wide, METH_VARARGS, wide_doc},
+                                {"turn", turn_matrix, METH_VARARGS, turn_doc},
+#if !defined(_WIN32)
+                                {"read_rows", read_rows, METH_VARARGS, read_doc},
+                                {"write_rows", write_rows, METH_VARARGS, write_doc},
+#endif
                                 {NULL, NULL, 0, NULL}};
 
 static int fill(PyObject *module) {

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dora_export.errors import shown
+from dora_export.errors import VerifyError, shown
 from dora_export.onnx.model import DATA_BYTES, GraphError
 from dora_export.writers.files import refusal
 
 if TYPE_CHECKING:
+    import onnx
     import onnx_ir as ir
 
 CHUNK = 1 << 20
 SMALL_BYTES = 1024  # weights below this stay in the graph
+CHECKED_BYTES = 64 << 20  # of a graph file that onnx's checker may load
+IN_MEMORY = "#"  # location of external data of no file. Source: onnx/checker.cc
 
 
 def write(model: ir.Model, path: Path, data: str) -> None:
@@ -68,6 +71,67 @@ def check(path: Path) -> None:
             f"{path.name}: onnx's checker refuses what was exported: {shown(error, 300)}. Pass "
             "another --engine or --opset."
         ) from error
+
+
+def check_again(path: Path, made: onnx.ModelProto, before: onnx.ModelProto) -> tuple[str, ...]:
+    """Let onnx's checker look at a graph that was made from another one.
+
+    By its path, where its weights lie beside it; a graph that holds them is checked without them,
+    so that they are not all held in memory.
+
+    Args:
+        path: The graph, its external data beside it.
+        made: It, larger values left out.
+        before: The one that it was made from, larger values left out.
+
+    Returns:
+        Notes: what the checker refuses in both of them, if anything.
+
+    Raises:
+        VerifyError: It refuses the graph, and does not refuse the other.
+    """
+    problem = _refused(str(path) if path.stat().st_size < CHECKED_BYTES else _bare(made))
+    if problem is None:
+        return ()
+    if _refused(_bare(before)) is not None:
+        return (f"onnx's checker refuses the graph, as it did before: {problem}",)
+    raise VerifyError(
+        f"{path.name}: onnx's checker refuses the written graph, though not the one that it was "
+        f"made from: {problem}. Not published."
+    )
+
+
+def _refused(graph: str | onnx.ModelProto) -> str | None:
+    """Return what onnx's checker finds wrong, or None."""
+    import onnx  # noqa: PLC0415 - as above
+
+    try:
+        onnx.checker.check_model(graph)
+    except onnx.checker.ValidationError as error:
+        return shown(str(error).strip().rstrip("."), 300)
+    return None
+
+
+def _bare(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a graph whose external data is said to be in memory, which the checker believes."""
+    import onnx  # noqa: PLC0415 - as above
+
+    bare = onnx.ModelProto()
+    bare.CopyFrom(model)
+    for tensor in _tensors(bare.graph):
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = IN_MEMORY
+    return bare
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield from (attribute.t, *attribute.tensors)
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _tensors(inner)
 
 
 def settle_all(path: Path, data: str) -> None:

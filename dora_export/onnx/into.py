@@ -22,6 +22,7 @@ from dora_export import inputs
 from dora_export.checkpoints.folder import read_json
 from dora_export.engine import Engine, Resources, check_adapter
 from dora_export.errors import OutputError, listing, shown
+from dora_export.onnx import files
 from dora_export.onnx.encodings import Int8, NeverZero, Plain
 from dora_export.onnx.graph_file import Graph, StoredTensor, nodes, open_graph
 from dora_export.onnx.layout import Layout, lay_out
@@ -32,6 +33,7 @@ from dora_export.onnx.rewritten import recheck
 from dora_export.onnx.scatter import Part, Rewriter, Scatter, parts_of, rewriting
 from dora_export.plan import Plan
 from dora_export.tensors import FileRange
+from dora_export.verification.parallel import each
 from dora_export.verification.plausible import refuse_implausible
 from dora_export.writers.files import FileSink
 from dora_export.writers.side_files import TOKENIZER, WHOLE_TOKENIZER, SideFile, in_folder
@@ -73,8 +75,8 @@ def make(request: Request) -> Made:
     refuse_implausible(plan)
     graph = open_graph(path)
     adapters = [file for adapter in plan.adapters for file in adapter.files]
-    files = [path, *graph.data_files.values(), *plan.base.sources, *adapters]
-    with inputs.held(inputs.watch(files, {})):
+    read = [path, *graph.data_files.values(), *plan.base.sources, *adapters]
+    with inputs.held(inputs.watch(read, {})):
         request.on_stage("looking for the base in the graph")
         matched = match_graph(graph, weights_of(plan), threads=request.threads)
         refuse_unmatched(plan, matched, request.allow_missing)
@@ -84,17 +86,22 @@ def make(request: Request) -> Made:
         layout = lay_out(graph, [*holders, *parameters])
         _check_space(request.folder, layout)
         request.on_stage("writing merged weights into the graph")
-        write(plan, changed, parameters, layout, request)
-        request.on_stage("checking what was written")
-        found = recheck(
-            plan, graph, changed, parameters, layout, request.folder, threads=request.threads
-        )
+        with FileSink(request.folder, layout.names, layout.sizes) as sink:
+            write(plan, changed, parameters, layout, request, sink)
+            # While the disk is still busy with it: checking and hashing take the processor only.
+            request.on_stage("checking what was written")
+            found = recheck(
+                plan, graph, changed, parameters, layout, request.folder, threads=request.threads
+            )
+            known = files.check_again(request.folder / path.name, found.model, graph.model)
+            were, are = _digests(graph, request)
     return Made(
         graphs=(graph.path.name,),
-        facts=_facts(graph, matched, proofs),
+        facts=_facts(graph, matched, proofs, were),
         parity=_parity(plan, graph, changed),
         tiers=found.tiers,
-        notes=tuple(_notes(matched, changed)),
+        notes=(*_notes(matched, changed), *known),
+        digests=are,
         warnings=tuple(f"not in the graph, as allowed: {shown(n)} ({w})"
                        for n, w in matched.missing.items()),
     )  # fmt: skip
@@ -314,8 +321,17 @@ def write(
     parameters: Mapping[StoredTensor, bytes],
     layout: Layout,
     request: Request,
+    sink: FileSink,
 ) -> None:
     """Write all files of a re-weighted graph, merged values in the place of the base's.
+
+    Args:
+        plan: The merge.
+        matches: What is written anew.
+        parameters: Scales and zero points that are written anew, with their bytes.
+        layout: Where everything goes.
+        request: What was asked for.
+        sink: The files, open.
 
     Peak memory: a few blocks per worker; no tensor is held whole.
 
@@ -335,16 +351,15 @@ def write(
             if request.progress is not None:
                 request.progress(done, total)
 
-    with FileSink(request.folder, layout.names, layout.sizes) as sink:
-        writer = Rewriter(layout, sink, matches)
-        writer.copy()
-        on_bytes(sum(c.nbytes for c in layout.copied))
-        writer.replace(parameters)
-        for match in matches:
-            writer.keep(match)
-        resources = Resources("cpu", request.threads, _block_bytes(matches))
-        for part in plans:
-            Engine(part, Scatter(part, parts, writer.emit), resources, on_bytes).run()
+    writer = Rewriter(layout, sink, matches)
+    writer.copy()
+    on_bytes(sum(c.nbytes for c in layout.copied))
+    writer.replace(parameters)
+    for match in matches:
+        writer.keep(match)
+    resources = Resources("cpu", request.threads, _block_bytes(matches))
+    for part in plans:
+        Engine(part, Scatter(part, parts, writer.emit), resources, on_bytes).run()
 
 
 def _block_bytes(matches: Sequence[Match]) -> int:
@@ -433,7 +448,17 @@ def _notes(matched: Matched, changed: Sequence[Match]) -> Iterator[str]:
         )
 
 
-def _facts(graph: Graph, matched: Matched, changed: Sequence[Match]) -> Mapping[str, Any]:
+def _digests(graph: Graph, request: Request) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the SHA-256 of the graph's files and of those that were written, by their names."""
+    own = {graph.path.name: graph.path, **graph.data_files}
+    written = [request.folder / name for name in own]
+    found = each(files.sha256, [*own.values(), *written], request.threads)
+    return dict(zip(own, found, strict=False)), dict(zip(own, found[len(own) :], strict=True))
+
+
+def _facts(
+    graph: Graph, matched: Matched, changed: Sequence[Match], digests: Mapping[str, str]
+) -> Mapping[str, Any]:
     """Return what the manifest says: the proof that every tensor written anew held the base."""
     types = sorted({m.encoding.name for m in changed})
     opsets = {o.domain or "ai.onnx": o.version for o in graph.model.opset_import}
@@ -447,9 +472,10 @@ def _facts(graph: Graph, matched: Matched, changed: Sequence[Match]) -> Mapping[
         "base_tensors_not_found": list(matched.absent),
         "allowed_missing": dict(matched.missing),
         "proof": {
-            "what": "each tensor below held exactly these rows of the base, line after line, in "
-            "this encoding, every byte compared; sha256 is of those lines, before they were "
-            "replaced",
+            "what": "in a graph whose files have these digests (sha256), each tensor below held "
+            "exactly these rows of the base, line after line, in this encoding; every byte was "
+            "compared",
+            "graph_files": dict(digests),
             "initializers": [_proof(m) for m in changed],
         },
     }
@@ -464,7 +490,6 @@ def _proof(match: Match) -> dict[str, Any]:
         "encoding": match.encoding.name,
         "lines_are": "columns" if match.lines.by_column else "rows",
         "base": held[:RUNS],
-        "sha256": match.digest,
     }
     if match.tensor.scope:
         entry["scope"] = match.tensor.scope

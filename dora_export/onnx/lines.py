@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dora_export import fused
 from dora_export.errors import InputError
 from dora_export.machine import advice
 from dora_export.onnx.graph_file import StoredTensor
@@ -115,18 +117,36 @@ def _columns(
     if stop - start == columns:
         source.read(at, out)
     else:
-        gather(source, at + np.arange(lines.rows) * (columns * item), out)
+        _read_strided(source, at, columns * item, out)
     return out
+
+
+def _read_strided(source: FileRange | HeldBytes, at: int, stride: int, out: Bytes) -> None:
+    """Read rows of bytes that lie equally far apart.
+
+    Raises:
+        InputError: The file ends too early or cannot be read.
+    """
+    if isinstance(source, FileRange):
+        with _opened(source.path) as descriptor:
+            whole = fused.read_rows(descriptor, source.start + at, stride, out)
+        if whole:
+            return
+        if whole is False:
+            raise _too_short(source.path, source.start + source.nbytes)
+    gather(source, at + np.arange(out.shape[0]) * stride, out)
 
 
 def _transposed(block: Bytes, itemsize: int) -> Bytes:
     """Return the transpose of elements given as bytes, contiguous.
 
-    Some rows at a time go through a buffer whose rows are not a power of two apart: columns of a
-    matrix as wide as weights are all fall into the same few places of the cache. (A third of the
-    time of numpy's plain copy for 2048 x 8192 float32.)
+    Without the compiled kernel, some rows at a time go through a buffer whose rows are not a power
+    of two apart: columns of a matrix as wide as weights are all fall into the same few places of
+    the cache.
     """
     values = block.view(f"u{itemsize}")
+    if (quickly := fused.turned(values)) is not None:
+        return quickly.view(np.uint8)
     rows, columns = values.shape
     turned = np.empty((columns, rows), values.dtype)
     strip = np.empty((STRIP_ROWS, STRIP_COLUMNS + 64 // itemsize), values.dtype)
@@ -152,22 +172,30 @@ def gather(
             source.read(offset, row)
         return
     length = out.shape[1]
+    with _opened(source.path) as descriptor:
+        read = _reader(descriptor)
+        for row, offset in zip(out, (offsets + source.start).tolist(), strict=True):
+            if read(row.data, offset) != length:
+                raise _too_short(source.path, offset + length)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """Open a file to read; what goes wrong with it is told as a refusal."""
     try:
-        descriptor = os.open(source.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         try:
-            read = _reader(descriptor)
-            for row, offset in zip(out, (offsets + source.start).tolist(), strict=True):
-                if read(row.data, offset) != length:
-                    raise InputError(
-                        f"{source.path}: ends before byte {offset + length}. The file changed "
-                        "while it was read; copy it again."
-                    )
+            yield descriptor
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise InputError(
-            f"{source.path}: cannot be read: {error.strerror}. {advice(error)}"
-        ) from error
+        raise InputError(f"{path}: cannot be read: {error.strerror}. {advice(error)}") from error
+
+
+def _too_short(path: Path, nbytes: int) -> InputError:
+    return InputError(
+        f"{path}: ends before byte {nbytes}. The file changed while it was read; copy it again."
+    )
 
 
 def _reader(descriptor: int) -> Callable[[memoryview, int], int]:

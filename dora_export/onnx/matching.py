@@ -89,7 +89,6 @@ class Match:
         weight_of: For each line the position in ``weights``, ``KEPT`` where it holds none.
         row_of: For each line the row.
         evidence: "sampled": elements were compared; "bytes": all of them.
-        digest: SHA-256 of the lines in order, once they are proven.
         uses: Nodes that take the values.
         parameters: Stored tensors with what the whole tensor shares: one scale, one zero point.
     """
@@ -101,7 +100,6 @@ class Match:
     weight_of: NDArray[np.int32] = field(repr=False)
     row_of: NDArray[np.int64] = field(repr=False)
     evidence: Literal["sampled", "bytes"] = "sampled"
-    digest: str | None = None
     uses: tuple[Use, ...] = field(default=(), repr=False)
     parameters: tuple[StoredTensor, ...] = ()
 

@@ -146,6 +146,7 @@ class Made:
         notes: Decisions worth telling.
         warnings: Doubts worth telling.
         tiers: What the way has checked itself.
+        digests: SHA-256 of the graphs and of the files with their weights, where it is known.
     """
 
     graphs: tuple[str, ...]
@@ -155,6 +156,7 @@ class Made:
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     tiers: tuple[TierResult, ...] = ()
+    digests: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

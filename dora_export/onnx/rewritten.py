@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,14 +19,18 @@ from dora_export.errors import VerifyError, listing, shown
 from dora_export.onnx.encodings import Encoding, Int8, NeverZero, Plain
 from dora_export.onnx.graph_file import Graph, StoredTensor, open_graph
 from dora_export.onnx.layout import Copied, Layout
+from dora_export.onnx.lines import Lines
 from dora_export.onnx.matching import Match
 from dora_export.onnx.scatter import Part, parts_of
 from dora_export.pieces import Region, regions
 from dora_export.plan import Plan, Settings, Step
-from dora_export.tensors import BF16, F16, F32, F64, DType, FileRange
+from dora_export.tensors import BF16, F16, F32, F64, Bytes, DType, FileRange
 from dora_export.verification.exact import FRACTION, Exact, Floats, binade, floats, rounded
 from dora_export.verification.model import Level, TierResult
 from dora_export.verification.parallel import each
+
+if TYPE_CHECKING:
+    import onnx
 
 COMPARED_BYTES = 4 << 20
 BLOCK_ELEMENTS = 1 << 18
@@ -47,12 +51,14 @@ class Rechecked:
             None: all are quantised.
         worst: Where that was.
         rows: Rows compared.
+        model: The written graph, its larger values left out.
     """
 
     tiers: tuple[TierResult, ...]
     worst_ulp: float | None
     worst: str | None
     rows: int
+    model: onnx.ModelProto
 
 
 def recheck(
@@ -104,9 +110,14 @@ def recheck(
     started = time.monotonic()
     written = _written(graph, found, matches)
     steps = {s.name: s for s in plan.steps}
+    as_before = dict(zip(map(id, written), each(
+        lambda pair: _as_before(*pair), list(zip(matches, written, strict=True)), threads
+    ), strict=True))  # fmt: skip
     work = [(_step(part, name, steps), part)
             for name, held in parts_of(written).items() for part in held]  # fmt: skip
-    results = each(lambda pair: _oracle(*pair, plan, level), work, threads)
+    results = each(
+        lambda pair: _oracle(*pair, plan, level, as_before[id(pair[1].match)]), work, threads
+    )
     problems = [what for one in results for what in one.problems]
     _refuse(folder, problems)
     worst = max((r for r in results if r.ulp is not None), key=lambda r: r.ulp or 0, default=None)
@@ -114,17 +125,23 @@ def recheck(
     far = f"; worst {worst.ulp:.3g} ulp in {shown(worst.name)}" if worst is not None else ""
     quantised = sum(not isinstance(p.match.encoding, Plain | NeverZero) for _, p in work)
     again = f", {quantised} of them quantised again" if quantised else ""
+    same = sum(r.as_before for r in results)
+    still = f"; {same} rows are as before, which is what the merge makes of them" if same else ""
     scope = "every row" if level == "full" else f"{rows} rows"
     oracle = TierResult(
         "oracle",
         True,
-        f"{len(results)} changed weights, {scope} against float64{again}{far}",
+        f"{len(results)} changed weights, {scope} against float64{again}{far}{still}",
         time.monotonic() - started,
-        {"rows": rows, "weights": len(results), "quantised": quantised,
+        {"rows": rows, "weights": len(results), "quantised": quantised, "rows_as_before": same,
          "max_ulp": worst.ulp if worst else None, "worst_tensor": worst.name if worst else None},
     )  # fmt: skip
     return Rechecked(
-        (ledger, oracle), worst.ulp if worst else None, worst.name if worst else None, rows
+        (ledger, oracle),
+        worst.ulp if worst else None,
+        worst.name if worst else None,
+        rows,
+        found.model,
     )
 
 
@@ -202,18 +219,56 @@ class _Result:
     name: str
     rows: int
     ulp: float | None
+    as_before: int = 0
     problems: tuple[str, ...] = ()
 
 
-def _oracle(step: Step, part: Part, plan: Plan, level: Level) -> _Result:
-    """Compare the rows of one weight in one stored tensor with the exact ones."""
+def _as_before(old: Match, new: Match) -> NDArray[np.bool_]:
+    """Return which lines the graph still holds as it did; all of them are compared."""
+    same = np.ones(old.lines.count, np.bool_)
+    for before, after in zip(old.holders, new.holders, strict=True):
+        for first, last, held, rows in _bands(before, after):
+            equal = held.view(f"u{before.itemsize}") == rows.view(f"u{before.itemsize}")
+            if before.by_column:
+                at = first // before.rows * before.columns
+                same[at : at + before.columns] &= equal.all(axis=0)
+            else:
+                same[first:last] &= equal.all(axis=1)
+    return same
+
+
+def _bands(before: Lines, after: Lines) -> Iterator[tuple[int, int, Bytes, Bytes]]:
+    """Yield rows of both as they are stored, never of two panels at once."""
+    each_row = before.columns * before.itemsize
+    step = max(1, COMPARED_BYTES // each_row)
+    for panel in range(before.panels):
+        for start in range(0, before.rows, step):
+            first = panel * before.rows + start
+            last = panel * before.rows + min(start + step, before.rows)
+            blocks = []
+            for lines in (before, after):
+                assert lines.tensor.source is not None, "Bug: written without bytes"
+                block = np.empty((last - first, each_row), np.uint8)
+                lines.tensor.source.read(first * each_row, block)
+                blocks.append(block)
+            yield first, last, blocks[0], blocks[1]
+
+
+def _oracle(
+    step: Step, part: Part, plan: Plan, level: Level, as_before: NDArray[np.bool_]
+) -> _Result:
+    """Compare the rows of one weight in one stored tensor with the exact ones.
+
+    Those that are as before are all among them: what the merge changes must not be.
+    """
+    same = part.rows[as_before[part.lines]] if step.changes else part.rows[:0]
     rows, worst, problems, differing, total = 0, None, [], 0, 0
     where = f"{shown(step.name)} in {part.match.tensor.where}"
     encoding = part.match.encoding
     for region in regions(step):
         exact = Exact.open(step.source, region, plan.settings if region.changes else _PLAIN)
         exact = exact.with_factors()
-        for first, last in _chosen(region, part, level):
+        for first, last in (*_chosen(region, part, level), *_around(region, part, same)):
             _, expected = exact.rows(slice(first, last))
             start = region.start + first * region.columns
             flat = expected.reshape(-1)
@@ -230,7 +285,22 @@ def _oracle(step: Step, part: Part, plan: Plan, level: Level) -> _Result:
                     differing, total = differing + wrong, total + count
     if differing > ROUNDED_ELSE * total:
         problems.append(f"{where}: {differing} of {total} quantised bytes are others")
-    return _Result(step.name, rows, worst, tuple(problems[:2]))
+    return _Result(step.name, rows, worst, same.size, tuple(problems[:2]))
+
+
+def _around(region: Region, part: Part, rows: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Yield the rows of a region in which rows of a match lie."""
+    length, columns = part.match.length, region.columns
+    start, stop = region.start, region.start + region.rows * columns
+    inside = rows[(rows * length < stop) & ((rows + 1) * length > start)]
+    if not inside.size:
+        return
+    step = max(1, BLOCK_ELEMENTS // length)
+    for run in np.split(inside, np.flatnonzero(np.diff(inside) != 1) + 1):
+        for at in range(int(run[0]), int(run[-1]) + 1, step):
+            end = min(at + step, int(run[-1]) + 1)
+            first = max(0, (at * length - start) // columns)
+            yield first, min(region.rows, -(-(end * length - start) // columns))
 
 
 def _chosen(region: Region, part: Part, level: Level) -> Iterator[tuple[int, int]]:

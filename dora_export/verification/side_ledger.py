@@ -18,6 +18,7 @@ from typing import Any, Literal
 from dora_export import limits
 from dora_export.checkpoints.folder import read_json
 from dora_export.errors import InputError, shown
+from dora_export.machine import advice
 from dora_export.plan import Plan
 from dora_export.verification.model import Finding
 from dora_export.verification.subject import ADAPTER_FILES, MANIFEST, Subject
@@ -387,7 +388,6 @@ def _same_bytes(a: Path, b: Path) -> bool:
                 if chunk != other.read(READ_BYTES):
                     return False
     except OSError as error:
-        raise InputError(
-            f"{error.filename}: cannot be read: {error.strerror}. Check the file."
-        ) from error
+        way = advice(error, "Check the file.")
+        raise InputError(f"{error.filename}: cannot be read: {error.strerror}. {way}") from error
     return True

@@ -20,6 +20,7 @@ from typing import Any
 from dora_export._version import __version__
 from dora_export.engine import Resources, arithmetic_name
 from dora_export.errors import InputError
+from dora_export.machine import advice
 from dora_export.plan import Plan, Step
 from dora_export.tensors import DType, FileRange, HeldBytes
 from dora_export.writers.journal import DERIVED, FORMAT, FORMAT_LABEL, Job
@@ -102,7 +103,8 @@ def _sha256(path: Path) -> str:
             while chunk := file.read(HASH_CHUNK):
                 digest.update(chunk)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}. Check the file.") from error
+        way = advice(error, "Check the file.")
+        raise InputError(f"{path}: cannot be read: {error.strerror}. {way}") from error
     return digest.hexdigest()
 
 
@@ -121,7 +123,8 @@ def _base_file(path: Path) -> str:
                 file.seek(i * max(0, status.st_size - SAMPLE_BYTES) // (SAMPLES - 1))
                 digest.update(file.read(SAMPLE_BYTES))
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}. Check the file.") from error
+        way = advice(error, "Check the file.")
+        raise InputError(f"{path}: cannot be read: {error.strerror}. {way}") from error
     seconds, nanoseconds = divmod(status.st_mtime_ns, 10**9)
     modified = f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(seconds))}.{nanoseconds:09} UTC"
     return f"{status.st_size} bytes, modified {modified}, samples {digest.hexdigest()[:16]}"

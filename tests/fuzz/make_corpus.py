@@ -4,6 +4,7 @@ One folder per format, with what a user would name in it: ``base``, ``adapter`` 
 ``adapter.safetensors``; the fixtures of MLX and torchtune are taken as they are.
 """
 
+import json
 import shutil
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from onnx import external_data_helper, helper, numpy_helper
 from safetensors.torch import load_file, save_file
 
 import dora_export
-from tests import lycoris_models, small
+from tests import lycoris_models, moe_models, pipelines, small, test_aitoolkit, test_peft_methods
 from tests import test_megatron as megatron
 from tests import test_merged_dora as merged_dora
 from tests import test_nvlabs as nvlabs
+from tests import test_onnx_into as onnx_into
 from tests import test_small_trainers as trainers
 
 CORPUS = Path(__file__).parent / "corpus"
@@ -110,9 +112,81 @@ def graph():
               location="model.onnx.data")  # fmt: skip
 
 
+def image_models():
+    """A pipeline with each kind of adapter on it, and a single file with the kind it is given."""
+    folder = fresh("pipeline")
+    base, _ = pipelines.write_pair(folder)
+    pipelines.write_shards(base, "vae")
+    folder = fresh("diffusers")
+    pipelines.write(folder / "base", variant="fp16")
+    own = pipelines.adapter(pipelines.tensors()["unet"])
+    own = {name.replace(small.PREFIX, "unet."): tensor for name, tensor in own.items()}
+    (folder / "adapter").mkdir()
+    said = {"unet.r": small.RANK, "unet.lora_alpha": small.ALPHA, "unet.use_dora": True}
+    save_file(own, folder / "adapter/pytorch_lora_weights.safetensors",
+              {"format": "pt", "lora_adapter_metadata": json.dumps(said)})  # fmt: skip
+    folder = fresh("ai-toolkit")
+    pipelines.write(folder / "base")
+    save_file(test_aitoolkit.adapter(), folder / "adapter.safetensors")
+    single_image_file(fresh("single-file"))
+
+
+def single_image_file(folder):
+    """Names as in Stable Diffusion's first code, and an adapter under diffusers' names."""
+    random = torch.Generator().manual_seed(0)
+    blocks, made = "transformer_blocks.0.attn1", {}
+    model = {
+        "model.diffusion_model.input_blocks.0.0.weight": (8, 4, 3, 3),
+        "model.diffusion_model.input_blocks.1.0.in_layers.2.weight": (8, 8, 3, 3),
+        f"model.diffusion_model.input_blocks.1.1.{blocks}.to_q.weight": (8, 8),
+        f"model.diffusion_model.input_blocks.1.1.{blocks}.to_k.weight": (8, 12),
+        "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight": (20, 12),
+        "first_stage_model.encoder.conv_in.weight": (4, 3, 3, 3),
+    }
+    model = {n: torch.randn(shape, generator=random).half() for n, shape in model.items()}
+    save_file(model, folder / "base.safetensors", {"format": "pt"})
+    layers = {"down_blocks_0_resnets_0_conv1": (8, 8, 3, 3)}
+    layers |= {
+        f"down_blocks_0_attentions_0_{blocks.replace('.', '_')}_{n}": (8, k)
+        for n, k in (("to_q", 8), ("to_k", 12))
+    }
+    for name, (out, *inner) in layers.items():
+        key, ones = f"lora_unet_{name}", [1] * (len(inner) - 1)
+        made[f"{key}.lora_down.weight"] = torch.randn(2, *inner, generator=random)
+        made[f"{key}.lora_up.weight"] = torch.randn(out, 2, *ones, generator=random)
+        made[f"{key}.alpha"] = torch.tensor(3.0)
+        made[f"{key}.dora_scale"] = torch.rand(out, 1, *ones, generator=random) + 0.5
+    save_file(made, folder / "adapter.safetensors", {"ss_network_module": "lycoris.kohya"})
+
+
+def several():
+    folder = fresh("several")
+    small.write_pair(folder)
+    base = small.base_tensors()
+    second = small.adapter_tensors(base, seed=2, dora=False)
+    small.write_adapter(folder / "adapter2", second, use_dora=False)
+
+
+def methods():
+    """What only PEFT's own layers compute, and LoRA on the parameters of experts."""
+    for name in ("IA3", "OFT exact", "LOKR both"):
+        folder = fresh(f"method-{name.split()[0].lower()}")
+        test_peft_methods.made(folder, name)
+    moe_models.prepare(fresh("experts"), "mixtral")
+
+
+def graphs():
+    """A graph of the base for ``--into`` and ``--adapters``: weights turned, some beside it."""
+    folder = fresh("graphs")
+    small.write_pair(folder, dtype=torch.float32)
+    stored = onnx_into.transposed(small.base_tensors(dtype=torch.float32))
+    onnx_into.save_graph(folder / "graph/model.onnx", stored, data="weights.bin")
+
+
 def main():
     torch.manual_seed(0)
-    for make in (peft, shards, pickled, merged, single_files, lycoris, graph):
+    for make in (peft, shards, pickled, merged, single_files, lycoris, graph, image_models, several,
+                 methods, graphs):  # fmt: skip
         make()
     for path in CORPUS.rglob("README.md"):
         path.unlink()

@@ -6,6 +6,9 @@ import struct
 import zipfile
 from random import Random
 
+import onnx
+from onnx import helper
+
 from dora_export.writers.journal import encode
 
 NUMBERS = [0, 1, -1, 2, 7, 255, 2**31, 2**53 + 1, 2**63 - 1, 2**63, 2**64, -(2**63), 10**30,
@@ -133,11 +136,56 @@ def _journal(data: bytes, random: Random) -> bytes:
     return b"".join(encode(record) for record in records)
 
 
+def _onnx(data: bytes, random: Random) -> bytes:
+    """Forge a field of a graph: a name, a shape, a type, a place outside of the file, a node."""
+    model = onnx.load_model_from_string(data)
+    graph = model.graph
+    tensor, node = random.choice(graph.initializer), random.choice(graph.node)
+    how = random.randrange(12)
+    if how == 0:
+        tensor.name = _text(random)
+    elif how == 1 and tensor.dims:
+        tensor.dims[random.randrange(len(tensor.dims))] = _int64(random)
+    elif how == 2:
+        tensor.dims.append(random.choice([0, 1, 2, -1, 2**40]))
+    elif how == 3:
+        tensor.data_type = random.randrange(30)
+    elif how == 4 and tensor.external_data:
+        entry = random.choice(tensor.external_data)
+        entry.value = random.choice([_text(random), str(random.choice(NUMBERS)), entry.value + "0"])
+    elif how == 5:
+        tensor.raw_data = damaged(tensor.raw_data, random)
+    elif how == 6 and node.input:
+        other = random.choice(graph.node)
+        node.input[random.randrange(len(node.input))] = random.choice(
+            [_text(random), *other.input, *other.output]
+        )
+    elif how == 7 and node.output:
+        node.output[0] = random.choice([_text(random), *random.choice(graph.node).output])
+    elif how == 8:
+        node.op_type = random.choice(["Gemm", "Transpose", "Gather", "Identity", "If", "Conv", ""])
+    elif how == 9:
+        node.attribute.append(helper.make_attribute("transB", random.choice([0, 1, 7, -1])))
+    elif how == 10:
+        graph.initializer.append(random.choice(graph.initializer))
+    else:
+        graph.input[0].name = random.choice([_text(random), tensor.name])
+    return model.SerializeToString()
+
+
+def _text(random: Random) -> str:
+    return random.choice(TEXTS).encode("utf-8", "replace").decode()
+
+
+def _int64(random: Random) -> int:
+    return random.choice([n for n in NUMBERS if isinstance(n, int) and -(2**63) <= n < 2**63])
+
+
 def mutated(name: str, data: bytes, random: Random) -> bytes:
     """Return a file's content, changed in a way that fits its kind, or anyhow."""
     makers = {
         ".json": _json, ".safetensors": _safetensors, ".bin": _zipped, ".pt": _zipped,
-        ".dora_export-staging": _journal,
+        ".dora_export-staging": _journal, ".onnx": _onnx,
     }  # fmt: skip
     maker = next((m for suffix, m in makers.items() if name.endswith(suffix)), damaged)
     if random.random() < 0.2:

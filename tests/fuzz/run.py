@@ -1,5 +1,6 @@
 """Makes a case of a seed and a number, runs it, and keeps what broke."""
 
+import importlib
 import os
 import shutil
 import tempfile
@@ -15,6 +16,12 @@ from tests.fuzz.targets import TARGETS
 
 MOST = 2 << 20  # bytes of a file that are changed; a hole has more
 SECRET = b"never read, never written"
+
+
+def prepare(target):
+    """Import what a target needs."""
+    if target.needs is not None:
+        importlib.import_module(target.needs)
 
 
 @contextmanager
@@ -84,6 +91,7 @@ class Tally:
 def run(name, numbers, tally, keep=None):
     """Run cases of a target; those that break are kept as folders in ``keep``."""
     target = TARGETS[name]
+    prepare(target)
     with seeds_of(target) as seeds, tempfile.TemporaryDirectory() as place:
         for number in numbers:
             folder = Path(place, "case")

@@ -2,20 +2,28 @@
 
 import json
 import re
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from shutil import copytree
 
 import torch  # noqa: F401 - here, not within a watched call
 
 import dora_export
 from dora_export import api
+from dora_export.api_convert import TARGETS as FORMATS
+from dora_export.api_convert import convert as convert_adapter
 from dora_export.checkpoints import open_checkpoint
 from dora_export.checkpoints.folder import read_json
-from dora_export.cli import text
+from dora_export.cli import text, text_onnx
+from dora_export.cli.convert import summary as convert_summary
 from dora_export.errors import AdapterError
+from dora_export.onnx import into as _into  # noqa: F401 - as above
+from dora_export.onnx import swappable as _swappable  # noqa: F401
 from dora_export.onnx.graph_file import open_graph
+from dora_export.onnx.session import AdapterSession
 from dora_export.storage.json_file import read_index
 from dora_export.storage.safetensors import read_header
 from dora_export.verification.page import page
@@ -39,6 +47,7 @@ class Target:
         writable: What the call may write, by name in the case's folder.
         weight: Share of a long run.
         make: Makes a seed that cannot be stored.
+        needs: A module to import before, not within a watched call.
     """
 
     seeds: tuple[Path, ...]
@@ -47,11 +56,20 @@ class Target:
     writable: tuple[str, ...] = ()
     weight: int = 1
     make: Callable[[Path], None] | None = None
+    needs: str | None = None
+
+
+def folder_or_file(folder, name):
+    found = folder / name
+    return found if found.exists() else folder / f"{name}.safetensors"
 
 
 def adapter_of(folder):
-    folder_of_one = folder / "adapter"
-    return folder_of_one if folder_of_one.exists() else folder / "adapter.safetensors"
+    return folder_or_file(folder, "adapter")
+
+
+def base_of(folder):
+    return folder_or_file(folder, "base")
 
 
 def told(lines):
@@ -71,19 +89,56 @@ def with_alpha(call):
 
 
 def inspect(folder):
-    base = folder / "base" if (folder / "base").exists() else None
+    base = base_of(folder) if base_of(folder).exists() else None
     report = with_alpha(partial(dora_export.inspect, adapter_of(folder), base, allow_pickle=True))
     told(text.inspect_summary(report))
     json.dumps(report.to_dict())
 
 
-def merge(folder):
-    report = dora_export.merge(
-        folder / "base", adapter_of(folder), folder / "out", threads=1, allow_pickle=True
-    )
+def merge(folder, **options):
+    adapters = [adapter_of(folder), *folder.glob("adapter2")]
+    report = with_alpha(
+        partial(
+            dora_export.merge, base_of(folder), adapters, folder / "out", threads=1,
+            allow_pickle=True, **options,
+        )
+    )  # fmt: skip
     told(text.merge_summary(report, Path("out")))
     json.dumps(report.to_dict())
     read_json(folder / "out/dora_export.json")
+
+
+def convert(folder):
+    """To a format that depends on what was read, so that a case stays the same."""
+    adapter = adapter_of(folder)
+    files = sorted(f for f in [adapter, *adapter.rglob("*")] if f.is_file())
+    chosen = sum(zlib.crc32(f.read_bytes()) for f in files if f.stat().st_size < 1 << 20)
+    to = FORMATS[chosen % len(FORMATS)]
+    base = base_of(folder) if base_of(folder).exists() else None
+    report = with_alpha(
+        partial(
+            convert_adapter, adapter, to, folder / "out", base=base,
+            rank=2 if to == "lora" else None, allow_pickle=True, threads=1,
+        )
+    )  # fmt: skip
+    told(convert_summary(report, Path("out")))
+    json.dumps(report.to_dict())
+
+
+def graph_of(folder, **options):
+    """Without running it, which is the runtime's own code."""
+    report = dora_export.export_onnx(
+        folder / "base", folder / "adapter", folder / "out", into=folder / "graph/model.onnx",
+        verify=False, threads=1, **options,
+    )  # fmt: skip
+    told(text_onnx.summary(report, Path("out")))
+    json.dumps(report.to_dict())
+
+
+def swappable(folder):
+    """Leave a graph with places for adapters."""
+    copytree(CORPUS / "graphs", folder, dirs_exist_ok=True)
+    graph_of(folder, adapters=True)
 
 
 def verify(folder):
@@ -127,6 +182,8 @@ SINGLE = corpus("megatron", "qdora", "catid", "linear-with-dora-merged", "lycori
                 "lycoris-lokr", "lycoris-locon")  # fmt: skip
 TRAINERS = (*(FIXTURES / "mlx" / n for n in ("dora", "experts", "tied")),
             *(FIXTURES / "torchtune" / n for n in ("dora", "lora")))  # fmt: skip
+IMAGES = corpus("pipeline", "diffusers", "ai-toolkit", "single-file")
+METHODS = corpus("method-ia3", "method-oft", "method-lokr")
 
 TARGETS = {
     "header": Target(
@@ -151,5 +208,24 @@ TARGETS = {
     ),
     "verify": Target(corpus("merged"), verify, ("merged",), weight=3),
     "resume": Target((), resume, (OUTPUTS[1],), OUTPUTS, weight=2, make=interrupted),
+    "image models": Target(IMAGES, inspect, ("base", "base.safetensors"), weight=3),
+    "image adapters": Target(IMAGES, inspect, ("adapter", "adapter.safetensors"), weight=2),
+    "image merges": Target(IMAGES, merge, writable=OUTPUTS, weight=3),
+    "several": Target(corpus("several"), merge, writable=OUTPUTS, weight=2),
+    "experts": Target(corpus("experts"), merge, ("base", "adapter"), OUTPUTS, weight=2),
+    "methods": Target(
+        METHODS, merge, ("base", "adapter"), OUTPUTS, weight=2, needs="peft.tuners.tuners_utils"
+    ),
+    "convert": Target(
+        (*corpus("peft", "pipeline", "diffusers", "lycoris-locon"), *TRAINERS), convert,
+        ("base", "adapter", "adapter.safetensors"), OUTPUTS, weight=3,
+    ),
+    "into": Target(corpus("graphs"), graph_of, ("graph", "adapter"), OUTPUTS, weight=3),
+    "adapters": Target(
+        corpus("graphs"), partial(graph_of, adapters=True), ("graph", "adapter"), OUTPUTS, weight=3
+    ),
+    "session": Target(
+        (), lambda f: AdapterSession(f / "out"), ("out/dora_export.json",), make=swappable
+    ),
     "graph": Target(corpus("graph"), lambda f: open_graph(f / "model.onnx"), weight=2),
 }  # fmt: skip
