@@ -376,7 +376,7 @@ def test_charts_stay_small_whatever_the_names(name):
         assert len(page(reports.right(tensors=tuple(tensors))).encode()) < MEGABYTES
 
 
-@pytest.mark.parametrize("layers", [2, pytest.param(26, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("layers", [7, pytest.param(26, marks=pytest.mark.nightly)])
 def test_many_tensors_fit_with_the_limits_said(layers):
     count = layers * 256 * 3
     html = page(reports.experts(layers, wrong=count))
