@@ -24,7 +24,7 @@ from dora_export.onnx import into
 from dora_export.onnx.graph_file import Graph, open_graph
 from dora_export.onnx.matching import Weight, weights_of
 from dora_export.onnx.matching_graph import match_graph
-from dora_export.onnx.model import GraphError, Made, Parity, Request
+from dora_export.onnx.model import GraphError, Made, Padding, Parity, Request
 from dora_export.onnx.slot_graph import Inputs, names_of, with_slots
 from dora_export.onnx.slot_values import (
     SlotValues,
@@ -39,7 +39,7 @@ from dora_export.onnx.slot_values import (
 from dora_export.onnx.slots import Slot, find_slots
 from dora_export.plan import Plan, plan_unchanged
 from dora_export.verification.plausible import refuse_implausible
-from dora_export.verification.runner import QUANTISED, OnnxRuntime
+from dora_export.verification.runner import OnnxRuntime, is_quantised
 from dora_export.writers.files import write_small
 
 FOLDER = "adapters"
@@ -107,7 +107,8 @@ def make(request: Request, traced: Path | None = None) -> Made:
         facts=_facts(graph, slots, places, written),
         parity=tuple(_parity(path.name, graph, bundles, request)),
         notes=("one adapter at a time: onnxruntime takes two at once without an error and computes "
-               "something else; dora_export.AdapterSession takes one",),
+               "something else; dora_export.AdapterSession takes one",
+               *into.notes_on_parity(graph)),
     )  # fmt: skip
 
 
@@ -171,6 +172,12 @@ def _inputs(slots: Sequence[Slot], bundles: Sequence[Bundle]) -> dict[str, Input
         here = [b.values[slot.name] for b in bundles if slot.name in b.values]
         by_output = any(v.output_factor is not None for v in here)
         by_input = any(v.input_factor is not None for v in here)
+        if by_input and slot.quantises_inputs:
+            raise GraphError(
+                f"{shown(slot.name)}: an adapter has magnitudes per input, and the graph quantises "
+                f"the input of this {slot.node.op_type} once for all who take it. Quantise the "
+                "base's weights only (MatMulNBits), or leave --adapters out to merge the adapter."
+            )
         places[slot.name] = Inputs(
             f"{slot.name}.lora_A",
             f"{slot.name}.lora_B",
@@ -266,14 +273,20 @@ def _parity(
     name: str, graph: Graph, bundles: Sequence[Bundle], request: Request
 ) -> Iterator[Parity]:
     """Yield what to compare: the base without an adapter, and every adapter with its own model."""
+    if into.own_names(graph):
+        return
+    padding: Padding = "none" if into.counts_tokens(graph) else "any"
     outputs = [o.name for o in graph.model.graph.output if not o.name.startswith("present")]
-    quantised = any(node.op_type in QUANTISED for node in graph.model.graph.node)
+    quantised = is_quantised(graph.model)
     bare = plan_unchanged(request.plan.base, request.plan.settings)
-    yield Parity(name, bare, outputs=outputs, needs_budget=quantised)
+    yield Parity(name, bare, outputs=outputs, padding=padding, needs_budget=quantised)
     for bundle in bundles:
         file = f"{FOLDER}/{bundle.name}{SUFFIX}"
 
         def runner(path: Path, file: str = file) -> OnnxRuntime:
             return OnnxRuntime(path, adapter=path.parent / file)
 
-        yield Parity(name, bundle.plan, runner=runner, outputs=outputs, needs_budget=quantised)
+        yield Parity(
+            name, bundle.plan, runner=runner, outputs=outputs, padding=padding,
+            needs_budget=quantised,
+        )  # fmt: skip
