@@ -1,5 +1,6 @@
 """Adapters that swap in a graph of the base: each computes what its own merged weights do."""
 
+import hashlib
 import json
 import shutil
 import threading
@@ -443,6 +444,45 @@ def test_names_are_pinned_and_the_tables_hold_the_same_values(models):
         assert all((file[n].numpy() == table[n]).all() for n in file), name
     assert facts["adapters"]["formal"]["slots"] == [Q0, Q1]
     onnx.checker.check_model(str(out / "model.onnx"))
+
+
+def test_files_of_any_name_are_pinned_and_a_graph_that_became_another_is_refused(
+    models, monkeypatch
+):
+    graph = save_graph(models.folder / "graph/model.onnx", models.base, data="weights.bin")
+    models.export(graph)
+    out = models.folder / "out"
+    facts = json.loads((out / "dora_export.json").read_text())["onnx"]
+    assert facts["files"] == {n: hashlib.sha256((out / n).read_bytes()).hexdigest()
+                              for n in ("model.onnx", "weights.bin")}  # fmt: skip
+    shutil.rmtree(out)
+    real = swappable.with_slots
+
+    def spoilt(change):
+        def written(graph, slots, inputs, folder):
+            real(graph, slots, inputs, folder)
+            path = folder / "model.onnx"
+            model = onnx.load(path, load_external_data=False)
+            change(model.graph, folder)
+            path.write_bytes(model.SerializeToString())
+
+        return written
+
+    def fix_rank(graph, _):
+        (value,) = [i for i in graph.input if i.name == f"{Q0}.lora_A"]
+        value.type.tensor_type.shape.dim[1].dim_value = 3
+
+    for change, said in (
+        (lambda g, _: g.output[0].type.tensor_type.shape.dim[0].ClearField("dim_param"),
+         "'y0': its type or its axes"),
+        (lambda g, _: g.initializer.remove(g.initializer[0]), "'val_0': is not as it was"),
+        (fix_rank, "lora_A': its rank is not open"),
+        (lambda _, f: (f / "weights.bin").write_bytes(bytes((f / "weights.bin").stat().st_size)),
+         "its copy is not what it was copied from"),
+        (lambda g, _: setattr(g.node[0], "op_type", "Nope"), "checker refuses the written graph"),
+    ):  # fmt: skip
+        monkeypatch.setattr(swappable, "with_slots", spoilt(change))
+        refused(models, graph, said)
 
 
 def edit_manifest(out, change):

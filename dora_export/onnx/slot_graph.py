@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dora_export.errors import shown
+from dora_export.onnx.files import settle
 from dora_export.onnx.graph_file import Graph
 from dora_export.onnx.model import PROTOBUF_BYTES, GraphError
 from dora_export.onnx.slots import Slot
@@ -98,6 +99,7 @@ def with_slots(
             try:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, target)
+                settle(target)
             except OSError as error:
                 raise refusal(target, error) from error
     target = folder / graph.path.name
