@@ -31,6 +31,7 @@ from dora_export.machine import faults_told, memory_told, require_space
 from dora_export.plan import Plan, Precision, Settings, plan_merge
 from dora_export.report import InspectReport, MergeReport
 from dora_export.serving import engines, ways_out
+from dora_export.storage.paths import links_followed
 from dora_export.tensors import OUTPUT_WORDS, DType
 from dora_export.update import Update
 from dora_export.verification.check import Checked, check, in_order, refuse_wrong
@@ -68,6 +69,7 @@ THREAD_BYTES = (8 + 64 + 32) << 20
 
 
 @faults_told()
+@links_followed
 def load_adapter(adapter: PathLike, **reading: Unpack[Reading]) -> Adapter:
     """Return an adapter in normal form; reads its config and headers, no tensor.
 
@@ -83,6 +85,7 @@ def load_adapter(adapter: PathLike, **reading: Unpack[Reading]) -> Adapter:
 
 
 @faults_told()
+@links_followed
 def merge(
     base: PathLike,
     adapter: PathLike | Sequence[PathLike] | None,
@@ -220,6 +223,7 @@ def merge(
 
 
 @faults_told()
+@links_followed
 def verify(
     base: PathLike,
     adapter: PathLike | Sequence[PathLike] | None,
@@ -326,6 +330,7 @@ def _sources(beside: Iterable[side_files.SideFile]) -> dict[str, Source]:
 
 
 @faults_told()
+@links_followed
 def inspect(
     adapter: PathLike,
     base: PathLike | None = None,
@@ -365,7 +370,9 @@ def inspect(
     )
     checkpoint = found.own_base
     if base is not None:
-        checkpoint = open_checkpoint(locate(base, "base"), allow_pickle=options.allow_pickle)
+        checkpoint = open_checkpoint(
+            locate(base, "base"), allow_pickle=options.allow_pickle, variant=options.variant
+        )
     if checkpoint is None:
         return report
     return _held_against(report, found, checkpoint, map_prefix)
@@ -418,7 +425,9 @@ def _plan(
     paths = [locate(one, "adapter") for one in adapters]
     several.refuse_repeated(paths)
     before = {k: v for path in (base_path, *paths) for k, v in inputs.seen(path).items()}
-    checkpoint = open_checkpoint(base_path, allow_pickle=options.allow_pickle)
+    checkpoint = open_checkpoint(
+        base_path, allow_pickle=options.allow_pickle, variant=options.variant
+    )
     read = [read_adapter(path, options) for path in paths]
     return plan_merge(checkpoint, read, settings), before
 
@@ -514,6 +523,7 @@ def _report(
         worst_tensor=worst.name if worst else None,
         resumed_bytes=resumed,
         weight_bytes=plan.output_bytes,
+        left_behind=side_files.left_behind(plan),
         notes=plan.notes,
         warnings=plan.warnings,
     )  # fmt: skip

@@ -21,6 +21,7 @@ from dora_export.errors import AdapterError, DoraExportError, listing, shown
 from dora_export.machine import faults_told
 from dora_export.plan import Plan, Settings, plan_merge
 from dora_export.report import ConvertReport, LayerLoss
+from dora_export.storage.paths import links_followed
 from dora_export.tensors import BY_TORCH
 from dora_export.update import Update
 from dora_export.verification.plausible import refuse_implausible
@@ -40,6 +41,7 @@ SIDE_BYTES = 1 << 20  # room for configs
 
 
 @faults_told()
+@links_followed
 def convert(
     adapter: api.PathLike | Sequence[api.PathLike],
     to: str,
@@ -149,7 +151,9 @@ def _source(
     """Return the adapter with what the base decides about it."""
     checkpoint = found.own_base
     if base is not None:
-        checkpoint = open_checkpoint(locate(base, "base"), allow_pickle=options.allow_pickle)
+        checkpoint = open_checkpoint(
+            locate(base, "base"), allow_pickle=options.allow_pickle, variant=options.variant
+        )
     if checkpoint is None:
         if found.naming == "flat" and needs_paths:
             raise AdapterError(

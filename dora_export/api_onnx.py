@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +31,7 @@ from dora_export.onnx.model import (
     options_said,
 )
 from dora_export.plan import Plan, Settings, plan_unchanged
+from dora_export.storage.paths import links_followed
 from dora_export.tensors import OUTPUT_WORDS
 from dora_export.verification.check import in_order
 from dora_export.verification.model import Finding, TierResult, VerifyReport
@@ -47,6 +48,7 @@ PathLike = api.PathLike
 
 
 @faults_told()
+@links_followed
 def export_onnx(
     base: PathLike,
     adapter: PathLike | Sequence[PathLike] | None,
@@ -163,7 +165,7 @@ def export_onnx(
             verified=report,
             seconds=time.monotonic() - started,
             peak_rss_bytes=api.peak_rss(),
-            notes=(*plans[0].notes, *made.notes),
+            notes=(*plans[0].notes, *made.notes, *_left_behind(plans[0], into, sizes)),
             warnings=(*plans[0].warnings, *made.warnings),
         )
         if found.verdict == "wrong" and not allow_mismatch:
@@ -192,7 +194,9 @@ def _plans(
 ) -> tuple[Plan, ...]:
     """Return the merge to export, or with ``each`` one for every adapter."""
     if adapter is None:
-        checkpoint = open_checkpoint(locate(base, "base"), allow_pickle=options.allow_pickle)
+        checkpoint = open_checkpoint(
+            locate(base, "base"), allow_pickle=options.allow_pickle, variant=options.variant
+        )
         return (plan_unchanged(checkpoint, settings),)
     if each and not isinstance(adapter, str | os.PathLike):
         if not adapter:
@@ -209,6 +213,15 @@ def _side_files(plan: Plan, into: PathLike | None) -> tuple[side_files.SideFile,
     from dora_export.onnx import into as re_weighted  # noqa: PLC0415 - as in _make()
 
     return re_weighted.beside(Path(into), found)
+
+
+def _left_behind(plan: Plan, into: PathLike | None, there: Iterable[str]) -> Iterator[str]:
+    """Yield which side files of the base or of a graph are not in the output, and why."""
+    found = side_files.left_behind(plan)
+    found |= {} if into is None else side_files.left_in(Path(into).parent)
+    for name, why in found.items():
+        if name not in there:
+            yield f"{shown(name)} is left behind: {why}; copy it if the model needs it"
 
 
 def _make(

@@ -25,6 +25,7 @@ class MergeReport:
         ignored: Adapter tensors without effect on weights, and why.
         files: Names of the weight files.
         side_files: Names of the other files.
+        left_behind: Files of the base that are not taken over although they belong, and why.
         output_bytes: Bytes of all files.
         memory_bytes: Bound on buffers and loaded adapter tensors, beyond what the process held.
         peak_rss_bytes: Most memory the process has held so far, or None where unknown.
@@ -66,6 +67,7 @@ class MergeReport:
     worst_tensor: str | None = None
     resumed_bytes: int = 0
     weight_bytes: int = 0
+    left_behind: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 

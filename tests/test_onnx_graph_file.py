@@ -244,3 +244,21 @@ def test_lines_are_read_and_placed_alike(folder, shape, by_column):
             for i, row in enumerate(piece):
                 made[at + i * stride :][: row.size] = row
     assert np.array_equal(made.view(np.float32).reshape(shape), whole)
+
+
+@pytest.mark.parametrize("where", ["tensor", "input of a node", "node", "input of the graph"])
+def test_names_that_are_no_text_are_refused(where, folder):
+    """Protobuf gives them as bytes; a report could not name them."""
+    name = {"tensor": b"stored", "input of a node": b"read by", "node": b"called",
+            "input of the graph": b"given"}[where]  # fmt: skip
+    nodes = [helper.make_node("Add", ["read by", "y"], ["z"], name="called")]
+    made = model([numpy_helper.from_array(W, "stored")], nodes=nodes)
+    made.graph.input.append(helper.make_tensor_value_info("given", 1, [1]))
+    data = made.SerializeToString()
+    assert data.count(name) == 1
+    path = folder / "model.onnx"
+    path.write_bytes(data)
+    assert open_graph(path)
+    path.write_bytes(data.replace(name, b"\xfb" + name[1:]))
+    with pytest.raises(InputError, match=r"the name b'\\xfb.* is no text in UTF-8\. Download"):
+        open_graph(path)

@@ -231,7 +231,10 @@ def test_files_beside_the_graph_go_along_and_the_adapters_tokenizer_wins(pair):
          "tokenizer.json", "w.bin"])  # fmt: skip
     assert (out / "tokenizer.json").read_text() == '{"graph": 1}'
     (folder / "adapter/tokenizer.json").write_text('{"adapter": 1}')
-    export(folder, graph, "again")
+    with (graph.parent / "huge.txt").open("wb") as file:
+        file.truncate(1 << 40)  # a hole
+    report = export(folder, graph, "again")
+    assert any(n.startswith("huge.txt is left behind: 1100 GB") for n in report.notes)
     assert (folder / "again/tokenizer.json").read_text() == '{"adapter": 1}'
     assert (folder / "again/genai_config.json").read_text() == '{"model": 1}'
 

@@ -1,11 +1,13 @@
 """What strangers' files name, and links that they plant: nothing leads out of the folder."""
 
 import os
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import dora_export
 from dora_export.errors import InputError
 from dora_export.storage.paths import contained, inside
 from tests import small
@@ -120,6 +122,35 @@ def test_links_within_the_folder_and_into_a_cache_are_followed(at):
     (at / "link").symlink_to("model")  # the user's own: it names the folder
     assert contained(at / "link" / "y", at / "link")
     assert contained(at / "secret" / ".." / "model" / "y", at / "model")
+
+
+def test_links_into_a_folder_that_the_user_names_are_followed_and_no_others(at):
+    """Shards on another disk, which nobody wants to copy."""
+    disk, base = at / "disk", small.write_shards(at / "base", small.base_tensors())
+    small.write_adapter(at / "adapter", small.adapter_tensors(small.base_tensors()))
+    (disk / "deep").mkdir(parents=True)
+    for file in [*base.iterdir(), at / "adapter/adapter_model.safetensors"]:
+        shutil.move(file, disk / "deep" / file.name)
+        file.symlink_to(disk / "deep" / file.name)
+    (at / "alias").symlink_to("disk")
+    pair = (at / "base", at / "adapter")
+    (at / "dis").mkdir()  # a name that begins alike
+    for wrong in ((), [at / "model", at / "dis"]):
+        with pytest.raises(InputError, match=r"leads out of .*pass --links-into with its folder"):
+            dora_export.merge(*pair, at / "out", links_into=wrong)
+    ran = small.run("merge", *pair, "-o", at / "out", "--links-into", at / "alias")
+    assert ran.exit_code == 0, ran.output
+    tensors = small.base_tensors()
+    small.check_merged(at / "out", tensors, small.adapter_tensors(tensors))
+    assert not any(p.is_symlink() for p in (at / "out").rglob("*"))
+    assert dora_export.verify(*pair, at / "out", links_into=str(disk)).exit_code == 0
+    with pytest.raises(InputError, match="leads out of"):  # the word was for one call
+        dora_export.inspect(at / "adapter", at / "base")
+    (base / "notes.txt").symlink_to(at / "secret" / "key")
+    with pytest.raises(InputError, match=r"notes\.txt: a link that leads out of its folder"):
+        dora_export.merge(*pair, at / "again", links_into=[disk])
+    with pytest.raises(InputError, match=r"--links-into .*nowhere: no such folder\. Name"):
+        dora_export.merge(*pair, at / "again", links_into=[at / "nowhere"])
 
 
 @pytest.mark.parametrize("kind", ["shard", "whole file", "index", "adapter", "config"])

@@ -4,6 +4,7 @@ The reference is the weight that PEFT's adapted layer multiplies by in float64, 
 with unit inputs (tests/probe.py).
 """
 
+import copy
 import json
 
 import numpy as np
@@ -17,7 +18,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import dora_export
+from dora_export.checkpoints import open_checkpoint
 from dora_export.errors import AdapterError, PlanError
+from dora_export.plan import Settings, plan_merge
+from dora_export.verification.measured import Unsupported
+from dora_export.verification.repeated import repeat_layers
 from tests import oracle, probe, small
 from tests import peft_models as models
 
@@ -328,6 +333,35 @@ def test_replicated_model_computes_what_the_adapted_one_does_where_pefts_merge_d
         unloaded = wrapped.merge_and_unload()(tokens).logits
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
     assert (unloaded - theirs).abs().max() > 1e-2 * theirs.abs().max()
+
+
+def test_replicated_model_is_verified_beside_the_unmerged_one(tmp_path):
+    base_folder, adapter, _ = made_replicated(tmp_path, dora=True)
+    dora_export.merge(base_folder, adapter, tmp_path / "out")
+    report = dora_export.verify(base_folder, adapter, tmp_path / "out", forward=True)
+    assert (report.exit_code, report.findings) == (0, ())
+    forward = report.tiers[2]
+    assert len(forward.figures["layers"]) == 14
+    # PEFT repeats the layers itself.
+    opinion = forward.figures["peft"]
+    assert opinion["outputs"]["logits"]["max"] <= 1e-9 * opinion["outputs"]["logits"]["scale"]
+    # Two copies of one layer, each with the other's weight.
+    names = [f"model.layers.{i}.self_attn.q_proj.weight" for i in (1, 3)]
+    small.edit_tensors(tmp_path / "out/model.safetensors", lambda ts: {
+        **ts, names[0]: ts[names[1]], names[1]: ts[names[0]]})  # fmt: skip
+    report = dora_export.verify(base_folder, adapter, tmp_path / "out", forward=True)
+    wrong = {f.where for f in report.findings if f.code == "layer-differs"}
+    assert set(names) <= wrong
+    assert report.exit_code == 1
+
+
+def test_layers_that_cannot_be_repeated_are_left_unchecked_by_name(tmp_path):
+    base_folder, adapter, _ = made_replicated(tmp_path)
+    plan = plan_merge(open_checkpoint(base_folder), dora_export.load_adapter(adapter), Settings())
+    model = LlamaForCausalLM.from_pretrained(base_folder)
+    model.other = torch.nn.ModuleDict({"layers": copy.deepcopy(model.model.layers)})
+    with pytest.raises(Unsupported, match="has 2 lists of 4 layers, to be repeated by the adapter"):
+        repeat_layers(model, plan)
 
 
 def test_lists_per_layer_in_the_config_go_with_the_layers(tmp_path):

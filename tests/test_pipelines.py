@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import constants
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import dora_export
 from dora_export.checkpoints import locate, open_checkpoint
@@ -139,7 +140,64 @@ def test_two_whole_variants_are_not_chosen_between(tmp_path):
         pipelines.write_weights(base, part, own, "bf16")
     said = refusal("merge", base, adapter, "-o", tmp_path / "out")
     assert "the variants bf16 and fp16 are both whole" in said
-    assert "Leave the files of one of them there" in said
+    assert "Pass --variant bf16, or another of them" in said
+    out = merged(base, adapter, tmp_path / "out", "--variant", "fp16")
+    assert {f for f in files(out) if f.endswith("safetensors")} == {
+        f"{part}/{stem}.fp16.safetensors" for part, stem in pipelines.STEMS.items()
+    }
+    check_merged(out, base)
+    assert run("verify", base, adapter, out, "--variant", "fp16").exit_code == 0
+
+
+def test_variant_asked_for_comes_before_weights_without_one(tmp_path):
+    base, adapter = write_pair(tmp_path)
+    half = {n: t.to(torch.bfloat16) for n, t in pipelines.tensors(seed=9)["unet"].items()}
+    pipelines.write_weights(base, "unet", half, "bf16")
+    report = dora_export.merge(base, adapter, tmp_path / "out", variant="bf16", verify="full")
+    name = "unet/diffusion_pytorch_model.bf16.safetensors"
+    assert {f for f in files(tmp_path / "out") if f.endswith("safetensors")} == {
+        name, VAE, "text_encoder/model.safetensors"}  # fmt: skip
+    exact = pipelines.expected(half, pipelines.adapter(pipelines.tensors()["unet"]))
+    written = load_file(tmp_path / "out" / name)
+    assert all(small.oracle.ulps(written[n], W) <= 1 for n, W in exact.items())
+    assert "the weights of variant 'bf16' are merged" in " ".join(report.notes)
+    whole = load_file(base / UNET)
+    alone = dora_export.merge(base / "unet", adapter, tmp_path / "one", variant="bf16")
+    assert "the weights of variant 'bf16' are merged" in " ".join(alone.notes)
+    assert load_file(tmp_path / "one" / name.partition("/")[2]).keys() == whole.keys()
+
+
+def test_variant_that_is_not_there_is_refused(tmp_path):
+    base, adapter = write_pair(tmp_path, variant="fp16")
+    for path in (base, base / "unet"):
+        said = refusal("merge", path, adapter, "-o", tmp_path / "out", "--variant", "bf16")
+        assert "no variant 'bf16' of the weights is whole" in said
+        assert "unet: fp16" in said
+        assert "Pass another --variant, or none" in said
+    file = base / "unet/diffusion_pytorch_model.fp16.safetensors"
+    said = refusal("merge", file, adapter, "-o", tmp_path / "out", "--variant", "fp16")
+    assert "is one file, which has no variants. Leave --variant out" in said
+
+
+@pytest.mark.parametrize("variant", ["other", None])
+def test_forward_tier_runs_the_variant_that_was_merged(tmp_path, variant):
+    config = LlamaConfig(
+        hidden_size=8, intermediate_size=12, num_hidden_layers=1, vocab_size=16,
+        num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=False,
+    )  # fmt: skip
+    base, adapter, out = (tmp_path / n for n in ("base", "adapter", "out"))
+    for seed, kind in enumerate((None, "other")):
+        torch.manual_seed(seed)
+        LlamaForCausalLM(config).save_pretrained(base, variant=kind)
+    key = f"{small.PREFIX}model.layers.0.mlp.up_proj.lora_"
+    factors = {f"{key}A.weight": torch.randn(3, 8), f"{key}B.weight": torch.randn(12, 3)}
+    small.write_adapter(adapter, factors, use_dora=False, target_modules=["up_proj"])
+    dora_export.merge(base, adapter, out, variant=variant)
+    report = dora_export.verify(base, adapter, out, variant=variant, forward=True)
+    assert (report.exit_code, report.findings) == (0, ())
+    wrong = dora_export.verify(base, adapter, out, forward=True,
+                               variant=None if variant else "other")  # fmt: skip
+    assert "outputs-differ" in {f.code for f in wrong.findings}
 
 
 def test_file_beside_an_index_is_ambiguous(tmp_path):

@@ -16,6 +16,7 @@ from dora_export import DoraExportError
 from dora_export.errors import InputError
 from dora_export.writers.config import edited
 from tests.rider_models import WARNINGS, edit_json, llama, logits, prepare, shapes, tensors
+from tests.small import run
 
 # Reasons stand beside the entries.
 pytestmark = [pytest.mark.filterwarnings(w) for w in WARNINGS]
@@ -509,11 +510,25 @@ def test_links_beside_the_weights_that_lead_elsewhere_are_refused(case, tmp_path
     assert not any("private" in p.read_text() for p in (tmp_path / "out").glob("*.md"))
 
 
-def test_what_is_no_file_stays_behind_and_is_not_waited_for(case, tmp_path):
+def test_what_stays_behind_is_named_with_the_reason(case, tmp_path):
     os.mkfifo(case.base / "pipe.txt")
     (case.base / "device.txt").symlink_to("/dev/zero")
     with (case.base / "huge.txt").open("wb") as file:
         file.truncate(1 << 40)  # a hole
-    dora_export.merge(case.base, case.adapter, tmp_path / "out")
+    put(case.base, "other.gguf", "README.md", ".hidden")  # what no merge takes over is not named
+    ran = run("merge", case.base, case.adapter, "-o", tmp_path / "out", "--dry-run", "--json")
+    told = json.loads(ran.output)["left_behind"]
+    assert told == {
+        "device.txt": "not a regular file",
+        "huge.txt": "1100 GB, and a side file has at most 268 MB",
+        "pipe.txt": "not a regular file",
+    }
+    ran = run("merge", case.base, case.adapter, "-o", tmp_path / "out")
+    assert "left behind: device.txt (not a regular file), huge.txt (1100 GB, and" in ran.output
+    assert "copy what the model needs" in ran.output
     names = {p.name for p in (tmp_path / "out").iterdir()}
-    assert names & {"pipe.txt", "device.txt", "huge.txt"} == set()
+    assert names & told.keys() == set()
+    for name in told:
+        (case.base / name).unlink()
+    ran = run("merge", case.base, case.adapter, "-o", tmp_path / "other")
+    assert "left behind" not in ran.output

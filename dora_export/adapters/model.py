@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -27,6 +28,8 @@ class ReadOptions:
     moe_b_layout: Literal["peft", "unsloth"] | None = None
     moe_transposed: bool | None = None
     trained_in: str | None = None
+    links_into: Sequence[str | os.PathLike[str]] = ()
+    variant: str | None = None
 
 
 class Reading(TypedDict, total=False):
@@ -53,6 +56,11 @@ class Reading(TypedDict, total=False):
             else refuse.
         trained_in: "fp32", "bf16" or "fp16": type of LyCORIS' parameters while training, whose eps
             its forward adds to norms; None: as the metadata says, else the type they are stored in.
+        links_into: Folders that links in base and adapter may lead into (shards on another disk);
+            any other link out of its folder is refused, but for those of a Hugging Face cache.
+        variant: Which of a base's weights to read, where it has several beside each other: "fp16"
+            for ``model.fp16.safetensors``; models without such are read without a variant. None:
+            those without a variant, or the only variant.
     """
 
     adapter_format: str | None
@@ -66,6 +74,8 @@ class Reading(TypedDict, total=False):
     moe_b_layout: Literal["peft", "unsloth"] | None
     moe_transposed: bool | None
     trained_in: str | None
+    links_into: Sequence[str | os.PathLike[str]]
+    variant: str | None
 
 
 @dataclass(frozen=True)

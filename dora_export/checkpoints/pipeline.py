@@ -98,11 +98,14 @@ def weights_in(folder: Path) -> Found:
     )
 
 
-def chosen(models: Mapping[str, Found]) -> tuple[dict[str, Path], str | None]:
+def chosen(
+    models: Mapping[str, Found], wanted: str | None = None
+) -> tuple[dict[str, Path], str | None]:
     """Return each model's weight file or index, and the variant that was chosen.
 
     As diffusers loads them: the weights without a variant if every model has such; else the only
-    variant that completes the pipeline, and for models without it those without a variant.
+    variant that completes the pipeline, and for models without it those without a variant. A
+    wanted variant is chosen before all.
 
     Raises:
         InputError: No choice, or more than one, makes the pipeline whole.
@@ -118,8 +121,12 @@ def chosen(models: Mapping[str, Found]) -> tuple[dict[str, Path], str | None]:
     complete: list[str | None] = [
         v for v in sorted(variants) if all(v in f.files or None in f.files for f in models.values())
     ]
-    if all(None in found.files for found in models.values()):
+    if wanted is not None:
+        complete = [v for v in complete if v == wanted]
+    elif all(None in found.files for found in models.values()):
         complete = [None]
+    if len(complete) != 1 and wanted is not None:
+        raise InputError(_absent(models, wanted))
     if len(complete) != 1:
         raise InputError(_undecided(models, complete))
     variant = complete[0]
@@ -133,12 +140,22 @@ def chosen(models: Mapping[str, Found]) -> tuple[dict[str, Path], str | None]:
     return {name: found[0] for name, found in paths.items()}, variant
 
 
-def open_pipeline(folder: Path, *, allow_pickle: bool = False) -> Checkpoint:
+def variant_of(checkpoint: Checkpoint) -> str | None:
+    """Return the variant that a model's weights are, by the names of its index or files."""
+    names = [i.name for i in checkpoint.indexes] or [f.name for f in checkpoint.files]
+    match = WEIGHTS.fullmatch(names[0].rpartition("/")[2]) if names else None
+    return (match["variant"] or match["of"]) if match else None
+
+
+def open_pipeline(
+    folder: Path, *, allow_pickle: bool = False, variant: str | None = None
+) -> Checkpoint:
     """Open a pipeline; reads headers, configs and indexes only.
 
     Args:
         folder: With ``model_index.json``.
         allow_pickle: Whether pickled weights may be read (through torch's restricted loader).
+        variant: Which weights to read; None: as ``chosen`` says.
 
     Raises:
         InputError: A part is missing, or its weights are missing, ambiguous or malformed.
@@ -153,7 +170,7 @@ def open_pipeline(folder: Path, *, allow_pickle: bool = False) -> Checkpoint:
     models = {n: weights_in(folder / n) for n, cls in named.items() if is_model(folder / n, cls)}
     if not models:
         raise InputError(f"{folder}: a pipeline without models. Copy the whole pipeline.")
-    paths, variant = chosen(models)
+    paths, variant = chosen(models, variant)
     files: list[WeightFile] = []
     indexes: list[Index] = []
     for name, path in paths.items():
@@ -163,6 +180,27 @@ def open_pipeline(folder: Path, *, allow_pickle: bool = False) -> Checkpoint:
     configs = {name: _config(folder / name) for name in models}
     notes = tuple(_notes(models, variant))
     return closed(Checkpoint(folder, tuple(files), folder, tuple(indexes), {}, configs, notes))
+
+
+def open_variant(folder: Path, variant: str, *, allow_pickle: bool = False) -> Checkpoint:
+    """Open one variant of a model's weights; reads headers, config and index only.
+
+    Args:
+        folder: Of one model, such as ``unet``.
+        variant: Such as "fp16".
+        allow_pickle: Whether pickled weights may be read (through torch's restricted loader).
+
+    Raises:
+        InputError: There is no such variant, or it is ambiguous or malformed.
+    """
+    found = {folder.name: weights_in(folder)}
+    if variant not in found[folder.name].files:
+        raise InputError(_absent(found, variant))
+    paths, _ = chosen(found, variant)
+    files, index = _opened(contained(paths[folder.name], folder), allow_pickle)
+    indexes = (index,) if index else ()
+    notes = tuple(_notes(found, variant))
+    return closed(Checkpoint(folder, files, folder, indexes, _config(folder), notes=notes))
 
 
 def _opened(path: Path, allow_pickle: bool) -> tuple[tuple[WeightFile, ...], Index | None]:
@@ -187,19 +225,33 @@ def _config(folder: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _undecided(models: Mapping[str, Found], complete: list[str | None]) -> str:
-    held = [
+def _held(models: Mapping[str, Found]) -> list[str]:
+    return [
         f"{name}: {', '.join(shown(v) if v else 'without a variant' for v in found.files)}"
         for name, found in models.items()
     ]
+
+
+def _absent(models: Mapping[str, Found], variant: str) -> str:
+    where = next(iter(models.values())).folder
+    return (
+        f"{where if len(models) == 1 else where.parent}: no variant '{shown(variant)}' of the "
+        f"weights is whole:{listing(_held(models))}\nPass another --variant, or none."
+    )
+
+
+def _undecided(models: Mapping[str, Found], complete: list[str | None]) -> str:
+    held = _held(models)
     if complete:
         what = f"the variants {' and '.join(shown(v) for v in complete)} are both whole"
     else:
         what = "no variant of the weights is whole"
-    return (
-        f"{next(iter(models.values())).folder.parent}: {what}:{listing(held)}\n"
-        "Leave the files of one of them there."
+    way_out = (
+        f"Pass --variant {shown(complete[0])}, or another of them."
+        if complete
+        else "Copy what is missing."
     )
+    return f"{next(iter(models.values())).folder.parent}: {what}:{listing(held)}\n{way_out}"
 
 
 def _notes(models: Mapping[str, Found], variant: str | None) -> Iterator[str]:

@@ -56,6 +56,11 @@ def adapter_options(command: F) -> F:
             type=click.Choice(["fp32", "bf16", "fp16"]),
             help="Type that LyCORIS trained in, where magnitudes may have been rounded on saving.",
         ),
+        click.option(
+            "--variant",
+            metavar="NAME",
+            help="Which weights of BASE, where it has several: fp16 for model.fp16.safetensors.",
+        ),
         click.option("--adapter-format", metavar="NAME", help="Format, where more than one fits."),
         click.option(
             "--map-prefix",
@@ -67,6 +72,12 @@ def adapter_options(command: F) -> F:
             "--allow-pickle",
             is_flag=True,
             help="Read .bin and .pt files, through torch's restricted loader.",
+        ),
+        click.option(
+            "--links-into",
+            multiple=True,
+            type=click.Path(file_okay=False),
+            help="Follow links in BASE and ADAPTER that lead into this folder. Repeatable.",
         ),
         click.option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
     ]

@@ -6,7 +6,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -35,6 +35,7 @@ PATH = 5000  # characters of a path that are shown: all that a system takes
 LINE_SECONDS = 10.0  # between two plain progress lines
 LISTED = 8  # findings of one kind told one by one; more are told by their places
 WORST = 5  # tensors
+LEFT = 3  # files that were not taken over
 Unit = Literal["bytes", "values"]
 MARKS = {"yes": ("✓", "green"), "no": ("✗", "red"), "wrong": ("!", "yellow")}
 
@@ -141,6 +142,8 @@ def merge_summary(report: MergeReport, output: Path) -> str:
         there, whole = size(report.resumed_bytes), size(report.weight_bytes)
         resumed, were = ("would resume", "are") if report.dry_run else ("resumed", "were")
         lines.append(f"  {resumed}: {there} of {whole} {were} already there")
+    if report.left_behind:
+        lines.append(f"  left behind: {_left(report.left_behind)}")
     lines += [f"  {shown(note, NOTE)}" for note in report.notes]
     lines.append(
         "nothing written (--dry-run)"
@@ -148,6 +151,13 @@ def merge_summary(report: MergeReport, output: Path) -> str:
         else f"-> {shown(output, PATH)}/   manifest {shown(output / 'dora_export.json', PATH)}"
     )
     return "\n".join(lines)
+
+
+def _left(files: Mapping[str, str]) -> str:
+    """Return files and why they are not there; all of them are in the report as JSON."""
+    named = [f"{shown(name)} ({why})" for name, why in list(files.items())[:LEFT]]
+    more = [f"and {len(files) - LEFT} more"] if len(files) > LEFT else []
+    return f"{', '.join([*named, *more])}; copy what the model needs"
 
 
 def _verified(report: MergeReport) -> str:

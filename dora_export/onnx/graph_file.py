@@ -234,6 +234,7 @@ def open_graph(path: Path) -> Graph:
             f"{path}: not an ONNX model, or damaged ({shown(error)}). Download or export it again."
         ) from error
     _check_model(path, model)
+    _check_names(path, model, protos)
     places = _Places(path)
     tensors, problems = [], []
     for span, proto in zip(spans, protos, strict=True):
@@ -303,6 +304,20 @@ def _check_model(path: Path, model: onnx.ModelProto) -> None:
         raise InputError(
             f"{path}: opset {opset}, expected {OLDEST_OPSET} or later, which onnxruntime runs. "
             "Convert it with onnx.version_converter, or export it again."
+        )
+
+
+def _check_names(path: Path, model: onnx.ModelProto, tensors: list[onnx.TensorProto]) -> None:
+    """Refuse names that are not UTF-8, which protobuf gives as bytes, as no other name is."""
+    names: list[object] = [t.name for t in tensors]
+    names += [value.name for value in (*model.graph.input, *model.graph.output)]
+    for node, _ in nodes(model):
+        names += [node.name, node.op_type, node.domain, *node.input, *node.output]
+    wrong = next((name for name in names if not isinstance(name, str)), None)
+    if wrong is not None:
+        raise InputError(
+            f"{path}: damaged: the name {shown(wrong)} is no text in UTF-8. Download or export it "
+            "again."
         )
 
 

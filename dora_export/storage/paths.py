@@ -4,21 +4,66 @@ A model folder may come from anyone. What its files name (shards, external data)
 (links) could lead to any file of the user's, whose content would then go into the output. So names
 must stay in the folder, and links may lead out of it only where the Hugging Face cache put them:
 from ``models--org--name/snapshots/revision`` to ``models--org--name/blobs``, and from a folder that
-older versions of huggingface_hub filled with links to such blobs.
+older versions of huggingface_hub filled with links to such blobs. Any other place (shards on
+another disk) is one that the user names, for one call: ``links_followed``.
 Source: github.com/huggingface/huggingface_hub, src/huggingface_hub/file_download.py.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import stat
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, ParamSpec, TypeVar
 
 from dora_export.errors import InputError, shown
 
 NAME_BYTES = 255  # the longest name that common file systems take
 BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # git's SHA-1 or SHA-256 of a cached file
+
+# Folders without links that links may lead into, by the user's word. A variable of the context and
+# not an argument: what reads a config deep in a reader must not have to know of it.
+_named: ContextVar[tuple[str, ...]] = ContextVar("folders that links may lead into", default=())
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def links_followed(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a function's keyword ``links_into``, folders, say where links may lead while it runs."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **named: P.kwargs) -> R:
+        folders: Any = named.get("links_into", ())
+        with _links_into([folders] if isinstance(folders, str | os.PathLike) else folders):
+            return function(*args, **named)
+
+    return call
+
+
+@contextmanager
+def _links_into(folders: Iterable[str | os.PathLike[str]]) -> Iterator[None]:
+    """Follow links into these folders until the block ends.
+
+    Raises:
+        InputError: There is no such folder.
+    """
+    for folder in folders:
+        if not os.path.isdir(folder):
+            raise InputError(
+                f"--links-into {shown(folder, 400)}: no such folder. Name the folder that the "
+                "linked files are in."
+            )
+    places = tuple(os.path.realpath(folder) for folder in folders)
+    before = _named.set(_named.get() + places)
+    try:
+        yield
+    finally:
+        _named.reset(before)
 
 
 def inside(folder: Path, name: object, named_by: object) -> Path:
@@ -86,17 +131,22 @@ def _refuse_leading_out(path: Path, folder: Path) -> None:
     if leads_out(path, folder):
         raise InputError(
             f"{shown(path, 400)}: a link that leads out of its folder, to "
-            f"{shown(os.path.realpath(path), 400)}. If that file is meant, put a copy "
-            "of it, or a hard link to it, in place of the link."
+            f"{shown(os.path.realpath(path), 400)}. If that file is meant, pass --links-into with "
+            "its folder, or put a copy of it in place of the link."
         )
 
 
 def leads_out(path: Path, folder: Path) -> bool:
-    """Return whether a path leads out of a folder by a link, other than to a cache's blob."""
+    """Return whether a path leads out of a folder by a link, other than to a cache's blob.
+
+    And other than into a folder that the user has named.
+    """
     home, place = os.path.realpath(folder), os.path.realpath(path)
     if place == os.path.join(home, os.path.relpath(path, folder)):
         return False  # no link on the way
-    return os.path.commonpath([home, place]) != home and not _is_blob(Path(place))
+    if any(os.path.commonpath([root, place]) == root for root in (home, *_named.get())):
+        return False
+    return not _is_blob(Path(place))
 
 
 def _is_blob(place: Path) -> bool:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_export.checkpoints.folder import read_json
+from dora_export.checkpoints.pipeline import weights_in
 from dora_export.errors import shown
 from dora_export.expert_names import Address, address
 from dora_export.plan import Plan
@@ -139,10 +140,11 @@ def _task(plan: Plan) -> Any:
     return next((task for task in tasks if task), None)
 
 
-def load(folder: Path, cls: ModelClass, dtype: torch.dtype) -> Loaded:
+def load(folder: Path, cls: ModelClass, dtype: torch.dtype, variant: str | None = None) -> Loaded:
     """Load a model from a folder, without network, pickled code, or code of its own.
 
-    What the files lack starts at random values; the same ones in every call.
+    What the files lack starts at random values; the same ones in every call. Of weights in several
+    variants, ``variant`` is loaded if it is there, else those without one, else the first.
 
     Raises:
         LoadFailure: The library refuses, or finds an adapter in the folder and applies it.
@@ -155,6 +157,9 @@ def load(folder: Path, cls: ModelClass, dtype: torch.dtype) -> Loaded:
     options["dtype" if cls.library == "transformers" else "torch_dtype"] = dtype
     if any(folder.glob("*.safetensors")):
         options["use_safetensors"] = True
+    held = weights_in(folder).files
+    if held and (variant in held or None not in held):
+        options["variant"] = variant if variant in held else next(iter(held))
     library = importlib.import_module(cls.library)
     with quiet(cls.library), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

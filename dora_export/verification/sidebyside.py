@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dora_export.checkpoints.folder import read_json
+from dora_export.checkpoints.pipeline import variant_of
 from dora_export.errors import InputError, shown
 from dora_export.plan import Plan
 from dora_export.tensors import DType
@@ -112,7 +113,7 @@ def load_merged(folder: Path, cls: ModelClass, reference: Reference) -> Loaded:
         if config.get(key) != base.get(key):
             raise LoadFailure(f"config.json says {key} {shown(config.get(key))}, the base's "
                               f"{shown(base.get(key))}")  # fmt: skip
-    loaded = models.load(folder, cls, reference.precision)
+    loaded = models.load(folder, cls, reference.precision, variant_of(reference.plan.base))
     brought = {place.path for place in reference.places.values()}
     allowed = dict(reference.loaded.problems)
     allowed["missing_keys"] = allowed["missing_keys"] - brought

@@ -18,6 +18,7 @@ from dora_export.machine import advice
 from dora_export.plan import Plan
 from dora_export.storage.json_file import parse
 from dora_export.storage.paths import contained, leads_out
+from dora_export.words import size
 from dora_export.writers.config import edited
 from dora_export.writers.files import write_small
 from dora_export.writers.staging import MANIFEST
@@ -172,15 +173,46 @@ def _refuse_linked(folder: Path) -> None:
 
 
 def _belongs(name: str, path: Path, folder: Path) -> bool:
-    leaf = name.rpartition("/")[2]
-    if leaf.startswith(".") or leaf in (*ADAPTER_OWN, MANIFEST, "README.md", "trainer_state.json"):
-        return False
-    if INDEX.search(leaf):
-        return False
-    if path.suffix in WEIGHT_SUFFIXES and leaf not in BIN_TOKENIZERS:
+    if _is_weight(name, path):
         inside = name.rpartition("/")[0] in _modules(folder) and _is_module_weight(path)
         return inside and _is_file(path, folder)
-    return _is_file(path, folder) and path.stat().st_size <= limits.SIDE_FILE_BYTES
+    return _is_side_file(name) and _obstacle(path, folder) is None
+
+
+def _is_side_file(name: str) -> bool:
+    """Return whether a file that is no weight goes along with the model, by its name."""
+    leaf = name.rpartition("/")[2]
+    own = (*ADAPTER_OWN, MANIFEST, "README.md", "trainer_state.json")
+    return not (leaf.startswith(".") or leaf in own or INDEX.search(leaf))
+
+
+def _is_weight(name: str, path: Path) -> bool:
+    leaf = name.rpartition("/")[2]
+    return _is_side_file(name) and path.suffix in WEIGHT_SUFFIXES and leaf not in BIN_TOKENIZERS
+
+
+def _obstacle(path: Path, folder: Path) -> str | None:
+    """Return why a side file stays behind although its name says that it belongs, or None."""
+    if not _is_file(path, folder):
+        return "not a regular file"
+    nbytes, most = path.stat().st_size, limits.SIDE_FILE_BYTES
+    return f"{size(nbytes)}, and a side file has at most {size(most)}" if nbytes > most else None
+
+
+def left_behind(plan: Plan) -> dict[str, str]:
+    """Return the base's files that are not taken over although they belong, and why.
+
+    Weights in other formats, hidden files and the model card are not among them.
+    """
+    if plan.base.folder is None:
+        return {}
+    return left_in(plan.base.folder, _parts(plan))
+
+
+def left_in(folder: Path, parts: Collection[str] | None = None) -> dict[str, str]:
+    """Return the files of a folder that are not taken over although they belong, and why."""
+    named = ((n, p) for n, p in _walk(folder, parts) if _is_side_file(n) and not _is_weight(n, p))
+    return {name: why for name, path in named if (why := _obstacle(path, folder)) is not None}
 
 
 def _is_file(path: Path, folder: Path) -> bool:

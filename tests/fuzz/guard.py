@@ -24,8 +24,13 @@ from dora_export.machine import require_space
 SECONDS = 20.0  # of a busy machine; most calls take milliseconds
 MEMORY = 300 << 20
 SPACE = 6 << 30  # of address space beyond what is there: a bomb must not take the machine down
-CHANGES = ("os.remove", "os.rmdir", "os.mkdir", "os.rename", "os.link", "os.symlink", "os.truncate",
-           "os.chmod", "os.chown", "shutil.rmtree", "os.utime")  # fmt: skip
+# Event -> where in its arguments the changed paths are, and the folders they are relative to.
+CHANGES = {
+    "os.remove": [(0, 1)], "os.rmdir": [(0, 1)], "os.mkdir": [(0, 2)], "os.symlink": [(1, 2)],
+    "os.rename": [(0, 2), (1, 3)], "os.link": [(0, 2), (1, 3)], "os.chmod": [(0, 2)],
+    "os.chown": [(0, 3)], "os.utime": [(0, 3)], "os.truncate": [(0, None)],
+    "shutil.rmtree": [(0, 1)],
+}  # fmt: skip
 FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "os.startfile", "socket.connect",
              "socket.getaddrinfo", "pty.spawn",
              "webbrowser.open")  # fmt: skip
@@ -66,9 +71,13 @@ def _hook(event, arguments):
         if writes or "secret" in os.fsdecode(path):
             _check(watched, event, path, writes)
     elif event in CHANGES:
-        for path in arguments[:2] if event in ("os.rename", "os.link") else arguments[:1]:
-            if not isinstance(path, int):
-                _check(watched, event, path, True)
+        for at, folder_at in CHANGES[event]:
+            path, folder = arguments[at], arguments[folder_at] if folder_at else None
+            if isinstance(path, int):
+                continue
+            if isinstance(folder, int) and folder >= 0:
+                path = os.path.join(os.readlink(f"/proc/self/fd/{folder}"), os.fsdecode(path))
+            _check(watched, event, path, True)
     elif event in FORBIDDEN or (event == "subprocess.Popen" and not _is_matcher(arguments[1])):
         watched.broken.append(f"{event}{arguments!r:.200}")
 

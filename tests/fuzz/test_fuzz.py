@@ -81,6 +81,9 @@ BAD = {
     "outside: open": lambda at: (at.parent / "x").write_text(""),
     "outside: os.mkdir": lambda at: (at / "other").mkdir(),
     "outside: os.remove": lambda at: (at / "kept").unlink(),
+    "outside: shutil.rmtree": lambda at: shutil.rmtree(at / "folder"),
+    "outside: os.rmdir": lambda at: os.rmdir("inner", dir_fd=os.open(at / "folder", os.O_RDONLY)),
+    "outside: os.symlink": lambda at: (at / "x").symlink_to("out"),
     "outside: os.rename": lambda at: (at / "kept").rename(at / "out" / "kept"),
     "outside: read": lambda at: (at / "link to secret").read_bytes(),
     "outside: os.system": lambda at: os.system("true"),
@@ -159,6 +162,7 @@ def test_watch_sees_what_must_not_happen(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(guard, "SECONDS", 0.5 if kind == "hang" else 60.0)
     at = tmp_path / "case"
     (at / "out").mkdir(parents=True)
+    (at / "folder/inner").mkdir(parents=True)
     for name in ("secret", "kept"):
         (at / name).write_text("x")
     (at / "link to secret").symlink_to("secret")
@@ -173,6 +177,9 @@ def test_watch_lets_pass_what_may_happen(tmp_path):
     def work():
         (tmp_path / "out" / "x").write_text("")
         (tmp_path / "out" / "x").rename(tmp_path / "out" / "y")
+        (tmp_path / "out" / "folder/inner").mkdir(parents=True)
+        (tmp_path / "out" / "folder/x").write_text("")
+        shutil.rmtree(tmp_path / "out" / "folder")
         subprocess.run([sys.executable, "-I", "-S", "-c", ""], check=True)
         raise InputError("a.json: not JSON. Download it again.")
 
