@@ -1,6 +1,6 @@
 # make demo   merge the small model inside the package and let it write
 # make test   format, lint, types and tests
-# make nightly  the tests that take long: traced graphs of real models, kills, forged files
+# make nightly  the tests that take long: traced graphs of real models, kills, forged files, more cases
 # make crash  a few hundred kills of a running merge (about 5 minutes)
 # make fuzz   damaged and forged files for every reader (20 minutes; MINUTES=5 for less)
 # make bench  the speed and memory table of the README (about 15 minutes, 12 GB of disk)

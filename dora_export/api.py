@@ -106,6 +106,7 @@ def merge(
     force: bool = False,
     allow_merged_base: bool = False,
     restart: bool = False,
+    sync: bool = True,
     dry_run: bool = False,
     progress: Progress | None = None,
     **reading: Unpack[Reading],
@@ -149,6 +150,10 @@ def merge(
         allow_merged_base: Accept a base that this tool has merged an adapter into.
         restart: Drop what an interrupted merge into ``output`` left. Without it, one that was
             started from other inputs or with other options is an error, which names them.
+        sync: Wait until the output is on the disk. Without it, as with ``cp``, the system writes it
+            out later: a kill still finds ``output`` absent or whole, but a power failure within
+            the next minute may leave a folder with damaged files, and a merge that was killed is
+            not gone on with.
         dry_run: Plan and check only; write nothing.
         progress: Called with bytes done and bytes in all, from worker threads.
         **reading: As in ``load_adapter``.
@@ -200,17 +205,17 @@ def merge(
         job = identity.job(plan, resources, digests)
         with (
             memory_told(memory),
-            staged(target, job, force=force, restart=restart) as stage,
+            staged(target, job, force=force, restart=restart, sync=sync) as stage,
             inputs.held(stamps),
         ):
             resumed = stage.held_bytes
             # The disk takes the last of the weights while they are checked.
-            with _written(plan, stage, resources, progress):
+            with _written(plan, stage, resources, progress, sync=sync):
                 if not stage.published:
-                    side_files.write(plan, beside, stage.folder)
+                    side_files.write(plan, beside, stage.folder, sync=sync)
                     content = manifest.manifest(plan, resources, beside, digests)
-                    write_small(stage.folder / "README.md", card)
-                    write_small(stage.folder / MANIFEST, manifest.as_json(content))
+                    write_small(stage.folder / "README.md", card, sync=sync)
+                    write_small(stage.folder / MANIFEST, manifest.as_json(content), sync=sync)
                 if verify != "none":
                     subject, sources = open_subject(stage.folder), _sources(beside)
                     checked = check(plan, subject, sources, verify, threads=threads)
@@ -452,9 +457,9 @@ def _with_own_base(path: Path, options: ReadOptions) -> Adapter:
 
 @contextmanager
 def _written(
-    plan: Plan, stage: Stage, resources: Resources, progress: Progress | None
+    plan: Plan, stage: Stage, resources: Resources, progress: Progress | None, *, sync: bool
 ) -> Iterator[None]:
-    """Write the weights, run the block, and wait until they are on the disk."""
+    """Write the weights, run the block, and wait until they are on the disk, with ``sync``."""
     if stage.published:
         yield
         return
@@ -470,7 +475,7 @@ def _written(
     names = [file.name for file in plan.files]
     held = [stage.held.get(file.name, Ranges()) for file in plan.files]
     sizes = [file.nbytes for file in plan.files]
-    with FileSink(stage.folder, names, sizes, held, stage.record) as sink:
+    with FileSink(stage.folder, names, sizes, held, stage.record, sync=sync) as sink:
         for position, file in enumerate(plan.files):
             sink.write_header(position, file.header)
             on_bytes(len(file.header))

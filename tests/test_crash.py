@@ -178,6 +178,19 @@ def test_killed_at_a_step_the_output_is_absent_or_whole_and_the_next_run_ends_it
         assert report.resumed_bytes == (report.weight_bytes if step in WEIGHTS_DONE else 0)
 
 
+@pytest.mark.parametrize(
+    "step", ["in the middle of a shard", "before the check", "after the rename"]
+)
+def test_killed_without_sync_the_output_is_absent_or_whole_and_nothing_is_gone_on_with(
+    place, tmp_path, step
+):
+    kill = Kill(place, tmp_path)
+    plan = {"step": step, "visit": MIDDLE.get(step, 1)}
+    assert kill.die(plan, "--no-sync", "--threads", 2, "--block", 100_000)
+    report = kill.finish()
+    assert report.resumed_bytes == (report.weight_bytes if step == "after the rename" else 0)
+
+
 @pytest.mark.parametrize(("step", "swaps"), FORCED)
 def test_killed_while_it_replaces_the_old_output_or_the_new_one_is_there(
     place, tmp_path, step, swaps

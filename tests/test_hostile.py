@@ -1,14 +1,16 @@
 """Files made to do harm: each is refused in little time and little memory."""
 
 import os
+import shutil
 import struct
+from pathlib import Path
 
 import pytest
 import torch
 
 import dora_export
 from dora_export import limits
-from dora_export.errors import InputError
+from dora_export.errors import AdapterError, InputError
 from dora_export.onnx.graph_file import open_graph
 from dora_export.storage.safetensors import read_header
 from tests import small
@@ -165,3 +167,25 @@ def test_names_from_files_reach_no_terminal_as_they_are(tmp_path):
         text = result.output
         assert all(c.isprintable() or c == "\n" for c in text), f"{text!a}"
         assert not any(line.startswith("error: all") for line in text.splitlines())
+
+
+CORPUS = Path(__file__).parent / "fuzz/corpus"
+WRONG = [
+    ("nvlabs", {"base_model_name_or_path": 3}, "base_model_name_or_path: expected a name, got 3"),
+    ("method-lokr", {"base_model_name_or_path": 1e308}, "base_model_name_or_path: expected a name"),
+    ("method-lokr", {"modules_to_save": 2**31}, "modules_to_save: expected a list of names"),
+    ("method-lokr", {"token_indices": [1.5]}, "token_indices: expected a list of token ids"),
+    ("method-lokr", {"r": 10**400}, "rank_pattern gives 1000.*expected a rank"),
+    ("method-lokr", {"alpha": float("nan")}, "alpha_pattern gives nan, expected a number"),
+    ("method-lokr", {"alpha": 10**400}, "alpha_pattern gives 1000.*expected a number"),
+    ("method-lokr", {"alpha_pattern": {"square": 0}}, "gives 0, expected a number other than 0"),
+]
+
+
+@pytest.mark.parametrize(("seed", "fields", "reason"), WRONG)
+def test_fields_of_a_config_that_are_of_another_type_are_refused(seed, fields, reason, tmp_path):
+    shutil.copytree(CORPUS / seed, tmp_path / "x")
+    assert dora_export.inspect(tmp_path / "x/adapter", tmp_path / "x/base")
+    small.edit_json(tmp_path / "x/adapter/adapter_config.json", **fields)
+    with pytest.raises(AdapterError, match=rf"(?s){reason}.*\.$"):
+        dora_export.inspect(tmp_path / "x/adapter", tmp_path / "x/base")

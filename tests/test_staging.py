@@ -432,7 +432,7 @@ def test_file_that_appears_during_the_run_is_kept(at, force):
 
 
 def test_folder_that_appears_during_the_run_is_kept(at, monkeypatch):
-    def arrive(*_args):
+    def arrive(*_args, **_options):
         (at / "out").mkdir()
         (at / "out" / "thesis.txt").write_text("mine")
 
@@ -451,9 +451,9 @@ def test_force_keeps_the_old_output_until_the_new_one_is_in_place(at, monkeypatc
     old = small.entries(at / "out")
     seen, write = [], side_files.write
 
-    def during(*args):
+    def during(*args, **options):
         seen.append(small.entries(at / "out"))
-        return write(*args)
+        return write(*args, **options)
 
     monkeypatch.setattr(side_files, "write", during)
     merge(at, force=True)
@@ -543,3 +543,37 @@ def test_folders_above_the_output_are_made_and_taken_back_on_failure(at, monkeyp
     assert not (at / "a").exists()
     dora_export.merge(at / "base", at / "adapter", output)
     assert (output / MANIFEST).is_file()
+
+
+@pytest.fixture
+def synced(monkeypatch):
+    """Names of what is put on the disk, in order."""
+    found, real = [], os.fsync
+
+    def fsync(descriptor):
+        found.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    return found
+
+
+def test_without_sync_nothing_waits_for_the_disk(at, synced):
+    merge(at, sync=False)
+    check(at)
+    assert synced == []
+    merge(at, sync=True, force=True)
+    check(at)
+    assert {"model.safetensors", "config.json", MANIFEST, PARTIAL} <= set(synced)
+
+
+def test_what_was_published_without_sync_is_synced_by_the_run_that_takes_it_over(at, synced):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(staging, "_settle", raiser(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            merge(at, sync=False)
+    assert (at / "out" / MARK).exists()
+    assert synced == []
+    merge(at)
+    check(at)
+    assert {"model.safetensors", "config.json", MANIFEST} <= set(synced)

@@ -6,7 +6,8 @@ a PEFT DoRA adapter for it, then runs these commands in turn, round after round:
 * ``cp``          ``cp -r BASE OUT``: what it costs to write the bytes to the page cache;
 * ``cp+sync``     the same, then ``sync`` on every copied file and on the folder: a durable copy;
 * ``merge``       ``python -m dora_export merge BASE ADAPTER -o OUT``, checked as by default;
-* ``merge-unchecked``  the same with ``--verify none``;
+* ``merge-nosync``  the same with ``--no-sync``, which like ``cp`` does not wait for the disk;
+* ``merge-unchecked``  ``merge`` with ``--verify none``;
 * ``verify-fast``, ``verify-full``  ``dora_export verify`` of such a merge, sampled and whole;
 * ``peft``        ``from_pretrained``, ``merge_and_unload``, ``save_pretrained`` in one Python.
 
@@ -20,12 +21,12 @@ How to read the figures:
   count page cache that the process only read or wrote. Linux starts a child's ``ru_maxrss`` at
   the size of the process that spawned it, so the commands are spawned by a tiny launcher; figures
   no higher than the launcher's own size are shown as "<=".
-* Before each run, untimed: the base and the adapter are read once, the previous output is removed
-  and the file system is synced, so that every command starts with a warm cache, no dirty pages and
-  memory that was just freed.
-* In a virtual machine, the first use of a page of memory may have to wait for the host, and counts
-  as system time; hosts that take free pages back make that happen again and again. It can make a
-  ``cp`` of some GB several times slower, hence the warm-up round; compare minimum and maximum.
+* Before each run, untimed: the base and the adapter are read once, the previous output is removed,
+  the file system is synced, and a file of the base's size is written and removed, so that every
+  command starts with a warm cache, no dirty pages and memory that was just freed.
+* That matters in a virtual machine: the first use of a page of memory may have to wait for the
+  host, and counts as system time; hosts that take free pages back make that happen again and again.
+  It can make a ``cp`` of some GB several times slower, whichever command comes first.
 * A copy larger than the kernel's dirty limit (``vm.dirty_ratio``) waits for the disk.
 * Ratios are taken pair by pair, within a round, and then summarised.
 
@@ -97,6 +98,7 @@ LABELS = {
     "cp": "cp -r",
     "cp+sync": "cp -r, then sync (durable)",
     "merge": "dora-export merge",
+    "merge-nosync": "dora-export merge --no-sync",
     "merge-unchecked": "dora-export merge --verify none",
     "verify-fast": "dora-export verify --level fast",
     "verify-full": "dora-export verify --level full",
@@ -110,6 +112,7 @@ TEXT_COLUMNS = ("model", "command", "wall time, same round")
 RATIOS = [
     ("merge", "cp"),
     ("merge", "cp+sync"),
+    ("merge-nosync", "cp"),
     ("peft", "merge"),
     ("merge", "merge-unchecked"),
     ("verify-fast", "merge"),
@@ -690,7 +693,7 @@ def check_output(run: Run, fixture: Fixture, out: Path) -> Run:
     Raises:
         BenchError: The output of the merge under test is wrong.
     """
-    if run.command not in ("merge", "merge-unchecked", "peft"):
+    if run.command not in ("merge", "merge-nosync", "merge-unchecked", "peft"):
         return run
     worst = worst_error(fixture, out, run.round + fixture.layers)
     if run.command != "peft" and not worst <= MAX_ULPS:
@@ -727,6 +730,7 @@ def templates(options: Options) -> dict[str, list[str]]:
         "cp": ["cp", "-r", "{base}", "{out}"],
         "cp+sync": ["sh", "-c", DURABLE_COPY, "sh", "{base}", "{out}"],
         "merge": options.merge_command,
+        "merge-nosync": [*options.merge_command, "--no-sync"],
         "merge-unchecked": [*options.merge_command, "--verify", "none"],
         "verify-fast": [*VERIFY, "--level", "fast"],
         "verify-full": [*VERIFY, "--level", "full"],
@@ -745,13 +749,19 @@ def warm_cache(folders: Iterable[Path]) -> None:
 
 
 def settle(fixture: Fixture, out: Path, *, merged: bool) -> None:
-    """Warms the cache, removes the last output and flushes the file system, in this order.
+    """Removes the last output, flushes the file system, warms the cache and frees memory.
 
-    The removal comes late so that the memory it frees is still at hand for the command.
+    The memory that a command needs for its output comes last, so that it is still at hand.
     """
-    warm_cache([fixture.base, fixture.adapter, *([fixture.merged] if merged else [])])
     shutil.rmtree(out, ignore_errors=True)
     subprocess.run(["sync", "-f", str(out.parent)], check=True)
+    warm_cache([fixture.base, fixture.adapter, *([fixture.merged] if merged else [])])
+    scratch = out.with_suffix(".scratch")
+    chunk = bytes(1 << 22)
+    with scratch.open("wb", buffering=0) as file:
+        for _ in range(0, sum(path.stat().st_size for path in fixture.base.iterdir()), len(chunk)):
+            file.write(chunk)
+    scratch.unlink()
 
 
 def launch(argv: Sequence[str]) -> list[float]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dora_export.checkpoints.folder import read_json
+from dora_export.errors import AdapterError, shown
 
 CONFIG = "adapter_config.json"
 Maker = Literal["peft", "mlx", "nvlabs"]
@@ -28,6 +29,20 @@ def config_of(path: Path, maker: Maker, weights: Collection[str]) -> Path | None
     if not (folder / CONFIG).is_file() or made_by(read_json(folder / CONFIG)) != maker:
         return None
     return folder / CONFIG
+
+
+def base_name(path: Path, config: Mapping[str, Any]) -> str | None:
+    """Return the trainer's name for the base in a config of PEFT's, or None.
+
+    Raises:
+        AdapterError: It is no name.
+    """
+    name = config.get("base_model_name_or_path") or None
+    if name is not None and not isinstance(name, str):
+        raise AdapterError(
+            f"{path}: base_model_name_or_path: expected a name, got {shown(name)}. Set it to null."
+        )
+    return name
 
 
 def made_by(config: Mapping[str, Any]) -> Maker:

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dora_export.adapters.config_files import CONFIG, config_of
+from dora_export.adapters.config_files import CONFIG, base_name, config_of
 from dora_export.adapters.model import Adapter, ReadOptions
 from dora_export.checkpoints.folder import read_json
 from dora_export.errors import AdapterError, InputError, listing, shown
@@ -89,7 +89,7 @@ def read(path: Path, options: ReadOptions) -> Adapter:
         updates=updates,
         ignored=ignored,
         folder=config_path.parent,
-        base_name=config.get("base_model_name_or_path") or None,
+        base_name=base_name(config_path, config),
         doubtful_magnitudes=options.magnitude_is_normalised is None,
         facts={
             "method": "DoRA",

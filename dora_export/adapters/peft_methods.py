@@ -19,11 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dora_export import peft_layers
+from dora_export.adapters.config_files import base_name
 from dora_export.adapters.model import Adapter
 from dora_export.adapters.patterns import first_matches
 from dora_export.adapters.peft_keys import plain_name
 from dora_export.errors import AdapterError, listing, shown
 from dora_export.peft_layers import PeftLayer
+from dora_export.storage.json_file import is_number, is_rank
 from dora_export.tensors import Operand, TensorRef
 from dora_export.update import Dense, Hadamard, Kronecker, Layout, Product, Update
 
@@ -102,6 +104,7 @@ def read(
             where its layers are needed.
     """
     method = str(raw["peft_type"])
+    _refuse_types(config_path, raw)
     if method in BY_PEFT:
         peft_layers.refuse_without_peft(config_path, method)
     found = _sort(tensors, raw, method)
@@ -122,7 +125,7 @@ def read(
         tensors=tensors,
         updates=tuple(updates),
         folder=config_path.parent,
-        base_name=raw.get("base_model_name_or_path") or None,
+        base_name=base_name(config_path, raw),
         square_io=bool(raw.get("fan_in_fan_out")),
         facts={
             "method": method,
@@ -130,6 +133,18 @@ def read(
                                    else "merged by this tool's formula"),
         },
     )  # fmt: skip
+
+
+def _refuse_types(path: Path, raw: Mapping[str, Any]) -> None:
+    """Refuse fields that are read here and are not what PEFT writes."""
+    kinds = {"modules_to_save": ("names", str), "token_indices": ("token ids", int)}
+    for name, (what, kind) in kinds.items():
+        value = raw.get(name) or []
+        if not isinstance(value, list) or not all(type(v) is kind for v in value):
+            raise AdapterError(
+                f"{path}: {name}: expected a list of {what}, got {shown(value)}. Check how the "
+                "adapter was saved."
+            )
 
 
 def _sort(tensors: Parts, raw: Mapping[str, Any], method: str) -> _Sorted:
@@ -219,18 +234,22 @@ def _by_peft(raw: Mapping[str, Any], found: _Sorted) -> Iterator[Update]:
 def _scalings(path: Path, raw: Mapping[str, Any], modules: Sequence[str]) -> dict[str, float]:
     """Return alpha / r of each module; LoKr's too, whatever its factors."""
     found = []
-    for name, default in (
-        ("rank_pattern", raw.get("r", 8)),
-        ("alpha_pattern", raw.get("alpha", 8)),
+    for name, default, fits in (
+        ("rank_pattern", raw.get("r", 8), is_rank),
+        ("alpha_pattern", raw.get("alpha", 8), lambda v: is_number(v) and v != 0),
     ):
         pattern = raw.get(name) or {}
         if not isinstance(pattern, dict):
             raise AdapterError(f"{path}: {name}: expected a map, got {shown(pattern)}.")
         keys = first_matches(path, name, pattern, modules)
         values = {m: pattern.get(keys.get(m, m), default) for m in modules}
-        wrong = [v for v in values.values() if type(v) not in (int, float) or not v]
+        wrong = [v for v in values.values() if not fits(v)]
         if wrong:
-            raise AdapterError(f"{path}: {name} gives {shown(wrong[0])}, expected a number.")
+            raise AdapterError(
+                f"{path}: {name} gives {shown(wrong[0])}, expected a "
+                f"{'rank' if fits is is_rank else 'number other than 0'}. Check how the adapter "
+                "was saved."
+            )
         found.append(values)
     ranks, alphas = found
     return {m: float(alphas[m]) / float(ranks[m]) for m in modules}

@@ -120,6 +120,12 @@ def cli() -> None:
 )
 @click.option("--force", is_flag=True, help="Replace an earlier output of this tool.")
 @click.option("--restart", is_flag=True, help="Drop what an interrupted merge left.")
+@click.option(
+    "--sync/--no-sync",
+    default=True,
+    help="Wait for the disk, so that a power failure finds the output whole or resumable. "
+    "Without, the system writes it out later, as after cp.",
+)
 @click.option("--allow-merged-base", is_flag=True, help="Merge onto an already merged base.")
 @click.option("--dry-run", is_flag=True, help="Plan and check everything; write nothing.")
 @adapter_options

@@ -111,6 +111,8 @@ class FileSink:
         held: For each file the bytes that are on the disk already, if any.
         on_synced: Called from a thread of its own with names of files and ranges whose bytes have
             come to the disk, and after that the file's entry in its folder and the folder's own.
+        sync: Put files on the disk; without it they are complete, and the system writes them out
+            when it likes. ``on_synced`` is never called then.
     """
 
     def __init__(
@@ -120,6 +122,8 @@ class FileSink:
         sizes: Sequence[int],
         held: Sequence[Ranges] = (),
         on_synced: Synced = lambda _: None,
+        *,
+        sync: bool = True,
     ) -> None:
         held = held or [Ranges() for _ in names]
         self._folder = folder
@@ -128,6 +132,7 @@ class FileSink:
             for name, nbytes, ranges in zip(names, sizes, held, strict=True)
         ]
         self._on_synced = on_synced
+        self._sync_wanted = sync
         self._to_sync: queue.Queue[_File | None] = queue.Queue(WAITING)
         self._failure: BaseException | None = None
         self._syncer = threading.Thread(target=self._sync_files, name="sync", daemon=True)
@@ -274,19 +279,20 @@ class FileSink:
             descriptor, complete = file.descriptor, file.complete
         if descriptor is None or not ranges or file.failed:
             return
-        try:
-            os.fsync(descriptor)
-        except OSError as error:
-            # The kernel forgets which bytes it could not write: a later sync would prove nothing.
-            file.failed = True
-            raise refusal(file.path, error) from error
-        if not file.synced_once:
-            for folder in (file.path.parent, *file.path.parent.parents):
-                sync_folder(folder)
-                if folder == self._folder:
-                    break
-            file.synced_once = True
-        self._on_synced({file.name: ranges})
+        if self._sync_wanted:
+            try:
+                os.fsync(descriptor)
+            except OSError as error:
+                # The kernel forgets which bytes it could not write: a later sync proves nothing.
+                file.failed = True
+                raise refusal(file.path, error) from error
+            if not file.synced_once:
+                for folder in (file.path.parent, *file.path.parent.parents):
+                    sync_folder(folder)
+                    if folder == self._folder:
+                        break
+                file.synced_once = True
+            self._on_synced({file.name: ranges})
         if complete:
             file.descriptor = None
             os.close(descriptor)
@@ -319,7 +325,42 @@ def sync_folder(folder: Path) -> None:
             raise refusal(folder, error) from error
 
 
-def write_small(path: Path, data: bytes) -> None:
+def sync_tree(folder: Path) -> None:
+    """Put a folder on the disk, with all that is in it.
+
+    Raises:
+        OutputError: The disk fails.
+    """
+    for root, _, names in os.walk(folder, onerror=_refuse_unlisted):
+        for name in names:
+            path = Path(root, name)
+            try:
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            except OSError as error:
+                raise refusal(path, error) from error
+        sync_folder(Path(root))
+
+
+def sync_folders(folder: Path) -> None:
+    """Put the entries of a folder, and of all below it, on the disk.
+
+    Raises:
+        OutputError: One of them cannot be listed, or the disk fails.
+    """
+    for root, _, _ in os.walk(folder, onerror=_refuse_unlisted):
+        sync_folder(Path(root))
+
+
+def _refuse_unlisted(error: OSError) -> None:
+    """Stop a walk that would leave a folder out, and so out of what is synced."""
+    raise OutputError(
+        f"{error.filename}: cannot be listed: {error.strerror}. Nothing was published; check the "
+        "disk."
+    ) from error
+
+
+def write_small(path: Path, data: bytes, *, sync: bool = True) -> None:
     """Write a side file and put it on the disk; its mode follows the umask.
 
     Raises:
@@ -330,7 +371,8 @@ def write_small(path: Path, data: bytes) -> None:
         with path.open("xb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
     except OSError as error:
         raise refusal(path, error) from error
 

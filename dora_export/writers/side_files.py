@@ -106,7 +106,7 @@ def in_folder(folder: Path, *, replaced_by: Mapping[str, SideFile]) -> tuple[Sid
     return tuple(found[name] for name in sorted(found))
 
 
-def write(plan: Plan, files: tuple[SideFile, ...], folder: Path) -> None:
+def write(plan: Plan, files: tuple[SideFile, ...], folder: Path, *, sync: bool = True) -> None:
     """Write the side files, config.json edited and the index file made anew.
 
     Raises:
@@ -123,10 +123,10 @@ def write(plan: Plan, files: tuple[SideFile, ...], folder: Path) -> None:
             ) from error
         if file.name in plan.base.config_files and plan.config_edits:
             data = edited(data.decode("utf-8"), plan.config_edits).encode("utf-8")
-        write_small(folder / file.name, data)
+        write_small(folder / file.name, data, sync=sync)
     for name, index in plan.indexes.items():
         text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
-        write_small(folder / name, text.encode())
+        write_small(folder / name, text.encode(), sync=sync)
 
 
 def side_bytes(files: tuple[SideFile, ...]) -> int:

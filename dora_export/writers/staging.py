@@ -27,7 +27,7 @@ from pathlib import Path
 
 from dora_export.errors import DoraExportError, InputError, MachineError, OutputError, listing
 from dora_export.words import size
-from dora_export.writers.files import sync_folder
+from dora_export.writers.files import sync_folder, sync_folders, sync_tree
 from dora_export.writers.journal import Contents, Job, Journal, decode, differences, stored
 from dora_export.writers.names import hidden_name
 from dora_export.writers.ranges import Ranges
@@ -151,7 +151,7 @@ def find_leftover(target: Path) -> Leftover | None:
 
 @contextmanager
 def staged(
-    target: Path, job: Job, *, force: bool = False, restart: bool = False
+    target: Path, job: Job, *, force: bool = False, restart: bool = False, sync: bool = True
 ) -> Iterator[Stage]:
     """Yield a folder to write into; rename it to ``target`` if the block succeeds.
 
@@ -173,6 +173,8 @@ def staged(
         job: What is to be written.
         force: Replace ``target`` if it is an earlier output of this tool.
         restart: Drop what an interrupted run left.
+        sync: Put folders on the disk before and after the rename. Without it a kill still finds
+            ``target`` absent or whole, but after a power failure its files may hold anything.
 
     Raises:
         OutputError: ``target`` exists and may not be replaced, another run is writing it, staged
@@ -181,8 +183,10 @@ def staged(
     journal = _claim_published(target, job, restart=restart)
     if journal is not None:
         try:
+            if sync:
+                sync_tree(target)  # the run that published it may not have
             yield Stage(target, _whole(job), published=True)
-            _settle(target)
+            _settle(target, sync=sync)
         finally:
             journal.close()
         return
@@ -198,11 +202,11 @@ def staged(
             if not stage.held:
                 journal.begin(job.identity)
             yield stage
-            for folder, _, _ in os.walk(partial, onerror=_refuse_unlisted):
-                sync_folder(Path(folder))
+            if sync:
+                sync_folders(partial)
             if os.name == "nt":  # where open files keep their folder from being renamed
                 journal.close()
-            _publish(partial, target, force=force)
+            _publish(partial, target, force=force, sync=sync)
         except BaseException as error:  # Ctrl-C too: half a model must never look like a whole one
             if _is_staged(partial) and not _keep(stage, error):
                 with suppress(OSError):  # of less interest than why there is nothing to keep
@@ -324,7 +328,7 @@ def _claim_published(target: Path, job: Job, *, restart: bool) -> Journal | None
     if found.is_of(job) and not restart:
         return journal
     try:
-        _settle(target)
+        _settle(target, sync=True)
     finally:
         journal.close()
     return None
@@ -453,15 +457,7 @@ def kept(folder: Path, nbytes: int) -> str:
     )
 
 
-def _refuse_unlisted(error: OSError) -> None:
-    """Stop a walk that would leave a folder out, and so out of what is synced."""
-    raise OutputError(
-        f"{error.filename}: cannot be listed: {error.strerror}. Nothing was published; check the "
-        "disk."
-    ) from error
-
-
-def _publish(partial: Path, target: Path, *, force: bool) -> None:
+def _publish(partial: Path, target: Path, *, force: bool, sync: bool) -> None:
     """Rename the staged folder into place, put that on the disk, and clear away.
 
     The name is on the disk before the journal goes: after a power failure the folder has its final
@@ -475,9 +471,10 @@ def _publish(partial: Path, target: Path, *, force: bool) -> None:
             os.rename(partial, target)
         elif not _swap(partial, target):
             _replace(partial, target)
-    with _confirmed(target):
-        sync_folder(target.parent)
-    _settle(target)
+    if sync:
+        with _confirmed(target):
+            sync_folder(target.parent)
+    _settle(target, sync=sync)
 
 
 def _swap(partial: Path, target: Path) -> bool:
@@ -523,7 +520,7 @@ def _replace(partial: Path, target: Path) -> None:
         raise
 
 
-def _settle(target: Path) -> None:
+def _settle(target: Path, *, sync: bool) -> None:
     """Clear away, once ``target`` has its name: what it has replaced, then the journal."""
     with _refused(f"{target}: is whole and in place, but what it replaced cannot be removed", ""):
         for old in (_partial(target), _replaced(target)):
@@ -531,8 +528,9 @@ def _settle(target: Path) -> None:
                 _remove(old, last=MANIFEST)
         with suppress(FileNotFoundError):
             os.unlink(target / MARK)
-    with _confirmed(target):
-        sync_folder(target)
+    if sync:
+        with _confirmed(target):
+            sync_folder(target)
 
 
 def _remove(folder: Path, *, last: str) -> None:
