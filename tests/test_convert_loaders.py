@@ -107,7 +107,8 @@ def complaints(records):
     return [m for m in said if "tokenizer" not in m and "CLIPTextModel found with" not in m]
 
 
-def test_pipeline_of_diffusers_loads_the_dora_that_is_written_for_it(tmp_path, caplog):
+@pytest.mark.nightly
+def test_pipeline_of_diffusers_loads_what_is_written_for_it(tmp_path, caplog):
     base = dm.write_pipeline(tmp_path / "base")
     pipe = dm.load(base)
     wrapped = peft_on(pipe.unet, tmp_path / "peft", dora=True)
@@ -120,10 +121,11 @@ def test_pipeline_of_diffusers_loads_the_dora_that_is_written_for_it(tmp_path, c
     assert dm.distance(wanted, plain) > 0.01
 
 
-def test_model_of_diffusers_loads_the_lora_that_is_written_for_it(tmp_path, caplog):
+@pytest.mark.parametrize("dora", [True, pytest.param(False, marks=pytest.mark.nightly)])
+def test_model_of_diffusers_loads_what_is_written_for_it(dora, tmp_path, caplog):
     model = dm.unet("xl")
     model.save_pretrained(tmp_path / "base")
-    wrapped = peft_on(model, tmp_path / "peft", dora=False)
+    wrapped = peft_on(model, tmp_path / "peft", dora=dora)
     inputs = dm.unet_inputs(model)
     wanted, plain = dm.outputs(wrapped, inputs), dm.outputs(model, inputs)
     convert(tmp_path / "peft", "diffusers", tmp_path / "out", base=tmp_path / "base")

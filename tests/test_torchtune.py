@@ -236,8 +236,6 @@ BROKEN = {
     "ranks of their own": (
         lambda t: t.update({f"{Q[1]}.lora_a.weight": torch.ones(2, 16),
                             f"{Q[1]}.lora_b.weight": torch.ones(16, 2)}), "ranks [2, 3]"),
-    "experts": (lambda t: t.update({"layers.0.mlp.experts.lora_gate_a": torch.ones(2, 3, 4)}),
-                "unknown tensor"),
     "a vision model": (
         lambda t: t.update({"decoder.layers.0.attn.q_proj.lora_a.weight": torch.ones(3, 16)}),
         "only adapters of attention"),
@@ -252,6 +250,18 @@ def test_file_that_does_not_add_up_is_refused(case, tmp_path):
     change(tensors)
     torch.save(tensors, file)
     assert reason in refused(base, file, tmp_path / "out", "--allow-pickle", "--alpha", "7")
+
+
+@pytest.mark.parametrize("alone_there", [True, False])
+def test_experts_are_refused_by_name_with_a_way_out(alone_there, tmp_path):
+    base, file = alone("lora", tmp_path)
+    experts = {f"layers.0.mlp.experts.lora_{part}_{factor}": torch.ones(2, 3, 4)
+               for part in ("gate", "up", "down") for factor in "ab"}  # fmt: skip
+    torch.save(experts if alone_there else torch.load(file) | experts, file)
+    said = refused(base, file, tmp_path / "out", "--allow-pickle", "--alpha", "7")
+    assert "LoRA on the experts of a mixture (6 tensors" in said
+    assert "Let torchtune merge it" in said
+    assert "save_adapter_weights_only: False" in said
 
 
 def test_inspection_names_trainer_axis_and_evidence():

@@ -33,6 +33,8 @@ from dora_export.update import RowOrder, Update
 
 PART = re.compile(r"(?P<module>.+)\.(?P<part>lora_a\.weight|lora_b\.weight|magnitude)")
 SIGN = re.compile(r"(.+\.)?lora_[ab]\.weight")
+# Stacked experts of mixtures, after 0.6.1. Source: torchtune/modules/moe/experts.py.
+EXPERTS = re.compile(r"(.+\.)?experts\.lora_(gate|up|down)_[ab]")
 LAYER = re.compile(r"layers\.(?P<number>\d+)\.(?P<module>.+)")
 # Source: torchtune/models/convert_weights.py, _FROM_HF.
 MODULES = {
@@ -75,7 +77,8 @@ def matches(path: Path, options: ReadOptions) -> bool:
     file = _file(path)
     if file is None:
         return False
-    return any(SIGN.fullmatch(n) for n in read_tensors(file, allow_pickle=options.allow_pickle))
+    names = read_tensors(file, allow_pickle=options.allow_pickle)
+    return any(SIGN.fullmatch(n) or EXPERTS.fullmatch(n) for n in names)
 
 
 def read(path: Path, options: ReadOptions) -> Adapter:
@@ -91,6 +94,13 @@ def read(path: Path, options: ReadOptions) -> Adapter:
     if options.axis == "in":
         raise AdapterError(f"{path}: torchtune has one magnitude per output. Leave --axis out.")
     tensors = read_tensors(file, allow_pickle=options.allow_pickle)
+    if experts := [name for name in tensors if EXPERTS.fullmatch(name)]:
+        raise AdapterError(
+            f"{file}: LoRA on the experts of a mixture ({len(experts)} tensors, first: "
+            f"'{shown(experts[0])}'), as torchtune trains it after 0.6.1, is not supported. Let "
+            "torchtune merge it: its recipes save the merged model with the adapter "
+            "(save_adapter_weights_only: False)."
+        )
     problems: list[str] = []
     layers = _layers(tensors, problems)
     rank = _rank(layers, problems)
