@@ -1,6 +1,7 @@
 """Reports made by hand: what a page or a summary may have to show, realistic and hostile."""
 
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +155,7 @@ def tiny():
     return right(tensors=results, tiers=right().tiers[:2], method="LoRA")
 
 
+@lru_cache
 def experts(layers=26, each=256, *, wrong=0):
     """A mixture of experts: 20,000 changed tensors."""
     kinds = {
@@ -167,6 +169,11 @@ def experts(layers=26, each=256, *, wrong=0):
         results[i] = replace(results[i], status="wrong", diagnosis="wrong-values", max_ulp=50.0)
         found.append(Finding("wrong-values", results[i].name, f"worst 50 ulp, row {i}"))
     return right(tensors=tuple(results), findings=tuple(found), tiers=right().tiers[:2])
+
+
+def few_experts():
+    """A small mixture of experts, which a browser draws at once."""
+    return experts(layers=6, each=32)
 
 
 def hostile():
@@ -193,4 +200,4 @@ def every_finding():
 
 
 ALL = {"right": right, "rounded": rounded, "wrong": wrong, "unchecked": unchecked, "tiny": tiny,
-       "experts": experts, "hostile": hostile, "every_finding": every_finding}  # fmt: skip
+       "experts": few_experts, "hostile": hostile, "every_finding": every_finding}  # fmt: skip

@@ -3,8 +3,11 @@
 Each mistake is planted in a right merge with numpy and the safetensors library.
 """
 
+import copy
 import json
+import shutil
 import zlib
+from functools import lru_cache
 
 import numpy as np
 import pytest
@@ -222,8 +225,6 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 def check(pair, mistake, level):
     plant, tier, code, where = mistake
-    control = api.verify(pair.folder / "base", pair.folder / "adapter", pair.merged, level=level)
-    assert (control.exit_code, control.findings) == (0, ())
     plant(pair)
     report = api.verify(pair.folder / "base", pair.folder / "adapter", pair.merged, level=level)
     assert (report.verdict, report.exit_code) == ("wrong", 1)
@@ -233,6 +234,36 @@ def check(pair, mistake, level):
     return wrong
 
 
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Pairs whose right merge passes at both levels: the controls of every mistake below."""
+
+    @lru_cache
+    def make(dtype, shards):
+        pair = Pair(tmp_path_factory.mktemp("right"), dtype, shards=shards)
+        for level in ("fast", "full"):
+            control = api.verify(
+                pair.folder / "base", pair.folder / "adapter", pair.merged, level=level
+            )
+            assert (control.exit_code, control.findings) == (0, ())
+        return pair
+
+    return make
+
+
+@pytest.fixture
+def right(tmp_path, pairs):
+    """Make a copy of a right pair, to plant a mistake in."""
+
+    def make(dtype, shards=False):
+        pair = copy.copy(pairs(dtype, shards))
+        shutil.copytree(pair.folder, tmp_path, dirs_exist_ok=True)
+        pair.folder, pair.merged = tmp_path, tmp_path / "merged"
+        return pair
+
+    return make
+
+
 def test_the_list_is_long_enough():
     assert len(WHOLE) + len(PARTS) + len(FILES) + len(SHARDS) >= 40
 
@@ -240,44 +271,44 @@ def test_the_list_is_long_enough():
 @pytest.mark.parametrize("level", ["fast", "full"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", WHOLE)
-def test_mistake_about_a_whole_tensor(tmp_path, name, dtype, level):
-    wrong = check(Pair(tmp_path, dtype), WHOLE[name], level)
+def test_mistake_about_a_whole_tensor(right, name, dtype, level):
+    wrong = check(right(dtype), WHOLE[name], level)
     assert {f.tier for f in wrong} == {"oracle"}
     assert len(wrong) == (2 if "swapped" in name else 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", PARTS)
-def test_mistake_about_a_part_of_a_tensor(tmp_path, name, dtype):
-    wrong = check(Pair(tmp_path, dtype), PARTS[name], "full")
+def test_mistake_about_a_part_of_a_tensor(right, name, dtype):
+    wrong = check(right(dtype), PARTS[name], "full")
     assert len(wrong) == 1
 
 
 @pytest.mark.parametrize("level", ["fast", "full"])
 @pytest.mark.parametrize("name", FILES)
-def test_mistake_about_files(tmp_path, name, level):
-    check(Pair(tmp_path, torch.float32), FILES[name], level)
+def test_mistake_about_files(right, name, level):
+    check(right(torch.float32), FILES[name], level)
 
 
 @pytest.mark.parametrize("level", ["fast", "full"])
 @pytest.mark.parametrize("name", SHARDS)
-def test_mistake_about_shards(tmp_path, name, level):
-    check(Pair(tmp_path, torch.bfloat16, shards=True), SHARDS[name], level)
+def test_mistake_about_shards(right, name, level):
+    check(right(torch.bfloat16, shards=True), SHARDS[name], level)
 
 
 @pytest.mark.parametrize("level", ["fast", "full"])
 @pytest.mark.parametrize("code", ["not-applied", "applied-twice", "lora-for-dora"])
-def test_mistake_about_all_tensors(tmp_path, code, level):
+def test_mistake_about_all_tensors(right, code, level):
     mistake = (everywhere(DORA_MISTAKES[code]), "oracle", code, Q)
-    wrong = check(Pair(tmp_path, torch.bfloat16), mistake, level)
+    wrong = check(right(torch.bfloat16), mistake, level)
     oracle_says = [f for f in wrong if f.tier == "oracle"]
     assert {f.code for f in oracle_says} == {code}
     assert len(oracle_says) == len(LINEARS)
 
 
 @pytest.mark.parametrize("level", ["fast", "full"])
-def test_what_cannot_be_checked_is_not_right(tmp_path, level):
-    pair = Pair(tmp_path, torch.float32)
+def test_what_cannot_be_checked_is_not_right(right, tmp_path, level):
+    pair = right(torch.float32)
     tensor, file = pair.stored(f"{Q}.weight")
     edit_tensors(file, lambda ts: {**ts, f"{Q}.weight": tensor.to(torch.float8_e4m3fn)})
     report = api.verify(tmp_path / "base", tmp_path / "adapter", pair.merged, level=level)
@@ -285,13 +316,13 @@ def test_what_cannot_be_checked_is_not_right(tmp_path, level):
     assert "quantised" in {f.code for f in report.findings}
 
 
-def test_sampling_finds_mistakes_about_whole_tensors(tmp_path):
+def test_sampling_finds_mistakes_about_whole_tensors(right, tmp_path):
     """200 plants of random kinds and sizes in random tensors: none is missed.
 
     Sizes go down to a third of a mistake; what disappears in the rounding of bfloat16 is no fault.
     """
-    pair = Pair(tmp_path, torch.bfloat16)
-    right = {f"{n}.weight": pair.stored(f"{n}.weight")[0] for n in LINEARS}
+    pair = right(torch.bfloat16)
+    held = {f"{n}.weight": pair.stored(f"{n}.weight")[0] for n in LINEARS}
     random = np.random.default_rng(zlib.crc32(b"plants"))
     names, missed = list(LINEARS), []
     codes = [c for c in DORA_MISTAKES if c != "strength-other"]
@@ -303,7 +334,7 @@ def test_sampling_finds_mistakes_about_whole_tensors(tmp_path):
             exact = pair.right(name)
             wrong = DORA_MISTAKES[code](*pair.terms(name))
             planted[str(name)] = exact + strength * (wrong - exact)
-        tensors = right | {f"{n}.weight": torch.from_numpy(v).to(torch.bfloat16)
+        tensors = held | {f"{n}.weight": torch.from_numpy(v).to(torch.bfloat16)
                            for n, v in planted.items()}  # fmt: skip
         rest = {n: t for n, t in pair.base.items() if n not in tensors}
         save_file({**rest, **tensors}, pair.merged / "model.safetensors", {"format": "pt"})

@@ -29,11 +29,13 @@ HEADS = ("lm_head", "embed_out", "output_projection")
 
 
 def reachable(model: ir.Model) -> None:
-    """Store the weights of ``MatMul(x, Transpose(W))`` transposed, so that quantisers see them.
+    """Store weights as the second operands of ``MatMul`` that quantisers see.
 
-    Exporters leave such a node where W is used elsewhere as well: a tied output head.
+    Exporters leave ``MatMul(x, Transpose(W))`` where W is used elsewhere as well (a tied output
+    head), and split a stack of experts' matrices that lie in one tensor.
     """
     graph = model.graph
+    _unstack(graph)
     for node in list(graph):
         if node.op_type != "MatMul":
             continue
@@ -52,6 +54,35 @@ def reachable(model: ir.Model) -> None:
             graph.register_initializer(value)
         node.replace_input_with(1, graph.initializers[name])
     ir.passes.common.RemoveUnusedNodesPass()(model)
+
+
+def _unstack(graph: ir.Graph) -> None:
+    """Give each matrix of a stack that the graph splits an initializer of its own."""
+    for node in list(graph):
+        stack = node.inputs[0] if node.op_type == "Split" else None
+        tensor = None if stack is None else stack.const_value
+        if stack is None or tensor is None or len(tensor.shape) != 3:
+            continue
+        if node.attributes.get_int("axis", 0) != 0 or len(node.outputs) != tensor.shape[0]:
+            continue
+        for index, output in enumerate(node.outputs):
+            for user in [u for u, _ in output.uses() if u.op_type == "Squeeze"]:
+                name = f"{stack.name}.{index}"
+                if name not in graph.initializers:
+                    value = ir.Value(name=name, const_value=_one_of(tensor, index, name))
+                    value.shape, value.dtype = ir.Shape(tensor.shape.numpy()[1:]), tensor.dtype
+                    graph.register_initializer(value)
+                for product, place in list(user.outputs[0].uses()):
+                    product.replace_input_with(place, graph.initializers[name])
+
+
+def _one_of(tensor: ir.TensorProtocol, index: int, name: str) -> ir.LazyTensor:
+    shape = ir.Shape([int(n) for n in tensor.shape.numpy()[1:]])
+
+    def take() -> ir.TensorProtocol:
+        return ir.Tensor(tensor.numpy()[index], dtype=tensor.dtype, shape=shape, name=name)
+
+    return ir.LazyTensor(take, dtype=tensor.dtype, shape=shape, name=name)
 
 
 def _turned(tensor: ir.TensorProtocol, name: str) -> ir.LazyTensor:
@@ -183,11 +214,13 @@ def _facts(source: Path, count: int, said: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep onnxruntime's advice about preprocessing off the terminal."""
+    """Keep onnxruntime's advice off the terminal, and the log as it was before its imports."""
     root = logging.getLogger()
-    disabled = root.manager.disable
+    disabled, level, handlers = root.manager.disable, root.level, list(root.handlers)
     logging.disable(logging.WARNING)
     try:
         yield
     finally:
         logging.disable(disabled)
+        root.setLevel(level)
+        root.handlers[:] = handlers
