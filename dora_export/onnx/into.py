@@ -87,7 +87,7 @@ def make(request: Request) -> Made:
         layout = lay_out(graph, [*holders, *parameters])
         _check_space(request.folder, layout)
         request.on_stage("writing merged weights into the graph")
-        with FileSink(request.folder, layout.names, layout.sizes) as sink:
+        with FileSink(request.folder, layout.names, layout.sizes, sync=request.sync) as sink:
             write(plan, changed, parameters, layout, request, sink)
             # While the disk is still busy with it: checking and hashing take the processor only.
             request.on_stage("checking what was written")
