@@ -181,16 +181,17 @@ def rounds(ways: dict[str, Way], out: Path, count: int) -> None:
         for name, run in ways.items():
             shutil.rmtree(out, ignore_errors=True)
             os.sync()
-            seconds, busy, peak = run()
+            seconds, cpu, peak = run()
             found[name].append(seconds)
-            used[name].append(busy)
+            used[name].append(cpu)
             if peak:
                 peaks[name] = max(peak, peaks.get(name, 0))
     for name, all_seconds in found.items():
         kept = all_seconds[1:]
         memory = f", peak memory {peaks[name] / 1e6:.0f} MB" if name in peaks else ""
+        busy = f"CPU {statistics.median(used[name][1:]):.2f} s"
         print(f"{name:32} median {statistics.median(kept):6.2f} s, {min(kept):.2f} - "
-              f"{max(kept):.2f}; CPU {statistics.median(used[name][1:]):.2f} s{memory}")  # fmt: skip
+              f"{max(kept):.2f}; {busy}{memory}")  # fmt: skip
     for copy in (name for name in ways if name.startswith("cp")):
         for name in (name for name in ways if not name.startswith("cp")):
             ratios = [a / b for a, b in zip(found[name][1:], found[copy][1:], strict=True)]
