@@ -10,7 +10,8 @@ import transformers
 from torch import nn
 
 from dora_export import GraphOptions
-from dora_export.onnx import encoder_decoder, engines, quantise, tasks
+from dora_export.onnx import encoder_decoder, engines, files, quantise, tasks
+from dora_export.onnx.model import GraphError
 from dora_export.onnx.wrappers import Flat, Part
 from dora_export.verification import inputs, script, times
 from tests.rider_models import WARNINGS
@@ -162,6 +163,29 @@ def test_int8_weights_are_unsigned_since_signed_ones_overflow_without_vnni(tmp_p
     (found,) = onnxruntime.InferenceSession(tmp_path / "q.onnx").run(None, {"x": given})
     expected = given @ weight
     assert np.abs(found - expected).max() < 0.02 * expected.max()
+
+
+def test_an_operator_of_onnxruntimes_own_passes_the_checker_and_a_wrong_one_does_not(tmp_path):
+    """Fused graphs hold RMS norms under ONNX's own domain, where only onnxruntime knows them."""
+    x = ir.Value(name="x", shape=ir.Shape(["n", 8]), type=ir.TensorType(ir.DataType.FLOAT))
+    held = ir.Value(name="w", const_value=ir.tensor(np.ones(8, np.float32), name="w"))
+    held.shape, held.dtype = ir.Shape([8]), ir.DataType.FLOAT
+    for name in ("SimplifiedLayerNormalization", "NoSuchNormalization"):
+        node = ir.node(name, [x, held], attributes={"axis": -1, "epsilon": 1e-6})
+        node.outputs[0].name, node.outputs[0].dtype = "y", ir.DataType.FLOAT
+        node.outputs[0].shape = ir.Shape(["n", 8])
+        graph = ir.Graph([x], node.outputs, nodes=[node], initializers=[held],
+                         name="g", opset_imports={"": 20})  # fmt: skip
+        path = tmp_path / f"{name}.onnx"
+        if name == "NoSuchNormalization":
+            with pytest.raises(GraphError, match="NoSuchNormalization"):
+                files.write(ir.Model(graph, ir_version=10), path, "data")
+            continue
+        files.write(ir.Model(graph, ir_version=10), path, "data")
+        assert [p.name for p in tmp_path.iterdir()] == [path.name]
+        given = np.arange(8, dtype=np.float32)[None]
+        (found,) = onnxruntime.InferenceSession(path).run(None, {"x": given})
+        assert np.allclose(found, given / np.sqrt((given**2).mean()), atol=1e-5)
 
 
 # --- diffusion

@@ -147,7 +147,7 @@ def test_smollm2_in_few_bits_is_far_smaller_and_not_far_off(kind, tmp_path):
         SMOL, out, "--quantize", kind, "--layout", "transformers-js", "--allow-mismatch"
     )
     errors = figures["outputs"]["logits"]["error"]
-    # 7 % and 6 % of random tokens' largest logit; 40 % where signed int8 overflows
+    # 3.4 and 2.7 on random tokens, whose largest logits are about 45; 18.6 where int8 overflows
     assert errors["rms"] < 0.15 * errors["scale"]
     name = {"int8": "model_int8.onnx", "int4": "model_q4.onnx"}[kind]
     assert sorted(p.name for p in (out / "onnx").iterdir()) == [name, f"{name}_data"]
