@@ -84,6 +84,9 @@ def check(path: Path) -> None:
             f"{path.name}: onnx's checker refuses what was exported: {shown(error, 300)}. Pass "
             "another --engine or --opset."
         ) from error
+    finally:
+        if seen is not path:
+            seen.unlink()
 
 
 def check_again(path: Path, made: onnx.ModelProto, before: onnx.ModelProto) -> tuple[str, ...]:
