@@ -167,10 +167,10 @@ def test_int8_weights_are_unsigned_since_signed_ones_overflow_without_vnni(tmp_p
 
 def test_an_operator_of_onnxruntimes_own_passes_the_checker_and_a_wrong_one_does_not(tmp_path):
     """Fused graphs hold RMS norms under ONNX's own domain, where only onnxruntime knows them."""
-    x = ir.Value(name="x", shape=ir.Shape(["n", 8]), type=ir.TensorType(ir.DataType.FLOAT))
-    held = ir.Value(name="w", const_value=ir.tensor(np.ones(8, np.float32), name="w"))
-    held.shape, held.dtype = ir.Shape([8]), ir.DataType.FLOAT
     for name in ("SimplifiedLayerNormalization", "NoSuchNormalization"):
+        x = ir.Value(name="x", shape=ir.Shape(["n", 8]), type=ir.TensorType(ir.DataType.FLOAT))
+        held = ir.Value(name="w", const_value=ir.tensor(np.ones(8, np.float32), name="w"))
+        held.shape, held.dtype = ir.Shape([8]), ir.DataType.FLOAT
         node = ir.node(name, [x, held], attributes={"axis": -1, "epsilon": 1e-6})
         node.outputs[0].name, node.outputs[0].dtype = "y", ir.DataType.FLOAT
         node.outputs[0].shape = ir.Shape(["n", 8])
