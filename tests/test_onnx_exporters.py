@@ -247,6 +247,28 @@ def test_a_quantised_graph_is_compared_only_with_a_budget(tmp_path):
     assert [t.tier for t in report.verified.tiers] == ["ledger", "oracle", "onnx"]
 
 
+@pytest.mark.parametrize(("way", "operator", "budget"), [
+    ("genai-fp32", "MatMul", None), ("genai-int8", "MatMulNBits", 0.1),
+])  # fmt: skip
+def test_adapters_swap_on_packed_and_quantised_graphs(way, operator, budget, tmp_path):
+    """Each tier compares with an unmerged model and with its mistakes."""
+    graph = FIXTURES / f"llama/graphs/{way}/model.onnx"
+    report = export("llama", graph, tmp_path / "out", adapters=True, verify=True, budget=budget)
+    assert report.verdict == "right"
+    assert [t.tier for t in report.verified.tiers] == ["onnx", "onnx"]  # the base, the adapter
+    slots = report.facts["slots"].values()
+    assert {slot["operator"] for slot in slots} == {operator}
+    assert sum(len(slot["weights"]) == 3 for slot in slots) == 2  # q, k and v of two layers
+    assert any("padding on the right only" in n for n in report.notes)
+
+
+def test_adapters_on_a_graph_with_names_of_its_own_are_not_run_and_that_is_said(tmp_path):
+    graph = FIXTURES / "llama/graphs/transformers/model.onnx"
+    report = export("llama", graph, tmp_path / "out", adapters=True, verify=True)
+    assert any("not run beside the unmerged model" in n for n in report.notes)
+    assert not [t for t in report.verified.tiers if t.tier == "onnx"]
+
+
 def test_weights_that_rounding_to_nearest_does_not_give_are_refused(tmp_path):
     path = FIXTURES / "llama/graphs/genai-int4"
     model = onnx.load(path / "model.onnx")

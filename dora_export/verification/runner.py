@@ -185,13 +185,18 @@ def _refuse_outside(model: onnx.ModelProto, folder: Path) -> None:
                 )
 
 
+def is_quantised(model: onnx.ModelProto) -> bool:
+    """Return whether any operator of a graph works on quantised values."""
+    nodes = [n for g in _graphs(model.graph) for n in g.node]
+    nodes += [n for f in model.functions for n in f.node]
+    return any("Quant" in n.op_type or "QLinear" in n.op_type or n.op_type in QUANTISED
+               for n in nodes)  # fmt: skip
+
+
 def _precision(model: onnx.ModelProto) -> str | None:
     import onnx  # noqa: PLC0415 - as above
 
-    nodes = [n for g in _graphs(model.graph) for n in g.node]
-    nodes += [n for f in model.functions for n in f.node]
-    if any("Quant" in n.op_type or "QLinear" in n.op_type or n.op_type in QUANTISED
-           for n in nodes):  # fmt: skip
+    if is_quantised(model):
         return None
     types = {t.data_type for t in _tensors(model)}
     types |= {o.type.tensor_type.elem_type for o in model.graph.output}
