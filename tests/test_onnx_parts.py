@@ -1,12 +1,15 @@
 """Models that are no plain encoder or decoder: encoder-decoders, mixtures of experts, diffusion."""
 
 import numpy as np
+import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 import transformers
 from torch import nn
 
+from dora_export import GraphOptions
 from dora_export.onnx import encoder_decoder, engines, quantise, tasks
 from dora_export.onnx.wrappers import Flat, Part
 from dora_export.verification import inputs, script, times
@@ -135,6 +138,30 @@ def test_stacked_experts_are_within_reach_of_quantisers(tmp_path):
         assert node.inputs[1].name == f"experts.{index}"
         assert np.array_equal(node.inputs[1].const_value.numpy(), stack[index])
     assert set(graph.initializers) == {"experts.0", "experts.1", "experts.2"}
+
+
+def test_int8_weights_are_unsigned_since_signed_ones_overflow_without_vnni(tmp_path):
+    """Large activations and weights of one sign: with signed weights AVX2 gives half of it."""
+    make = np.random.default_rng(0)
+    weight = make.uniform(0.8, 1, size=(64, 32)).astype(np.float32)
+    x = ir.Value(name="x", shape=ir.Shape(["n", 64]), type=ir.TensorType(ir.DataType.FLOAT))
+    held = ir.Value(name="w", const_value=ir.tensor(weight, name="w"))
+    held.shape, held.dtype = ir.Shape([64, 32]), ir.DataType.FLOAT
+    node = ir.node("MatMul", [x, held], name="product")
+    node.outputs[0].name = "y"
+    node.outputs[0].dtype, node.outputs[0].shape = ir.DataType.FLOAT, ir.Shape(["n", 32])
+    graph = ir.Graph([x], node.outputs, nodes=[node], initializers=[held],
+                     opset_imports={"": 20})  # fmt: skip
+    ir.save(ir.Model(graph, ir_version=10), tmp_path / "m.onnx")
+    quantise.quantise(
+        tmp_path / "m.onnx", tmp_path / "q.onnx", "q.data", GraphOptions(quantize="int8")
+    )
+    stored = {t.name: t.data_type for t in onnx.load(tmp_path / "q.onnx").graph.initializer}
+    assert stored["w_quantized"] == onnx.TensorProto.UINT8
+    given = make.uniform(0.9, 1, size=(3, 64)).astype(np.float32)
+    (found,) = onnxruntime.InferenceSession(tmp_path / "q.onnx").run(None, {"x": given})
+    expected = given @ weight
+    assert np.abs(found - expected).max() < 0.02 * expected.max()
 
 
 # --- diffusion

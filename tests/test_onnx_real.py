@@ -113,6 +113,7 @@ def exported(model, out, *options):
 
 
 SMOL = "smollm2-135m"
+PROMPT = "<|im_start|>user\nTell me of the sea.<|im_end|>\n<|im_start|>assistant\n"
 
 
 @pytest.mark.usefixtures("trace_once")
@@ -166,22 +167,24 @@ def test_onnxruntime_genai_writes_what_the_unmerged_model_does(tmp_path):
 
     exported(SMOL, tmp_path / "out")
     base, adapter = MODELS / SMOL, MODELS / f"{SMOL}-dora"
-    ids = AutoTokenizer.from_pretrained(base)("The old town by the sea")["input_ids"]
+    ids = AutoTokenizer.from_pretrained(base)(PROMPT)["input_ids"]
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     active = PeftModel.from_pretrained(model, adapter).eval()
     with torch.no_grad():
         expected = active.generate(input_ids=torch.tensor([ids]), max_length=len(ids) + 32,
                                    do_sample=False)[0].tolist()  # fmt: skip
     ours = genai.Model(str(tmp_path / "out"))
-    assert genai.Tokenizer(ours).encode("The old town by the sea").tolist() == ids
+    assert genai.Tokenizer(ours).encode(PROMPT).tolist() == ids
     params = genai.GeneratorParams(ours)
     params.set_search_options(max_length=len(ids) + 32, do_sample=False)
     generator = genai.Generator(ours, params)
     generator.append_tokens(ids)
     while not generator.is_done():
         generator.generate_next_token()
-    found = list(generator.get_sequence(0))
-    assert found[: len(expected)] == expected
+    found = [int(token) for token in generator.get_sequence(0)]
+    end = active.generation_config.eos_token_id  # which genai leaves out
+    assert found == (expected[:-1] if expected[-1] == end else expected)
+    assert len(found) > len(ids) + 8
 
 
 @pytest.mark.usefixtures("trace_once")
