@@ -96,8 +96,12 @@ def rest(*cases):
     [
         (torch.float32, 1.0, True),
         (BF16, 0.01, True),
-        (BF16, 0.01, False),
-        *rest((BF16, 1.0, True), (torch.float32, 0.01, True), (torch.float32, 1.0, False)),
+        *rest(
+            (BF16, 0.01, False),
+            (BF16, 1.0, True),
+            (torch.float32, 0.01, True),
+            (torch.float32, 1.0, False),
+        ),
     ],
 )
 def test_right_merges_in_bfloat16_are_right(tmp_path, dora, size, adapter_dtype):
@@ -136,8 +140,12 @@ FAULTS = {
     [
         (norm_only, True, "full"),
         (throughout, True, "fast"),
-        (throughout, False, "full"),
-        *rest((norm_only, True, "fast"), (throughout, True, "full"), (throughout, False, "fast")),
+        *rest(
+            (throughout, False, "full"),
+            (norm_only, True, "fast"),
+            (throughout, True, "full"),
+            (throughout, False, "fast"),
+        ),
     ],
 )
 def test_small_faults_of_whole_tensors_are_no_rounding(tmp_path, compute, dora, level):
