@@ -70,6 +70,7 @@ def export_onnx(
     fan_in_fan_out: bool | None = None,
     threads: int | None = None,
     force: bool = False,
+    sync: bool = True,
     on_stage: Callable[[str], None] = lambda _: None,
     progress: api.Progress | None = None,
     **reading: Unpack[Reading],
@@ -104,6 +105,7 @@ def export_onnx(
         fan_in_fan_out: As in ``merge``.
         threads: Workers of the merge; None: one per CPU.
         force: Replace an earlier output of this tool.
+        sync: As in ``merge``; without it for ``into`` alone.
         on_stage: Called with the name of each stage when it begins.
         progress: Called with bytes merged and bytes in all.
         **reading: As in ``load_adapter``.
@@ -118,6 +120,10 @@ def export_onnx(
     started = time.monotonic()
     _check_options(options)
     way: Way = "adapters" if adapters else "into" if into is not None else "trace"
+    if way != "into" and not sync:
+        raise DoraExportError(
+            "--no-sync: for a graph that is re-weighted (--into, without --adapters). Leave it out."
+        )
     target = place.target_of(output)
     settings = Settings(
         dtype=OUTPUT_WORDS[options.dtype] if way == "trace" else None,
@@ -141,15 +147,15 @@ def export_onnx(
         place.check_space(target, 2 * plans[0].output_bytes, leftover)  # merged weights, the graph
     # Two exports need not give the same bytes, so none goes on with another's.
     job = Job({FORMAT_LABEL: FORMAT, "dora-export": __version__, "run": uuid.uuid4().hex}, {})
-    with staged(target, job, force=force) as stage:
+    with staged(target, job, force=force, sync=sync) as stage:
         request = Request(
             plans, stage.folder, options, Path(into) if into is not None else None, threads,
-            progress, on_stage, tuple(allow_missing), allow_merged_base,
+            progress, on_stage, tuple(allow_missing), allow_merged_base, sync,
         )  # fmt: skip
         made = _make(way, request, base, adapter, settings, reading, allow_merged_base)
         on_stage("writing side files")
         plan = replace(plans[0], indexes={}, config_edits=dict(plans[0].config_edits))
-        side_files.write(plan, beside, stage.folder)
+        side_files.write(plan, beside, stage.folder, sync=sync)
         report = None
         if verify:
             on_stage("comparing with the unmerged model")
@@ -271,7 +277,7 @@ def _swappable(request: Request) -> Made:
     settings = replace(request.plan.settings, dtype=OUTPUT_WORDS[request.options.dtype])
     bare = replace(request, plans=(plan_unchanged(request.plan.base, settings),))
     trace.check(bare)
-    made = trace.make(bare, _as_stored(bare, request.folder / MERGED))
+    made = trace.make(bare, _as_stored(bare, request.folder / MERGED), whole=True)
     shutil.rmtree(request.folder / MERGED, ignore_errors=True)
     slotted = swappable.make(request, request.folder / made.graphs[0])
     return replace(

@@ -71,7 +71,7 @@ def _labelled(adapter: Adapter, label: str) -> Adapter:
 
 
 def layer_replication(adapters: Sequence[Adapter]) -> tuple[tuple[int, int], ...]:
-    """Return the ranges of layers that the adapters were trained on: the same for all.
+    """Return the ranges of layers that the adapters were trained on: the same for all; none: ().
 
     Raises:
         PlanError: They differ.
@@ -82,7 +82,7 @@ def layer_replication(adapters: Sequence[Adapter]) -> tuple[tuple[int, int], ...
             "the adapters were trained on other stacks of the base's layers (layer_replication of "
             "adapter_config.json), so they change different models. Merge them apart."
         )
-    return found.pop()
+    return found.pop() if found else ()
 
 
 def once(updates: Iterable[Update]) -> list[Update]:

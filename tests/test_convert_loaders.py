@@ -121,6 +121,34 @@ def test_pipeline_of_diffusers_loads_what_is_written_for_it(tmp_path, caplog):
     assert dm.distance(wanted, plain) > 0.01
 
 
+@pytest.mark.nightly
+def test_pipeline_of_diffusers_loads_kohyas_unet_and_text_encoder(tmp_path, caplog):
+    base = dm.write_pipeline(tmp_path / "base")
+    pipe = dm.load(base)
+    dm.train(pipe.unet, dm.UNET_TARGETS, dora=False)
+    dm.train(pipe.text_encoder, dm.TEXT_TARGETS, 5, dora=False)
+    made = {}
+    for prefix, model in (("lora_unet", pipe.unet), ("lora_te_text_model", pipe.text_encoder)):
+        for name, tensor in dm.layers(model).items():
+            module, _, part = name.removeprefix("text_model.").partition(".lora_")
+            key = f"{prefix}_{module.replace('.', '_')}"
+            made[f"{key}.lora_{'down' if part == 'A.weight' else 'up'}.weight"] = tensor
+            made[f"{key}.alpha"] = torch.tensor(dm.ALPHA)
+    save_file(made, tmp_path / "kohya.safetensors")
+    convert(tmp_path / "kohya.safetensors", "diffusers", tmp_path / "out", base=base)
+    loaded = dm.load(base)
+    plain = dm.text_outputs(loaded.text_encoder)
+    caplog.clear()
+    loaded.load_lora_weights(tmp_path / "out")
+    assert not complaints(caplog.records)
+    inputs = dm.unet_inputs(pipe.unet)
+    wanted = dm.outputs(pipe.unet, inputs)
+    assert dm.distance(wanted, dm.outputs(loaded.unet, inputs)) <= 1e-12
+    wanted = dm.text_outputs(pipe.text_encoder)
+    assert dm.distance(wanted, dm.text_outputs(loaded.text_encoder)) <= 1e-12
+    assert dm.distance(wanted, plain) > 0.01
+
+
 @pytest.mark.parametrize("dora", [True, pytest.param(False, marks=pytest.mark.nightly)])
 def test_model_of_diffusers_loads_what_is_written_for_it(dora, tmp_path, caplog):
     model = dm.unet("xl")

@@ -1,5 +1,7 @@
 """Every kind of adapter fits exactly one format, and inspection tells trainer and axis."""
 
+import re
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -17,6 +19,7 @@ from tests import (
     test_small_trainers,
 )
 from tests.fixtures import MLX, TORCHTUNE
+from tests.trainers import inspected
 
 OPTIONS = ReadOptions(allow_pickle=True)
 
@@ -118,6 +121,15 @@ CASES = {
 }
 
 
+# What inspection calls the trainer, as far as a file of the format can say.
+TRAINERS = {
+    "ai-toolkit": "ai-toolkit", "diffusers": "diffusers", "peft": "PEFT", "torchtune": "torchtune",
+    "mlx": "mlx-lm", "nvlabs": "NVlabs/DoRA", "megatron": "Megatron-Bridge",
+    "lycoris": "LyCORIS|kohya|ComfyUI", "catid": "catid/dora", "qdora": "fsdp_qlora",
+    "linear-with-dora-merged": "LinearWithDoRAMerged",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_exactly_one_format_matches(case, tmp_path):
     make, expected, options = CASES[case]
@@ -125,8 +137,14 @@ def test_exactly_one_format_matches(case, tmp_path):
     assert [f.name for f in FORMATS if f.matches(path, OPTIONS)] == [expected]
     adapter = read_adapter(path, ReadOptions(allow_pickle=True, **options))
     assert adapter.format == expected
-    if adapter.facts["method"] == "DoRA":
-        assert adapter.facts["axis"].startswith(("out, by ", "in, by "))
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    shown = inspected(path, "--allow-pickle", *flags)
+    assert re.search(rf"format +{expected}\n", shown)
+    assert re.search(rf"trainer +.*{TRAINERS[expected]}", shown)
+    # Which axis, and how that is known: by a name, a shape, or what the format always has.
+    axis = re.search(r"axis +(out|in), by (the format: .+|the name .+|the shape of .+)", shown)
+    assert (axis is not None) == (adapter.facts["method"] == "DoRA")
+    assert axis is None or f"one per {axis[1]}put" in shown
 
 
 def test_every_format_of_a_trainer_has_a_case():

@@ -340,13 +340,39 @@ def test_a_weight_used_in_an_unknown_way_is_never_just_the_bases():
     assert weight.shape == (3, 3)
     assert weight.dtype == torch.float32
     assert torch.equal(linear(torch.ones(1, 3), weight), torch.ones(1, 3))
-    for use in (lambda: torch.ones(3) @ weight, lambda: weight.data, lambda: weight + 0,
-                lambda: weight[0], weight.t, weight.detach, lambda: weight.to(torch.float64),
+    for use in (lambda: weight @ torch.ones(3), lambda: weight.data, lambda: weight + 0,
+                lambda: weight[0], weight.detach, lambda: weight.to(torch.float64),
                 lambda: linear(torch.ones(3), torch.eye(3), weight[0])):  # fmt: skip
         with pytest.raises(Unsupported, match=r"^w: the model uses it in torch's"):
             use()
     with pytest.raises(Unsupported, match="multiplies another weight by it"):
         linear(weight, torch.eye(3))
+
+
+def test_a_weight_used_as_its_transpose_is_unmerged_all_the_same():
+    """Falcon multiplies by ``weight.T``."""
+    make = np.random.default_rng(5)
+    W, A, B, m = (make.normal(size=s) for s in ((6, 8), (2, 8), (6, 2), 6))
+    update = Update("w", "dora", (), Operand.plain(held("A", A)), Operand.plain(held("B", B)),
+                    scaling=0.7, magnitude=Operand.plain(held("m", m)))  # fmt: skip
+    step = Step("w", DTYPES["F64"], held("w", W), (update.change((6, 8)),), status="merged")
+    parts = unmerged.Parts("w", torch.from_numpy(W), unmerged.terms(step, Settings()))
+    weight = unmerged.Unmerged.of(parts)
+    merged = torch.from_numpy(oracle.dora(W, A, B, m, 0.7, axis=1))
+    x, y = (torch.from_numpy(make.normal(size=(3, n))) for n in (8, 6))
+    ones = torch.ones(8, dtype=torch.float64)
+    uses = {"x @ W.T": x @ weight.T, "mm": torch.mm(x, weight.t()), "mT": x.matmul(weight.mT),
+            "twice": linear(x, weight.T.T)}  # fmt: skip
+    assert weight.T.shape == (8, 6)
+    for name, found in uses.items():
+        assert torch.allclose(found, x @ merged.T, rtol=0, atol=1e-12), name
+    assert torch.allclose(y @ weight, y @ merged, rtol=0, atol=1e-12)
+    assert torch.allclose(linear(y, weight.T, ones), y @ merged + 1, rtol=0, atol=1e-12)
+    assert (x @ merged.T - x @ torch.from_numpy(W).T).abs().max() > 0.1
+    assert weight.uses == 6
+    for use in (lambda: weight.T + 0, lambda: weight.T @ x.T, lambda: weight.T[0]):
+        with pytest.raises(Unsupported, match=r"^w: the model uses its transpose in torch's"):
+            use()
 
 
 # --- wrong merges

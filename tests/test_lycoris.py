@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dora_export
+from dora_export.errors import AdapterError
 from tests import lycoris_models as models
 from tests import oracle
 from tests.trainers import RELATIVE, distance, merged
@@ -107,9 +108,10 @@ def test_float16_bases_and_the_forward_in_the_trainers_own_precision(case, dora,
 def test_eps_is_that_of_the_type_trained_in(trained, dora, tmp_path):
     model = models.net()
     modules = models.attach(model, "locon", dora, dtype=trained)
-    report, got = merge(tmp_path, modules, model, saved=trained)
     word = "bf16" if trained is torch.bfloat16 else "fp16"
-    assert any(f"--trained-in {word}" in w and "--trained-in fp32" in w for w in report.warnings)
+    with pytest.raises(AdapterError, match=rf"--trained-in {word} .*or --trained-in fp32"):
+        merge(tmp_path / "asked", modules, model, saved=trained)
+    _, got = merge(tmp_path, modules, model, saved=trained, trained_in=word)
     for name, module in modules.items():
         exact = oracle.float64(models.used_weight(module, eps=trained))
         without = oracle.float64(models.used_weight(module, eps=torch.float32))

@@ -456,7 +456,9 @@ def test_metadata_that_agrees_or_cannot_be_read_changes_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("said", "eps"),
     [({"ss_full_bf16": "True", "ss_full_fp16": "False"}, 2.0**-7),
-     ({"ss_full_bf16": "False", "ss_full_fp16": "False"}, 2.0**-23)],
+     ({"ss_full_bf16": "False", "ss_full_fp16": "False"}, 2.0**-23),
+     ({"ss_mixed_precision": "fp16", "ss_full_fp16": "False"}, 2.0**-23),
+     ({"ss_mixed_precision": "no", "ss_full_fp16": "False"}, 2.0**-23)],
 )  # fmt: skip
 def test_metadata_tells_the_type_trained_in(said, eps, tmp_path):
     base, made = layers("out")
@@ -465,6 +467,18 @@ def test_metadata_tells_the_type_trained_in(said, eps, tmp_path):
     assert_near(got, wanted(base, made, "out", eps=eps))
     other = wanted(base, made, "out", eps=2.0**-30 if eps > 1e-3 else 2.0**-7)
     assert all(distance(got[key], exact) > 10 * RELATIVE for key, exact in other.items())
+
+
+def test_metadata_that_leaves_the_type_open_is_no_answer(tmp_path):
+    """sd-scripts does not write full_bf16 down, which goes with mixed precision in bf16."""
+    base, made = layers("out")
+    made = {n: {k: v.bfloat16() for k, v in t.items()} for n, t in made.items()}
+    for i, said in enumerate([{"ss_mixed_precision": "bf16", "ss_full_fp16": "False"}, {}]):
+        paths = write(tmp_path / str(i), base, named(made), kohya(algo="lora") | said)
+        message = refused(*paths)
+        assert "0.0078 if that was BF16, 1.2e-07 if it was F32" in message
+        assert "Pass --trained-in bf16" in message
+        assert_near(merged(*paths, "--trained-in", "fp32"), wanted(base, made, "out"))
 
 
 def test_fused_layers_trained_as_several_are_refused(tmp_path):

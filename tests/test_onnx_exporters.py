@@ -100,6 +100,20 @@ def test_a_graph_that_counts_tokens_is_compared_without_padding(tmp_path):
     assert any("padding on the right only" in n for n in report.notes)
 
 
+def test_an_axis_that_is_open_in_name_only_is_found(tmp_path):
+    model = onnx.load(FIXTURES / "llama/graphs/slim/model.onnx")
+    for node in model.graph.node:
+        for i, name in enumerate(node.input):
+            node.input[i] = "two_at_once" if name == "input_ids" else name
+    model.graph.initializer.append(numpy_helper.from_array(np.array([2, -1]), "two"))
+    inputs = ["input_ids", "two"]
+    model.graph.node.insert(0, onnx.helper.make_node("Reshape", inputs, ["two_at_once"]))
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(DoraExportError, match="takes any number of sequences; it takes 2 and not"):
+        export("llama", tmp_path / "model.onnx", tmp_path / "out", verify=True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_graph_with_names_of_its_own_is_not_run_and_says_so(tmp_path):
     graph = FIXTURES / "llama/graphs/transformers/model.onnx"
     report = export("llama", graph, tmp_path / "out", verify=True)
@@ -245,6 +259,28 @@ def test_a_quantised_graph_is_compared_only_with_a_budget(tmp_path):
     assert any("--budget" in n for n in report.notes)
     report = export("llama", graph, tmp_path / "again", verify=True, budget=0.3)
     assert [t.tier for t in report.verified.tiers] == ["ledger", "oracle", "onnx"]
+
+
+@pytest.mark.parametrize(("way", "operator", "budget"), [
+    ("genai-fp32", "MatMul", None), ("genai-int8", "MatMulNBits", 0.1),
+])  # fmt: skip
+def test_adapters_swap_on_packed_and_quantised_graphs(way, operator, budget, tmp_path):
+    """Each tier compares with an unmerged model and with its mistakes."""
+    graph = FIXTURES / f"llama/graphs/{way}/model.onnx"
+    report = export("llama", graph, tmp_path / "out", adapters=True, verify=True, budget=budget)
+    assert report.verdict == "right"
+    assert [t.tier for t in report.verified.tiers] == ["onnx", "onnx"]  # the base, the adapter
+    slots = report.facts["slots"].values()
+    assert {slot["operator"] for slot in slots} == {operator}
+    assert sum(len(slot["weights"]) == 3 for slot in slots) == 2  # q, k and v of two layers
+    assert any("padding on the right only" in n for n in report.notes)
+
+
+def test_adapters_on_a_graph_with_names_of_its_own_are_not_run_and_that_is_said(tmp_path):
+    graph = FIXTURES / "llama/graphs/transformers/model.onnx"
+    report = export("llama", graph, tmp_path / "out", adapters=True, verify=True)
+    assert any("not run beside the unmerged model" in n for n in report.notes)
+    assert not [t for t in report.verified.tiers if t.tier == "onnx"]
 
 
 def test_weights_that_rounding_to_nearest_does_not_give_are_refused(tmp_path):

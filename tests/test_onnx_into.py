@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 
 import numpy as np
@@ -398,6 +399,25 @@ def test_the_checker_looks_at_graphs_of_any_size(pair, monkeypatch, size):
     graph = save_graph(folder / "graph/model.onnx", transposed(base))
     monkeypatch.setattr(files, "CHECKED_BYTES", size)
     assert any("'shape' of 'type' is required" in n for n in export(folder, graph).notes)
+
+
+def test_the_disk_is_not_waited_for_on_request(pair, monkeypatch):
+    folder, base, _ = pair
+    graph = save_graph(folder / "graph/model.onnx", transposed(base), data="w.bin")
+    export(folder, graph)
+    real, synced = os.fsync, []
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: synced.append(descriptor) or real(descriptor)
+    )
+    export(folder, graph, "waited")
+    assert len(synced) > 4
+    synced.clear()
+    export(folder, graph, "quick", sync=False)
+    assert len(synced) <= 2  # the manifest is small
+    assert {n: d for n, d in entries(folder / "quick").items() if n != "dora_export.json"} == {
+        n: d for n, d in entries(folder / "out").items() if n != "dora_export.json"}  # fmt: skip
+    with pytest.raises(DoraExportError, match="for a graph that is re-weighted"):
+        export(folder, graph, "three", sync=False, adapters=True)
 
 
 def test_the_command_tells_what_it_did_and_refuses_in_one_message(pair):

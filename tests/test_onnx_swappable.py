@@ -1,5 +1,6 @@
 """Adapters that swap in a graph of the base: each computes what its own merged weights do."""
 
+import hashlib
 import json
 import shutil
 import threading
@@ -10,7 +11,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import dora_export
 from dora_export.errors import DoraExportError, InputError
@@ -266,6 +267,148 @@ def test_a_weight_stored_in_times_out_takes_its_factor_on_the_other_side(tmp_pat
     assert distance(found, exact) < 2.0**-19
 
 
+def quantised(path, way):
+    """The graph of ``save_graph`` as onnxruntime's own tools quantise it."""
+    from onnxruntime.quantization import QuantType, matmul_nbits_quantizer, quantize_dynamic
+
+    target = path.with_name("quantised.onnx")
+    if way.startswith("int4") or way.endswith("blocks"):
+        config = matmul_nbits_quantizer.DefaultWeightOnlyQuantConfig(
+            block_size=16, is_symmetric="asymmetric" not in way, bits=4 if "int4" in way else 8
+        )
+        made = matmul_nbits_quantizer.MatMulNBitsQuantizer(onnx.load(path), algo_config=config)
+        made.process()
+        made.model.save_model_to_file(str(target), False)
+    elif way == "QDQ":
+        model = onnx.load(path)
+        for node in [n for n in model.graph.node if n.op_type == "MatMul"]:
+            dequantised(model.graph, node)
+        onnx.save(model, target)
+    else:
+        kind = QuantType.QUInt8 if way.startswith("u") else QuantType.QInt8
+        quantize_dynamic(path, target, weight_type=kind, per_channel="per channel" in way)
+    return target
+
+
+def dequantised(graph, node):
+    """Let a product take its weight as int8, by way of DequantizeLinear."""
+    from onnxruntime.quantization import quant_utils
+
+    (weight,) = [t for t in graph.initializer if t.name == node.input[1]]
+    values = numpy_helper.to_array(weight)
+    zero, scale = quant_utils.compute_scale_zp(
+        values.min(), values.max(), np.int8(-127), np.int8(127), True)  # fmt: skip
+    stored = quant_utils.quantize_nparray(TensorProto.INT8, values, scale, zero)
+    name = f"{weight.name}_int8"
+    graph.initializer.extend([
+        numpy_helper.from_array(stored, name),
+        numpy_helper.from_array(np.array(scale, np.float32), f"{name}_scale"),
+        numpy_helper.from_array(np.array(zero, np.int8), f"{name}_zero"),
+    ])  # fmt: skip
+    names = [name, f"{name}_scale", f"{name}_zero"]
+    at = list(graph.node).index(node)
+    graph.node.insert(at, helper.make_node("DequantizeLinear", names, [f"{name}_floats"]))
+    graph.initializer.remove(weight)
+    node.input[1] = f"{name}_floats"
+
+
+LAYERS = {"y0": ("x0", Q0), "y3": ("x3", D1)}
+PRODUCTS = [helper.make_node("MatMul", ["x0", "val_0"], ["y0"], "q0"),
+            helper.make_node("MatMul", ["x3", "val_1"], ["y3"], "d1")]  # fmt: skip
+ADAPTED = {"pirate": ("pirate", small.ALPHA / small.RANK), "inner": ("inner.safetensors", 5 / 3)}
+
+
+def swapped_onto(models, graph, x, adapter):
+    """What an adapter makes of a quantised graph's own products, in float64.
+
+    ``f (q(x) + s (x A^T) B^T)``, the product ``q`` being what the graph itself computes; with
+    magnitudes per input the factor goes onto x.
+    """
+    session = onnxruntime.InferenceSession(graph)
+    file, scaling = ADAPTED[adapter]
+    tensors = load_file(
+        models.folder / file / "adapter_model.safetensors" if adapter == "pirate"
+        else models.folder / file)  # fmt: skip
+    found = {}
+    for y, (name, module) in LAYERS.items():
+        W = oracle.float64(models.base[f"{module}.weight"])
+        key = (small.PREFIX + module if adapter == "pirate"
+               else f"lycoris_{module.replace('.', '_')}")  # fmt: skip
+        parts = (
+            ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+            if adapter == "pirate"
+            else ("lora_down.weight", "lora_up.weight", "dora_scale")
+        )
+        A, B, m = (oracle.float64(tensors[f"{key}.{p}"]) for p in parts)
+        f = m.reshape(-1) / np.linalg.norm(
+            W + scaling * B @ A, axis=1 if adapter == "pirate" else 0
+        )
+        scaled = x[name] if adapter == "pirate" else (x[name] * f).astype(np.float32)
+        own = session.run([y], {**x, name: scaled})[0].astype(np.float64)
+        whole = own + scaling * (scaled.astype(np.float64) @ A.T) @ B.T
+        found[y] = whole * f if adapter == "pirate" else whole
+    return found
+
+
+QUANTISED = ("int4", "int4 asymmetric", "int8 blocks", "int8", "uint8", "int8 per channel", "QDQ")
+
+
+@pytest.mark.parametrize("way", QUANTISED)
+def test_adapters_swap_on_a_quantised_graph(models, way):
+    stored = {f"val_{i}": np.ascontiguousarray(values(models.base, np.float32)[f"{m}.weight"].T)
+              for i, m in enumerate((Q0, D1))}  # fmt: skip
+    path = save_graph(
+        models.folder / "graph/model.onnx", models.base, nodes=PRODUCTS, stored=stored
+    )
+    graph = quantised(path, way)
+    integer = way in ("int8", "uint8", "int8 per channel")
+    names = ("pirate",) if integer else ("pirate", "inner")
+    models.export(graph, [models.folder / ADAPTED[n][0] for n in names], allow_missing=[D0, Q1])
+    x = {n: v for n, v in models.inputs(np.float32).items() if n in ("x0", "x3")}
+    session = dora_export.AdapterSession(models.folder / "out")
+    own = onnxruntime.InferenceSession(graph).run(["y0", "y3"], x)
+    for got, expected in zip(session.run(x, outputs=["y0", "y3"]).values(), own, strict=True):
+        np.testing.assert_array_equal(got, expected)  # without an adapter: to the last bit
+    for name in names:
+        expected = swapped_onto(models, graph, x, name)
+        found = session.run(x, name)
+        assert distance(found, expected) < 2.0**-17, name
+        assert distance(found, dict(zip(("y0", "y3"), own, strict=True))) > 0.1
+    if integer:
+        with pytest.raises(GraphError, match=r"magnitudes per input.*weights only \(MatMulNBits\)"):
+            models.export(graph, [models.adapters[2]], "other", allow_missing=[D0, Q1])
+
+
+def test_an_integer_product_that_is_not_as_onnxruntime_writes_it_is_refused(models):
+    stored = {"val_0": np.ascontiguousarray(values(models.base, np.float32)[f"{Q0}.weight"].T)}
+    path = save_graph(
+        models.folder / "graph/model.onnx", models.base, nodes=PRODUCTS[:1], stored=stored
+    )
+    graph = quantised(path, "int8")
+    model = onnx.load(graph)
+    (cast,) = [n for n in model.graph.node if n.op_type == "Cast"]
+    model.graph.node.append(helper.make_node("Identity", [cast.output[0]], ["second"]))
+    onnx.save(model, graph)
+    rest = {"allow_missing": [D0, D1, Q1]}
+    refused(models, graph, "not followed by one Mul", [models.adapters[0]], **rest)
+    (quantise,) = [n for n in model.graph.node if n.op_type == "DynamicQuantizeLinear"]
+    quantise.op_type = "Elsewhere"
+    onnx.save(model, graph)
+    refused(models, graph, "whose input comes quantised", [models.adapters[0]], **rest)
+
+
+def test_weights_packed_into_a_fused_attention_have_no_place_and_a_way_out(models):
+    W = values(models.base, np.float32)
+    packed = np.concatenate([W[f"{Q0}.weight"], W[f"{Q1}.weight"]])
+    node = helper.make_node("Attention", ["x0", "packed"], ["y0"], "attn", num_heads=1,
+                            domain="com.microsoft")  # fmt: skip
+    graph = save_graph(models.folder / "g/a.onnx", models.base, nodes=[node],
+                       stored={"packed": np.ascontiguousarray(packed.T)})  # fmt: skip
+    said = refused(models, graph, "is input 1 of a Attention node 'attn'", [models.adapters[0]],
+                   allow_missing=[D0, D1])  # fmt: skip
+    assert "a graph without these operators (exported without fusion)" in said
+
+
 def test_every_thread_may_run_an_adapter_of_its_own(models):
     models.export(save_graph(models.folder / "graph/model.onnx", models.base))
     session, x = dora_export.AdapterSession(models.folder / "out"), models.inputs(np.float32)
@@ -301,6 +444,45 @@ def test_names_are_pinned_and_the_tables_hold_the_same_values(models):
         assert all((file[n].numpy() == table[n]).all() for n in file), name
     assert facts["adapters"]["formal"]["slots"] == [Q0, Q1]
     onnx.checker.check_model(str(out / "model.onnx"))
+
+
+def test_files_of_any_name_are_pinned_and_a_graph_that_became_another_is_refused(
+    models, monkeypatch
+):
+    graph = save_graph(models.folder / "graph/model.onnx", models.base, data="weights.bin")
+    models.export(graph)
+    out = models.folder / "out"
+    facts = json.loads((out / "dora_export.json").read_text())["onnx"]
+    assert facts["files"] == {n: hashlib.sha256((out / n).read_bytes()).hexdigest()
+                              for n in ("model.onnx", "weights.bin")}  # fmt: skip
+    shutil.rmtree(out)
+    real = swappable.with_slots
+
+    def spoilt(change):
+        def written(graph, slots, inputs, folder):
+            real(graph, slots, inputs, folder)
+            path = folder / "model.onnx"
+            model = onnx.load(path, load_external_data=False)
+            change(model.graph, folder)
+            path.write_bytes(model.SerializeToString())
+
+        return written
+
+    def fix_rank(graph, _):
+        (value,) = [i for i in graph.input if i.name == f"{Q0}.lora_A"]
+        value.type.tensor_type.shape.dim[1].dim_value = 3
+
+    for change, said in (
+        (lambda g, _: g.output[0].type.tensor_type.shape.dim[0].ClearField("dim_param"),
+         "'y0': its type or its axes"),
+        (lambda g, _: g.initializer.remove(g.initializer[0]), "'val_0': is not as it was"),
+        (fix_rank, "lora_A': its rank is not open"),
+        (lambda _, f: (f / "weights.bin").write_bytes(bytes((f / "weights.bin").stat().st_size)),
+         "its copy is not what it was copied from"),
+        (lambda g, _: setattr(g.node[0], "op_type", "Nope"), "checker refuses the written graph"),
+    ):  # fmt: skip
+        monkeypatch.setattr(swappable, "with_slots", spoilt(change))
+        refused(models, graph, said)
 
 
 def edit_manifest(out, change):

@@ -7,11 +7,16 @@ import re
 import shutil
 import types
 import zipfile
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import dora_export
+from dora_export.checkpoints import open_checkpoint
+from dora_export.errors import PlanError
+from dora_export.plan import Settings, plan_merge
 from tests import small
 from tests.small import PREFIX
 
@@ -620,3 +625,19 @@ def test_many_problems_of_one_kind_are_listed_once_and_counted(tmp_path):
     assert result.exit_code == 2
     assert result.stderr.count("unknown tensor") == 12
     assert "... and 8 more" in result.stderr
+
+
+def test_tensor_that_a_reader_forgot_is_refused_by_the_plan(tmp_path):
+    """What goes into no step, and is not ignored by name, stops the merge, whatever the reader."""
+    base, adapter = small.write_pair(tmp_path)
+    checkpoint, read = open_checkpoint(base), dora_export.load_adapter(adapter)
+    assert plan_merge(checkpoint, read, Settings())
+    extra = next(iter(read.tensors.values()))
+    more = replace(read, tensors={**read.tensors, "forgotten.lora_A.weight": extra})
+    with pytest.raises(PlanError, match=r"(?s)1 adapter tensors go nowhere:\s+forgotten\.lora_A"):
+        plan_merge(checkpoint, more, Settings())
+    named = replace(more, ignored={"forgotten.lora_A.weight": "why"})
+    assert plan_merge(checkpoint, named, Settings()).ignored == {"forgotten.lora_A.weight": "why"}
+    fewer = replace(read, updates=tuple(u for u in read.updates if "q_proj" not in u.target))
+    with pytest.raises(PlanError, match=r"(?s)6 adapter tensors go nowhere:.*Nothing is merged"):
+        plan_merge(checkpoint, fewer, Settings())

@@ -3,7 +3,13 @@
 Makes a synthetic Llama in bfloat16 with a DoRA adapter of rank 16 on all seven projections, and a
 float32 graph of it as torch's exporter lays one out: matrices transposed, external data, names
 lost. Then, in turn and several times, whole processes: ``cp`` of the graph's files, ``cp`` and
-``sync``, and ``dora-export onnx --into`` without a run of the model.
+``sync``, and ``dora-export onnx --into``, which waits for the disk, and with ``--no-sync``, which
+does not, as ``cp`` does not. Inside the figures of ``--into`` are: finding the base in the graph,
+comparing every byte of what changes with it, merging, writing, checking what was written, and
+SHA-256 of the graph's files before and after. Not inside is the run beside the unmerged model
+(``--no-verify``), which loads that model into torch.
+
+With ``--real BASE ADAPTER GRAPH`` a graph that can be run is timed with that run and without.
 
 Run: ``python tools/bench_into.py --work build/bench-into`` (about 9 GB of disk; ``--layers 1`` for
 a quick look).
@@ -39,6 +45,7 @@ SHAPES = {
     "mlp.down_proj": (HIDDEN, INNER),
 }
 GRAPH, DATA = "model.onnx", "model.onnx.data"
+Timing = tuple[float, float, int | None]  # wall and CPU seconds, bytes of memory
 
 
 def bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
@@ -125,50 +132,72 @@ def save_graph(folder: Path, layers: int) -> None:
     given = [helper.make_tensor_value_info("ids", TensorProto.INT64, [1])]
     given += [helper.make_tensor_value_info(f"x_{i}", 1, [1, s.dims[0]])
               for i, s in enumerate(stored) if i]  # fmt: skip
-    results = [helper.make_tensor_value_info(n.output[0], 1, None) for n in nodes]
+    results = [helper.make_tensor_value_info(n.output[0], 1, [1, s.dims[1]])
+               for n, s in zip(nodes, stored, strict=True)]  # fmt: skip
     graph = helper.make_graph(nodes, "bench", given, results, stored)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     onnx.save(model, folder / GRAPH)
 
 
-def timed(command: list[str], peak: bool) -> tuple[float, int | None]:
-    """Return the seconds of a process, and the most memory it held if it can say so."""
-    started = time.perf_counter()
+def timed(command: list[str], peak: bool) -> Timing:
+    """Return wall and CPU seconds of a process, and the most memory it held if it can say so."""
+    started, before = time.perf_counter(), os.times()
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    seconds = time.perf_counter() - started
-    return seconds, json.loads(done.stdout)["peak_rss_bytes"] if peak else None
+    seconds, after = time.perf_counter() - started, os.times()
+    busy = sum(after[2:4]) - sum(before[2:4])
+    return seconds, busy, json.loads(done.stdout)["peak_rss_bytes"] if peak else None
 
 
-def rounds(work: Path, count: int) -> None:
-    """Time all in turn and print medians and the ratios within each round."""
-    graph, out = work / "graph", work / "out"
-    into = [sys.executable, "-m", "dora_export", "onnx", str(work / "base"), str(work / "adapter"),
-            "--into", str(graph / GRAPH), "-o", str(out), "--no-verify", "--json"]  # fmt: skip
-    ways: dict[str, Callable[[], tuple[float, int | None]]] = {
+Way = Callable[[], Timing]
+
+
+def into(base: Path, adapter: Path, graph: Path, out: Path, *options: str) -> Way:
+    """Return what times one re-weighting."""
+    command = [sys.executable, "-m", "dora_export", "onnx", str(base), str(adapter),
+               "--into", str(graph), "-o", str(out), "--json", *options]  # fmt: skip
+    return lambda: timed(command, True)
+
+
+def synthetic(work: Path, out: Path) -> dict[str, Way]:
+    """Return what is timed of the synthetic graph, copies first."""
+    graph = work / "graph"
+    given = (work / "base", work / "adapter", graph / GRAPH, out, "--no-verify")
+    return {
         "cp -r": lambda: timed(["cp", "-r", str(graph), str(out)], False),
-        "cp -r, then sync": lambda: timed(["sh", "-c", f"cp -r {graph} {out} && sync {out}/*"],
-                                          False),
-        "dora-export onnx --into": lambda: timed(into, True),
-    }  # fmt: skip
+        "cp -r, then sync": lambda: timed(
+            ["sh", "-c", f"cp -r {graph} {out} && sync {out}/*"], False
+        ),
+        "--into": into(*given),
+        "--into --no-sync": into(*given, "--no-sync"),
+    }
+
+
+def rounds(ways: dict[str, Way], out: Path, count: int) -> None:
+    """Time all in turn and print medians, and the ratios to copies within each round."""
     found: dict[str, list[float]] = {name: [] for name in ways}
-    peaks = []
+    used: dict[str, list[float]] = {name: [] for name in ways}
+    peaks: dict[str, int] = {}
     for _ in range(count + 1):  # the first warms the page cache
         for name, run in ways.items():
             shutil.rmtree(out, ignore_errors=True)
             os.sync()
-            seconds, peak = run()
+            seconds, cpu, peak = run()
             found[name].append(seconds)
-            peaks += [peak] if peak else []
+            used[name].append(cpu)
+            if peak:
+                peaks[name] = max(peak, peaks.get(name, 0))
     for name, all_seconds in found.items():
         kept = all_seconds[1:]
-        print(f"{name:26} median {statistics.median(kept):6.2f} s, {min(kept):.2f} - "
-              f"{max(kept):.2f}")  # fmt: skip
-    for name in list(ways)[:2]:
-        ratios = [a / b for a, b in zip(found["dora-export onnx --into"][1:], found[name][1:],
-                                        strict=True)]  # fmt: skip
-        print(f"--into / {name}: median {statistics.median(ratios):.2f}, {min(ratios):.2f} - "
-              f"{max(ratios):.2f}")  # fmt: skip
-    print(f"peak memory {max(peaks) / 1e6:.0f} MB")
+        memory = f", peak memory {peaks[name] / 1e6:.0f} MB" if name in peaks else ""
+        busy = f"CPU {statistics.median(used[name][1:]):.2f} s"
+        print(f"{name:32} median {statistics.median(kept):6.2f} s, {min(kept):.2f} - "
+              f"{max(kept):.2f}; {busy}{memory}")  # fmt: skip
+    for copy in (name for name in ways if name.startswith("cp")):
+        for name in (name for name in ways if not name.startswith("cp")):
+            ratios = [a / b for a, b in zip(found[name][1:], found[copy][1:], strict=True)]
+            print(f"{name} / {copy}: median {statistics.median(ratios):.2f}, {min(ratios):.2f} - "
+                  f"{max(ratios):.2f}")  # fmt: skip
+    shutil.rmtree(out, ignore_errors=True)
 
 
 def main() -> None:
@@ -177,7 +206,16 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/bench-into"))
     parser.add_argument("--layers", type=int, default=9, help="9 layers: a graph of 2.2 GB")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--real", type=Path, nargs=3, metavar=("BASE", "ADAPTER", "GRAPH"))
     given = parser.parse_args()
+    if given.real:
+        base, adapter, graph = given.real
+        out = given.work / "real-out"
+        given.work.mkdir(parents=True, exist_ok=True)
+        ways = {"--into --no-verify": into(base, adapter, graph, out, "--no-verify"),
+                "--into, run beside the unmerged": into(base, adapter, graph, out)}  # fmt: skip
+        rounds(ways, out, given.rounds)
+        return
     work = given.work / str(given.layers)
     if not (work / "graph" / GRAPH).exists():
         shutil.rmtree(work, ignore_errors=True)
@@ -186,7 +224,7 @@ def main() -> None:
         save_graph(work / "graph", given.layers)
     size = sum(p.stat().st_size for p in (work / "graph").iterdir())
     print(f"graph of {size / 1e9:.2f} GB, {given.layers} layers, {os.cpu_count()} CPUs")
-    rounds(work, given.rounds)
+    rounds(synthetic(work, work / "out"), work / "out", given.rounds)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,9 @@ what is not in DIR yet and times, in turn, round by round:
 - a traced graph of the unmerged model, whose norms are computed anew in every step.
 
 The builder is given the merged weights in float32, never the adapter: it drops magnitudes silently.
+It is run with the Python that runs this: ``pip install onnxruntime-genai`` there first (beside the
+project's own environment if that must not change). ``--only WORD;...`` times what has one of the
+words in its name; everything at once takes 6 GB.
 """
 
 from __future__ import annotations
@@ -157,16 +160,23 @@ def by_builder(work: Path) -> dict[str, Path]:
     return found
 
 
-def turns(graphs: dict[str, Path], base: Path, adapter: Path, work: Path, threads: int
-          ) -> dict[str, Turn]:  # fmt: skip
-    """Return everything that is timed, by name."""
+def turns(graphs: dict[str, Path], base: Path, adapter: Path, work: Path, threads: int,
+          words: list[str]) -> dict[str, Turn]:  # fmt: skip
+    """Return everything that is timed, by name; only names with one of the words, if any."""
     import torch  # noqa: PLC0415 - seconds
     import transformers  # noqa: PLC0415
 
-    found = {name: of_graph(path, threads) for name, path in graphs.items()}
-    merged = transformers.AutoModelForCausalLM.from_pretrained(work / "merged", dtype=torch.float32)
-    found["torch eager, merged"] = of_torch(merged.eval(), threads)
-    found["torch eager, unmerged"] = of_torch(unmerged_model(base, adapter), threads)
+    def wanted(name: str) -> bool:
+        return not words or any(word in name for word in words)
+
+    found = {name: of_graph(path, threads) for name, path in graphs.items() if wanted(name)}
+    if wanted("torch eager, merged"):
+        merged = transformers.AutoModelForCausalLM.from_pretrained(
+            work / "merged", dtype=torch.float32
+        )
+        found["torch eager, merged"] = of_torch(merged.eval(), threads)
+    if wanted("torch eager, unmerged"):
+        found["torch eager, unmerged"] = of_torch(unmerged_model(base, adapter), threads)
     return found
 
 
@@ -198,6 +208,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path("build/bench-onnx"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", default="", help="words of names, joined by semicolons")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--memory", action="store_true", help="only measure an export's memory")
     given = parser.parse_args()
@@ -206,8 +217,9 @@ def main() -> int:
     if given.memory:
         peak_memory(given.base, given.adapter, given.work)
         return 0
+    words = given.only.split(";") if given.only else []
     graphs = make_graphs(given.base, given.adapter, given.work)
-    timed = turns(graphs, given.base, given.adapter, given.work, given.threads)
+    timed = turns(graphs, given.base, given.adapter, given.work, given.threads, words)
     for turn in timed.values():
         turn()  # warm up
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in timed}

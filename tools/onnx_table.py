@@ -9,6 +9,7 @@ its row, and the exit code is 1.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import shutil
 import sys
@@ -35,7 +36,7 @@ IMAGE = {**TOWER, "image_size": 16, "patch_size": 4}
 WORDED = {**TOWER, "vocab_size": WORDS, "max_position_embeddings": 64, "bos_token_id": 1,
           "eos_token_id": 96, "pad_token_id": 0}  # fmt: skip
 
-# Name -> (class, config's class, its values).
+# Name -> (class, config's class or "" for diffusers, its values).
 ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", GROUPED),
     "mistral": ("MistralForCausalLM", "MistralConfig", WINDOW),
@@ -59,6 +60,9 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
               {**OLD, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "mixtral": ("MixtralForCausalLM", "MixtralConfig",
                 {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig",
+                  {**GROUPED, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2,
+                   "moe_intermediate_size": 24}),
     "bert": ("BertModel", "BertConfig", TEXT),
     "bert, masked": ("BertForMaskedLM", "BertConfig", TEXT),
     "roberta, texts": ("RobertaForSequenceClassification", "RobertaConfig",
@@ -85,6 +89,16 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
              {"text_config": WORDED, "vision_config": IMAGE, "projection_dim": 24}),
     "clip, text": ("CLIPTextModelWithProjection", "CLIPTextConfig",
                    {**WORDED, "projection_dim": 24}),
+    "sd, text": ("CLIPTextModel", "CLIPTextConfig", WORDED),
+    "sd, unet": ("UNet2DConditionModel", "",
+                 {"sample_size": 8, "in_channels": 4, "out_channels": 4, "layers_per_block": 1,
+                  "block_out_channels": (16, 32), "norm_num_groups": 8, "cross_attention_dim": 24,
+                  "attention_head_dim": 4, "down_block_types": ("CrossAttnDownBlock2D",
+                  "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}),
+    "flux": ("FluxTransformer2DModel", "",
+             {"in_channels": 8, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16,
+              "num_attention_heads": 2, "joint_attention_dim": 24, "pooled_projection_dim": 12,
+              "axes_dims_rope": (4, 6, 6), "guidance_embeds": True}),
     "siglip, vision": ("SiglipVisionModel", "SiglipVisionConfig", IMAGE),
     "whisper": ("WhisperForConditionalGeneration", "WhisperConfig",
                 {**OLD, "d_model": 32, "encoder_layers": 1, "decoder_layers": 2,
@@ -113,12 +127,12 @@ def make_pair(name: str, folder: Path) -> None:
     """Save a random model as "base" and a DoRA adapter, as after training, as "adapter"."""
     import peft  # noqa: PLC0415 - seconds
     import torch  # noqa: PLC0415
-    import transformers  # noqa: PLC0415
 
     cls, config_cls, values = ARCHITECTURES[name]
     torch.manual_seed(0)
-    config = getattr(transformers, config_cls)(**values)
-    model = getattr(transformers, cls)(config).eval()
+    library: Any = importlib.import_module("transformers" if config_cls else "diffusers")
+    given = [getattr(library, config_cls)(**values)] if config_cls else []
+    model = getattr(library, cls)(*given, **({} if config_cls else values)).eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if key.endswith("weight") and parameter.ndim > 1:

@@ -73,7 +73,7 @@ def read(path: Path, options: ReadOptions) -> Adapter:
     _check_alpha(path, found, options)
     doubts: list[str] = []
     ranks = {r for parts in found.layers.values() if (r := kronecker_rank(parts)) is not None}
-    eps = _eps(found, said, options, doubts)
+    eps = _eps(path, found, said, options)
     told = Told(options.alpha, options.axis, eps, said.rs_lora, said.split_qkv, ranks)
     layers, problems = [], [f"'{shown(name)}': its tensor is there twice" for name in found.twice]
     for module, parts in found.layers.items():
@@ -144,10 +144,13 @@ def _check_alpha(path: Path, found: keys.Sorted, options: ReadOptions) -> None:
         )
 
 
-def _eps(found: keys.Sorted, said: Said, options: ReadOptions, doubts: list[str]) -> float | None:
+def _eps(path: Path, found: keys.Sorted, said: Said, options: ReadOptions) -> float | None:
     """Return what the trainer added to norms, None: the eps of each magnitude's type.
 
     A magnitude in a type of 16 bits was trained in it, or in float32 and rounded on saving.
+
+    Raises:
+        AdapterError: Which of the two, neither metadata nor user say.
     """
     if options.trained_in is not None:
         if options.trained_in not in WORDS:
@@ -166,9 +169,11 @@ def _eps(found: keys.Sorted, said: Said, options: ReadOptions, doubts: list[str]
     }
     for name in sorted(short):
         word = next(w for w, n in WORDS.items() if n == name)
-        doubts.append(
-            f"dora_scale is stored as {name}: taken as trained in it, with eps {EPS[name]:.2g} in "
-            f"the norm (--trained-in {word}); if only saved so, pass --trained-in fp32"
+        raise AdapterError(
+            f"{path}: dora_scale is stored as {name}, and the trainer added the eps of the type it "
+            f"trained in to norms: {EPS[name]:.2g} if that was {name}, {EPS['F32']:.2g} if it was "
+            "F32 and the file was rounded on saving. Its metadata does not say. Pass "
+            f"--trained-in {word} (kohya: --full_{word}) or --trained-in fp32."
         )
     return None
 

@@ -63,7 +63,9 @@ def said_by(metadata: Mapping[str, str]) -> Said:
     on_output = _flag(arguments, "wd_on_output", "wd_on_out")
     full = {word: _flag(metadata, f"ss_full_{word}") for word in ("bf16", "fp16")}
     half = next((word for word, on in full.items() if on), None)
-    if half is None and all(on is False for on in full.values()):
+    # full_bf16 goes with mixed_precision bf16 only, and not every version writes it down.
+    mixed = metadata.get("ss_mixed_precision", "bf16")
+    if half is None and full["fp16"] is False and (full["bf16"] is False or mixed != "bf16"):
         half = "fp32"
     algorithm = arguments.get("algo")
     return Said(

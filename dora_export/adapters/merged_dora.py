@@ -68,6 +68,7 @@ def read(path: Path, options: ReadOptions) -> Adapter:
         doubts=_doubts(layers, tensors, options),
         facts={
             "method": "DoRA",
+            "trainer": "code with LinearWithDoRAMerged layers",
             "rank": ranks,
             "alpha": [options.alpha],
             "scaling": [options.alpha],

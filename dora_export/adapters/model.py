@@ -55,7 +55,8 @@ class Reading(TypedDict, total=False):
             square, where the shape cannot tell; None: by PEFT's version and the model's class,
             else refuse.
         trained_in: "fp32", "bf16" or "fp16": type of LyCORIS' parameters while training, whose eps
-            its forward adds to norms; None: as the metadata says, else the type they are stored in.
+            its forward adds to norms; None: as the metadata says, else float32 where they are
+            stored in it, else refuse.
         links_into: Folders that links in base and adapter may lead into (shards on another disk);
             any other link out of its folder is refused, but for those of a Hugging Face cache.
         variant: Which of a base's weights to read, where it has several beside each other: "fp16"

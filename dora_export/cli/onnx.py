@@ -124,6 +124,9 @@ OPTIONS = ("task", "dtype", "opset", "fuse", "batch", "pooling", "quantize", "bl
     help="Square weights are stored (in, out), or not. Default: by model type.",
 )
 @click.option("--threads", type=int, help="Workers of the merge. Default: one per CPU.")
+@click.option("--sync/--no-sync", default=True,
+              help="With --into: wait until the graph is on the disk, or leave that to the system, "
+              "as cp does.")  # fmt: skip
 @click.option("--allow-merged-base", is_flag=True, help="Merge onto an already merged base.")
 @click.option("--force", is_flag=True, help="Replace an earlier output of this tool.")
 @adapter_options

@@ -148,6 +148,60 @@ class NBits:
 
 
 @dataclass(frozen=True)
+class GatherBlocks:
+    """onnxruntime's 4-bit quantisation of GatherBlockQuantized, block by block along each row.
+
+    Unlike ``NBits`` a symmetric block takes its sign from its largest element, and a scale may be
+    negative.
+
+    Source: onnxruntime.quantization.matmul_nbits_quantizer, DefaultWeightOnlyQuantizer,
+    quant_slice_symmetric, quant_slice_asymmetric, pack_int8_to_int4.
+
+    Attributes:
+        block: Elements of a row that share a scale; rows hold whole blocks.
+        symmetric: Whether there are no zero points.
+        values: The type that was quantised; that of the scales.
+    """
+
+    block: int
+    symmetric: bool
+    values: DType
+
+    @property
+    def source(self) -> DType:  # noqa: D102 - as in the Protocol
+        return self.values
+
+    @property
+    def name(self) -> str:  # noqa: D102
+        kind = "symmetric" if self.symmetric else "asymmetric"
+        return f"int4, looked up, blocks of {self.block}, {kind}"
+
+    def encode(self, rows: NDArray[Any]) -> tuple[Bytes, ...]:
+        """Return packed values, scales, and zero points unless symmetric."""
+        kind = _float_of(self.values)
+        values = rows.view(kind).reshape(rows.shape[0], -1, self.block)
+        low, high = values.min(axis=2, keepdims=True), values.max(axis=2, keepdims=True)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            if self.symmetric:
+                scale = np.where(np.abs(high) > np.abs(low), high, low) / kind.type(-8)
+                signed = np.where(scale == 0, 0, values / scale).round().clip(-8, 7)
+                return _pairs(signed.astype(np.int8).view(np.uint8)), _as_bytes(scale[..., 0])
+            low, high = np.minimum(low, kind.type(0)), np.maximum(high, kind.type(0))
+            scale = (high - low) / kind.type(15)
+            zero = np.where(scale == 0, 8, -low / scale).round().clip(0, 15).astype(np.uint8)
+            found = np.where(scale == 0, 8, values / scale + zero).round().clip(0, 15)
+        return _pairs(found.astype(np.uint8)), _as_bytes(scale[..., 0]), _pairs(zero)
+
+
+def _pairs(values: NDArray[np.uint8]) -> Bytes:
+    """Return the low halves of bytes, two neighbours of a row in one byte, the first one low."""
+    flat = values.reshape(values.shape[0], -1) & 0xF
+    high = np.left_shift(flat[:, 1::2], 4, dtype=np.uint8)
+    packed: Bytes = np.bitwise_or(flat[:, ::2], high, dtype=np.uint8)
+    return packed
+
+
+@dataclass(frozen=True)
 class Int8:
     """onnxruntime's 8-bit quantisation with one scale for a whole tensor.
 

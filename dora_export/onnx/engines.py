@@ -23,6 +23,10 @@ from dora_export.onnx.model import GraphError
 from dora_export.onnx.wrappers import TOTAL, Part, word
 
 Engine = Literal["torch", "transformers"]
+# How a mixture of experts is computed: each expert multiplies the rows routed to it, which
+# transformers' exporter alone can write down; or each row has its experts' weights gathered, which
+# takes memory for a matrix per row.
+EXPERTS: dict[Engine, str] = {"transformers": "grouped_mm", "torch": "batched_mm"}
 
 
 class TraceFailure(Exception):  # noqa: N818 - an engine's, told together with the other's
@@ -43,6 +47,9 @@ def export(part: Part, opset: int | None, engine: Engine) -> ir.Model:
         TraceFailure: The engine cannot.
     """
     part.module.eval()
+    inner: Any = getattr(part.module, "model", None)
+    if _is_mixture(inner):
+        inner.set_experts_implementation(EXPERTS[engine])
     try:
         with torch.no_grad(), quiet():
             model = _by_torch(part, opset) if engine == "torch" else _by_transformers(part, opset)
@@ -65,6 +72,8 @@ def traced(part: Part, opset: int | None, engine: str) -> tuple[ir.Model, Engine
         GraphError: None can.
     """
     tried: list[Engine] = ["torch", "transformers"] if engine == "auto" else [engine]  # type: ignore[list-item]
+    if _is_mixture(getattr(part.module, "model", None)):
+        tried = tried[::-1]  # see EXPERTS
     if engine == "transformers" and not has_transformers_exporter():
         raise GraphError(
             "--engine transformers: this version of transformers has no exporter. Install "
@@ -82,6 +91,11 @@ def traced(part: Part, opset: int | None, engine: str) -> tuple[ir.Model, Engine
         f"{part.graph}: cannot be traced.\n  " + "\n  ".join(failures) + "\nWhere a graph of the "
         "base exists already, give it the adapter with --into."
     )
+
+
+def _is_mixture(model: Any) -> bool:
+    """Return whether the library can compute a model's experts in several ways."""
+    return bool(getattr(model, "_can_set_experts_implementation", lambda: False)())
 
 
 def _by_torch(part: Part, opset: int | None) -> ir.Model:

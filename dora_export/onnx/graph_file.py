@@ -155,6 +155,14 @@ class Graph:
         return {name: tuple(uses) for name, uses in found.items()}
 
     @cached_property
+    def _makers(self) -> Mapping[str, onnx.NodeProto]:
+        return {name: node for node in self.model.graph.node for name in node.output if name}
+
+    def maker(self, name: str) -> onnx.NodeProto | None:
+        """Return the node of the main graph that gives a value, or None."""
+        return self._makers.get(name)
+
+    @cached_property
     def by_name(self) -> Mapping[tuple[str, str], StoredTensor]:
         """Tensors by scope and name."""
         return {(t.scope, t.name): t for t in self.tensors}

@@ -23,7 +23,7 @@ from dora_export.checkpoints.folder import read_json
 from dora_export.engine import Engine, Resources, check_adapter
 from dora_export.errors import OutputError, listing, shown
 from dora_export.onnx import files
-from dora_export.onnx.encodings import Int8, NeverZero, Plain
+from dora_export.onnx.encodings import Int8
 from dora_export.onnx.graph_file import Graph, StoredTensor, nodes, open_graph
 from dora_export.onnx.layout import Layout, lay_out
 from dora_export.onnx.matching import Match, weights_of
@@ -35,6 +35,7 @@ from dora_export.plan import Plan
 from dora_export.tensors import FileRange
 from dora_export.verification.parallel import each
 from dora_export.verification.plausible import refuse_implausible
+from dora_export.verification.runner import is_quantised
 from dora_export.writers.files import FileSink
 from dora_export.writers.side_files import TOKENIZER, WHOLE_TOKENIZER, SideFile, in_folder
 from dora_export.writers.staging import MANIFEST
@@ -86,7 +87,7 @@ def make(request: Request) -> Made:
         layout = lay_out(graph, [*holders, *parameters])
         _check_space(request.folder, layout)
         request.on_stage("writing merged weights into the graph")
-        with FileSink(request.folder, layout.names, layout.sizes) as sink:
+        with FileSink(request.folder, layout.names, layout.sizes, sync=request.sync) as sink:
             write(plan, changed, parameters, layout, request, sink)
             # While the disk is still busy with it: checking and hashing take the processor only.
             request.on_stage("checking what was written")
@@ -98,9 +99,9 @@ def make(request: Request) -> Made:
     return Made(
         graphs=(graph.path.name,),
         facts=_facts(graph, matched, proofs, were),
-        parity=_parity(plan, graph, changed),
+        parity=_parity(plan, graph),
         tiers=found.tiers,
-        notes=(*_notes(matched, changed), *known),
+        notes=(*_notes(matched), *known),
         digests=are,
         warnings=tuple(f"not in the graph, as allowed: {shown(n)} ({w})"
                        for n, w in matched.missing.items()),
@@ -368,8 +369,8 @@ def _block_bytes(matches: Sequence[Match]) -> int:
     return max(LEAST_BLOCK, min(MOST_BLOCK, max(sizes, default=0)))
 
 
-def _parity(plan: Plan, graph: Graph, changed: Sequence[Match]) -> tuple[Parity, ...]:
-    if _own_names(graph):
+def _parity(plan: Plan, graph: Graph) -> tuple[Parity, ...]:
+    if own_names(graph):
         return ()
     outputs = [o.name for o in graph.model.graph.output if not o.name.startswith("present")]
     return (
@@ -377,13 +378,13 @@ def _parity(plan: Plan, graph: Graph, changed: Sequence[Match]) -> tuple[Parity,
             graph.path.name,
             plan,
             outputs=outputs,
-            padding="none" if _counts_tokens(graph) else "any",
-            needs_budget=_is_quantised(changed),
+            padding="none" if counts_tokens(graph) else "any",
+            needs_budget=is_quantised(graph.model),
         ),
     )
 
 
-def _own_names(graph: Graph) -> list[str]:
+def own_names(graph: Graph) -> list[str]:
     """Return the inputs and outputs whose names say nothing to the comparison."""
     inner = graph.model.graph
     stored = {t.name for t in inner.initializer}
@@ -394,7 +395,7 @@ def _own_names(graph: Graph) -> list[str]:
     ]
 
 
-def _counts_tokens(graph: Graph) -> bool:
+def counts_tokens(graph: Graph) -> bool:
     """Return whether a graph takes lengths from the mask's sums, so padding on the right only.
 
     Its cache then leaves padding out, so that it has no counterpart in the unmerged model's.
@@ -402,10 +403,6 @@ def _counts_tokens(graph: Graph) -> bool:
     Source: onnxruntime's contrib operator GroupQueryAttention, input ``seqlens_k``.
     """
     return any(node.op_type == "GroupQueryAttention" for node, _ in nodes(graph.model))
-
-
-def _is_quantised(changed: Sequence[Match]) -> bool:
-    return any(not isinstance(m.encoding, Plain | NeverZero) for m in changed)
 
 
 def beside(path: Path, files: Sequence[SideFile]) -> tuple[SideFile, ...]:
@@ -428,17 +425,22 @@ def beside(path: Path, files: Sequence[SideFile]) -> tuple[SideFile, ...]:
     return tuple(found[name] for name in sorted(found))
 
 
-def _notes(matched: Matched, changed: Sequence[Match]) -> Iterator[str]:
-    if _counts_tokens(matched.graph):
+def notes_on_parity(graph: Graph) -> Iterator[str]:
+    """Yield what a comparison with the unmerged model leaves out, and why."""
+    if counts_tokens(graph):
         yield "as before, the graph takes padding on the right only; it is compared without any"
-    if own := _own_names(matched.graph):
+    if own := own_names(graph):
         said = ", ".join(shown(n) for n in own[:3]) + (" ..." if len(own) > 3 else "")
         yield f"not run beside the unmerged model: {said} are names of the exporter's own"
-    if _is_quantised(changed):
+    elif is_quantised(graph.model):
         yield (
             "quantised: the unmerged model is run beside the graph only with --budget, the largest "
             "relative difference to allow"
         )
+
+
+def _notes(matched: Matched) -> Iterator[str]:
+    yield from notes_on_parity(matched.graph)
     if matched.absent:
         names = ", ".join(shown(n) for n in matched.absent[:4])
         more = " ..." if len(matched.absent) > 4 else ""

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dora_export.onnx.encodings import Encoding, Int8, Int8Rows, NBits, converted
+from dora_export.onnx.encodings import (
+    Encoding,
+    GatherBlocks,
+    Int8,
+    Int8Rows,
+    NBits,
+    converted,
+)
 from dora_export.onnx.graph_file import Graph, StoredTensor, nodes
 from dora_export.onnx.lines import Lines
 from dora_export.onnx.matching import Match, Weight
@@ -39,7 +46,7 @@ if TYPE_CHECKING:
 
 BLOCK_LINES = 4096
 FIRST_ROWS = 8
-UINT8, INT8 = 2, 3  # TensorProto.DataType
+UINT8, INT8, UINT4, INT4 = 2, 3, 21, 22  # TensorProto.DataType
 # Operator -> inputs with the quantised weight, its scale and its zero point; None: found elsewhere.
 INT8_INPUTS: Mapping[str, tuple[int, int | None, int]] = {
     "MatMulInteger": (1, None, 3),
@@ -50,6 +57,7 @@ INT8_INPUTS: Mapping[str, tuple[int, int | None, int]] = {
     "DequantizeLinear": (0, 1, 2),
 }
 NBITS = ("MatMulNBits",)
+LOOKED_UP = "GatherBlockQuantized"
 THROUGH = ("Gather", "Transpose", "Reshape", "Identity")  # between a weight and DequantizeLinear
 
 
@@ -96,6 +104,8 @@ def quantised(graph: Graph) -> Iterator[Quantised]:
         found = None
         if node.op_type in NBITS:
             found = _nbits(graph, node, scope)
+        elif node.op_type == LOOKED_UP:
+            found = _looked_up(graph, node, scope)
         elif node.op_type in INT8_INPUTS:
             found = _int8(graph, node, scope, made)
         if found is None:
@@ -199,44 +209,88 @@ def _nbits(graph: Graph, node: onnx.NodeProto, scope: str) -> tuple[StoredTensor
     if data is None or scales is None or data.source is None or scales.source is None:
         return None  # quantised weights that come from elsewhere
     ints = {a.name: a.i for a in node.attribute}
-    columns, count = ints.get("K", 0), ints.get("N", 0)
-    bits, block = ints.get("bits", 4), ints.get("block_size", 0)
     name = node.name or data.name
-
-    def no(why: str) -> tuple[StoredTensor, Quantised]:
-        return data, Quantised(name, (), why)
-
-    if bits not in (4, 8):
-        return no(f"{bits} bits")
     if order is not None and order.size:
-        return no("in an order of its own (g_idx)")
+        return data, Quantised(name, (), "in an order of its own (g_idx)")
+    shape = (ints.get("N", 0), ints.get("K", 0))
+    bits, block = ints.get("bits", 4), ints.get("block_size", 0)
+    return data, _blocks(name, (data, scales, zeros), shape, bits, block)
+
+
+def _blocks(
+    name: str,
+    held: tuple[StoredTensor, StoredTensor, StoredTensor | None],
+    shape: tuple[int, int],
+    bits: int,
+    block: int,
+) -> Quantised:
+    """Return how rows of blocks as MatMulNBits has them may have been made."""
+    (data, scales, zeros), (count, columns) = held, shape
+    if bits not in (4, 8):
+        return Quantised(name, (), f"{bits} bits")
     packs = 8 // bits
     blocks = -(-columns // block) if block else 0
     sizes = (count * blocks * (block // packs), count * blocks)
     if not count or not blocks or (data.nbytes, scales.size) != sizes or scales.dtype is None:
-        return no("of a shape of its own")
+        return Quantised(name, (), "of a shape of its own")
     stored = [_byte_rows(data, count), _byte_rows(scales, count)]
     ways = [(False, 3)] if zeros is not None else [(True, 2)]
     if zeros is not None:
         if zeros.nbytes != count * -(-blocks // packs) or zeros.data_type != UINT8:
-            return no("with zero points that are no integers")
+            return Quantised(name, (), "with zero points that are no integers")
         stored.append(_byte_rows(zeros, count))
         if (zeros.read() == (0x88 if bits == 4 else 0x80)).all():
             ways.append((True, 2))  # symmetric, with zero points written out
     values = (F16, F32) if scales.dtype is F16 else (F32,)
     guesses = [
-        _nbits_guess(NBits(bits, block, symmetric, kind, scales.dtype), stored[:holders], columns)
+        _blocks_guess(NBits(bits, block, symmetric, kind, scales.dtype), stored[:holders], columns)
         for symmetric, holders in ways
         for kind in values
     ]
-    return data, Quantised(name, tuple(guesses))
+    return Quantised(name, tuple(guesses))
+
+
+def _looked_up(
+    graph: Graph, node: onnx.NodeProto, scope: str
+) -> tuple[StoredTensor, Quantised] | None:
+    """Return an embedding that is quantised by itself.
+
+    Source: onnxruntime's contrib operator GatherBlockQuantized: int4 or uint4 as its own quantiser
+    writes it; uint8 in the layout of MatMulNBits.
+    """
+    inputs = [graph.lookup(name, scope) if name else None for name in node.input]
+    inputs += [None] * (4 - len(inputs))
+    data, scales, zeros = inputs[0], inputs[2], inputs[3]
+    if data is None or scales is None or data.source is None or scales.source is None:
+        return None
+    ints = {a.name: a.i for a in node.attribute}
+    name, block = node.name or data.name, ints.get("block_size", 128)
+    axes = (ints.get("gather_axis", 0), ints.get("quantize_axis", 1) % max(1, len(data.shape)))
+    if len(data.shape) != 2 or axes != (0, 1) or block < 1:
+        return data, Quantised(name, (), "looked up along other axes")
+    count, columns = data.shape
+    if data.data_type == UINT8:
+        bits = ints.get("bits", 4)
+        shape = (count, columns * 8 // max(1, bits))
+        return data, _blocks(name, (data, scales, zeros), shape, bits, block)
+    symmetric = zeros is None
+    kinds = (INT4, None) if symmetric else (UINT4, UINT4)
+    if (data.data_type, zeros.data_type if zeros else None) != kinds:
+        return data, Quantised(name, (), "of a type of its own")
+    blocks = columns // block
+    whole = columns % block == 0 and columns % 2 == 0 and (symmetric or blocks % 2 == 0)
+    if not whole or not count or scales.size != count * blocks or scales.dtype not in (F16, F32):
+        return data, Quantised(name, (), "of a shape of its own")
+    held = [_byte_rows(t, count) for t in (data, scales, zeros) if t is not None]
+    encoding = GatherBlocks(block, symmetric, scales.dtype)
+    return data, Quantised(name, (_blocks_guess(encoding, held, columns),))
 
 
 def _byte_rows(tensor: StoredTensor, count: int) -> Lines:
     return Lines(tensor, 1, 1, count, tensor.nbytes // count)
 
 
-def _nbits_guess(encoding: NBits, stored: Sequence[Lines], length: int) -> Guess:
+def _blocks_guess(encoding: NBits | GatherBlocks, stored: Sequence[Lines], length: int) -> Guess:
     blocks, block = -(-length // encoding.block), encoding.block
     blob = stored[0].columns // blocks
     whole = length // block  # of which all elements are the row's own

@@ -89,6 +89,7 @@ class Request:
         on_stage: Called with the name of each stage when it begins.
         allow_missing: Tensors or modules that ``into`` may lack although the merge changes them.
         allow_merged_base: Whether base and graph may have had an adapter merged in before.
+        sync: Whether to wait until a re-weighted graph is on the disk.
     """
 
     plans: Sequence[Plan]
@@ -100,6 +101,7 @@ class Request:
     on_stage: Callable[[str], None] = lambda _: None
     allow_missing: Sequence[str] = ()
     allow_merged_base: bool = False
+    sync: bool = True
 
     @property
     def plan(self) -> Plan:

@@ -29,11 +29,13 @@ HEADS = ("lm_head", "embed_out", "output_projection")
 
 
 def reachable(model: ir.Model) -> None:
-    """Store the weights of ``MatMul(x, Transpose(W))`` transposed, so that quantisers see them.
+    """Store weights as the second operands of ``MatMul`` that quantisers see.
 
-    Exporters leave such a node where W is used elsewhere as well: a tied output head.
+    Exporters leave ``MatMul(x, Transpose(W))`` where W is used elsewhere as well (a tied output
+    head), and split a stack of experts' matrices that lie in one tensor.
     """
     graph = model.graph
+    _unstack(graph)
     for node in list(graph):
         if node.op_type != "MatMul":
             continue
@@ -52,6 +54,35 @@ def reachable(model: ir.Model) -> None:
             graph.register_initializer(value)
         node.replace_input_with(1, graph.initializers[name])
     ir.passes.common.RemoveUnusedNodesPass()(model)
+
+
+def _unstack(graph: ir.Graph) -> None:
+    """Give each matrix of a stack that the graph splits an initializer of its own."""
+    for node in list(graph):
+        stack = node.inputs[0] if node.op_type == "Split" else None
+        tensor = None if stack is None else stack.const_value
+        if stack is None or tensor is None or len(tensor.shape) != 3:
+            continue
+        if node.attributes.get_int("axis", 0) != 0 or len(node.outputs) != tensor.shape[0]:
+            continue
+        for index, output in enumerate(node.outputs):
+            for user in [u for u, _ in output.uses() if u.op_type == "Squeeze"]:
+                name = f"{stack.name}.{index}"
+                if name not in graph.initializers:
+                    value = ir.Value(name=name, const_value=_one_of(tensor, index, name))
+                    value.shape, value.dtype = ir.Shape(tensor.shape.numpy()[1:]), tensor.dtype
+                    graph.register_initializer(value)
+                for product, place in list(user.outputs[0].uses()):
+                    product.replace_input_with(place, graph.initializers[name])
+
+
+def _one_of(tensor: ir.TensorProtocol, index: int, name: str) -> ir.LazyTensor:
+    shape = ir.Shape([int(n) for n in tensor.shape.numpy()[1:]])
+
+    def take() -> ir.TensorProtocol:
+        return ir.Tensor(tensor.numpy()[index], dtype=tensor.dtype, shape=shape, name=name)
+
+    return ir.LazyTensor(take, dtype=tensor.dtype, shape=shape, name=name)
 
 
 def _turned(tensor: ir.TensorProtocol, name: str) -> ir.LazyTensor:
@@ -111,7 +142,9 @@ def check(options: GraphOptions) -> None:
 def _dynamic(source: Path, target: Path, data: str) -> dict[str, Any]:
     from onnxruntime.quantization import QuantType, quantize_dynamic  # noqa: PLC0415 - seconds
 
-    quantize_dynamic(source, target, weight_type=QuantType.QInt8, per_channel=True,
+    # Signed weights overflow on x86 without VNNI: products of activations (unsigned) are added in
+    # pairs that 16 bits cannot hold, and what comes out is cut off without a word.
+    quantize_dynamic(source, target, weight_type=QuantType.QUInt8, per_channel=True,
                      use_external_data_format=_is_large(source))  # fmt: skip
     if _is_large(target):  # under the name that onnxruntime has chosen
         model = ir.load(target)
@@ -119,7 +152,7 @@ def _dynamic(source: Path, target: Path, data: str) -> dict[str, Any]:
         target.with_name(f"{target.name}.data").unlink()
         ir.save(model, target, external_data=data)
     count = _count(target, ("MatMulInteger", "ConvInteger", "DynamicQuantizeMatMul"))
-    return _facts(source, count, {"method": "int8", "weights": "per output"})
+    return _facts(source, count, {"method": "int8", "weights": "per output, unsigned"})
 
 
 def _blocks(source: Path, target: Path, data: str, options: GraphOptions) -> dict[str, Any]:
@@ -183,11 +216,13 @@ def _facts(source: Path, count: int, said: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep onnxruntime's advice about preprocessing off the terminal."""
+    """Keep onnxruntime's advice off the terminal, and the log as it was before its imports."""
     root = logging.getLogger()
-    disabled = root.manager.disable
+    disabled, level, handlers = root.manager.disable, root.level, list(root.handlers)
     logging.disable(logging.WARNING)
     try:
         yield
     finally:
         logging.disable(disabled)
+        root.setLevel(level)
+        root.handlers[:] = handlers

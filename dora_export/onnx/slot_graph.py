@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dora_export.errors import shown
+from dora_export.onnx.files import settle
 from dora_export.onnx.graph_file import Graph
 from dora_export.onnx.model import PROTOBUF_BYTES, GraphError
 from dora_export.onnx.slots import Slot
@@ -76,17 +77,16 @@ def with_slots(
     added: dict[tuple[str, ...], list[onnx.NodeProto]] = {}
     before: dict[tuple[str, ...], list[onnx.NodeProto]] = {}
     for slot in slots:
-        node = nodes[tuple(slot.node.output)]
-        key = tuple(node.output)
+        key, last = tuple(slot.node.output), tuple(slot.result.output)
         model.graph.initializer.extend(_defaults(slot, inputs[slot.name]))
         model.graph.input.extend(_declared(slot, inputs[slot.name]))
-        before[key], added[key] = _around(slot, inputs[slot.name], node)
+        before[key], added[last] = _around(slot, inputs[slot.name], nodes[key], nodes[last])
     ordered: list[onnx.NodeProto] = []
     for key, node in nodes.items():
         ordered += [*before.get(key, ()), node, *added.get(key, ())]
     del model.graph.node[:]
     model.graph.node.extend(ordered)
-    _forget_shapes(model, {f"{slot.node.output[0]}" for slot in slots})
+    _forget_shapes(model, {f"{slot.result.output[0]}" for slot in slots})
     size = model.ByteSize()
     if size > PROTOBUF_BYTES:
         raise GraphError(
@@ -99,6 +99,7 @@ def with_slots(
             try:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, target)
+                settle(target)
             except OSError as error:
                 raise refusal(target, error) from error
     target = folder / graph.path.name
@@ -150,27 +151,28 @@ def _declared(slot: Slot, inputs: Inputs) -> Iterator[onnx.ValueInfoProto]:
 
 
 def _around(
-    slot: Slot, inputs: Inputs, node: onnx.NodeProto
+    slot: Slot, inputs: Inputs, node: onnx.NodeProto, result: onnx.NodeProto
 ) -> tuple[list[onnx.NodeProto], list[onnx.NodeProto]]:
-    """Return the nodes before and after a slot's node, which is changed to go between them."""
+    """Return the nodes before a slot's node and after its result; both change to go between."""
     import onnx  # noqa: PLC0415 - as above
 
-    make, name, out = onnx.helper.make_node, slot.name, node.output[0]
+    make, name, out, value = onnx.helper.make_node, slot.name, result.output[0], slot.value
     before, after = [], []
     if inputs.input_factor is not None:
+        assert not slot.quantises_inputs, "Bug: refused before"
         scaled = f"{name}.scaled_input"
         before = [make("Mul", [node.input[0], inputs.input_factor], [scaled], f"{name}/scale_in")]
-        node.input[0] = scaled
+        node.input[0] = value = scaled
     bias = None if slot.bias is None else node.input[slot.bias]
     if slot.bias is not None:  # the trainers' forward adds it after the factor
         node.input[slot.bias] = ""
         while node.input and not node.input[-1]:
             del node.input[-1]
-    node.output[0] = f"{name}.base_output"
+    result.output[0] = f"{name}.base_output"
     steps = [
-        ("MatMul", [node.input[0], inputs.lora_A], "down"),
+        ("MatMul", [value, inputs.lora_A], "down"),
         ("MatMul", [f"{name}.down", inputs.lora_B], "up"),
-        ("Add", [node.output[0], f"{name}.up"], "sum"),
+        ("Add", [result.output[0], f"{name}.up"], "sum"),
     ]
     if inputs.output_factor is not None:
         steps.append(("Mul", [f"{name}.{steps[-1][2]}", inputs.output_factor], "scaled"))

@@ -34,7 +34,10 @@ LINEAR: Mapping[str, tuple[int, int | None]] = {
     "FusedMatMul": (1, None),
     "MatMulNBits": (1, 5),
     "DynamicQuantizeMatMul": (1, 4),
+    "MatMulInteger": (1, None),
+    "MatMulIntegerToFloat": (1, 6),
 }
+INTEGER = ("MatMulInteger", "MatMulIntegerToFloat")  # these take inputs that are quantised before
 LOOKUPS = ("Gather", "GatherBlockQuantized", "EmbedLayerNormalization")
 TURNED = (1, 0)
 
@@ -46,6 +49,8 @@ class Slot:
     Attributes:
         name: What its inputs are called after: the module, or the modules that are packed in it.
         node: The node, within ``Graph.model``.
+        result: The node that gives the product as floats: mostly the same.
+        value: Name of the floats that it multiplies, before any quantisation.
         inputs: K, elements of its input.
         outputs: N, elements of its output.
         dtype: Type of what it computes.
@@ -57,6 +62,8 @@ class Slot:
 
     name: str
     node: onnx.NodeProto = field(repr=False)
+    result: onnx.NodeProto = field(repr=False)
+    value: str
     inputs: int
     outputs: int
     dtype: DType
@@ -72,6 +79,11 @@ class Slot:
         if position is None or len(self.node.input) <= position:
             return None
         return position if self.node.input[position] else None
+
+    @property
+    def quantises_inputs(self) -> bool:
+        """Whether its input goes through a quantisation, maybe shared with other layers."""
+        return str(self.node.input[0]) != self.value
 
 
 def find_slots(graph: Graph, matched: Matched) -> tuple[Slot, ...]:
@@ -90,7 +102,7 @@ def find_slots(graph: Graph, matched: Matched) -> tuple[Slot, ...]:
         if not uses:
             problems.append(f"{match.tensor.where}: no node takes it")
         for use, turned in uses:
-            found = _slot(match, use, turned)
+            found = _slot(graph, match, use, turned)
             if isinstance(found, str):
                 problems.append(f"{match.tensor.where}: {found}")
             else:
@@ -120,13 +132,15 @@ def _reached(graph: Graph, tensor: StoredTensor) -> Iterator[tuple[Use, bool]]:
                     names.append((node.output[0], not turned))
                 else:
                     yield use, turned
-            elif node.op_type in ("Identity", "Cast"):
+            elif node.op_type in ("Identity", "Cast") or (
+                node.op_type == "DequantizeLinear" and use.position == 0
+            ):
                 names.append((node.output[0], turned))
             else:
                 yield use, turned
 
 
-def _slot(match: Match, use: Use, turned: bool) -> Slot | str:
+def _slot(graph: Graph, match: Match, use: Use, turned: bool) -> Slot | str:
     """Return the slot of a node that takes a weight, or why there is none."""
     node, lines = use.node, match.lines
     kind = shown(node.op_type)
@@ -152,9 +166,14 @@ def _slot(match: Match, use: Use, turned: bool) -> Slot | str:
     dtype = _computed_in(match)
     if dtype is None:
         return f"is computed in {match.encoding.source.name}; swapping needs F32 or F16"
+    found = _floats(graph, node)
+    if isinstance(found, str):
+        return found
     return Slot(
         name="",
         node=node,
+        value=found[0],
+        result=found[1],
         inputs=length if along_outputs else count,
         outputs=count if along_outputs else length,
         dtype=dtype,
@@ -163,6 +182,28 @@ def _slot(match: Match, use: Use, turned: bool) -> Slot | str:
         row_of=match.row_of,
         rows_are_inputs=not along_outputs,
     )
+
+
+def _floats(graph: Graph, node: onnx.NodeProto) -> tuple[str, onnx.NodeProto] | str:
+    """Return the floats that a node multiplies and the node that gives the product, or why not.
+
+    Source: onnxruntime.quantization.operators.matmul, MatMulInteger: the input comes from
+    DynamicQuantizeLinear, the product goes through Cast and is multiplied by the scales.
+    """
+    if node.op_type not in INTEGER:
+        return node.input[0], node
+    made = graph.maker(node.input[0])
+    if made is None or made.op_type != "DynamicQuantizeLinear":
+        return f"is in the {node.op_type} node '{shown(node.name)}', whose input comes quantised"
+    if node.op_type != "MatMulInteger":
+        return made.input[0], node
+    result = node
+    for kind in ("Cast", "Mul"):
+        users = graph.uses.get(result.output[0], ())
+        if len(users) != 1 or users[0].node.op_type != kind:
+            return f"is in the MatMulInteger node '{shown(node.name)}', not followed by one {kind}"
+        result = users[0].node
+    return made.input[0], result
 
 
 def _unusual(node: onnx.NodeProto) -> str | None:

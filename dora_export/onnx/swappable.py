@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from dora_export import inputs as watched
 from dora_export.engine import check_adapter
 from dora_export.errors import VerifyError, listing, shown
-from dora_export.onnx import into
+from dora_export.onnx import files, into
 from dora_export.onnx.graph_file import Graph, open_graph
 from dora_export.onnx.matching import Weight, weights_of
 from dora_export.onnx.matching_graph import match_graph
-from dora_export.onnx.model import GraphError, Made, Parity, Request
+from dora_export.onnx.model import GraphError, Made, Padding, Parity, Request
 from dora_export.onnx.slot_graph import Inputs, names_of, with_slots
 from dora_export.onnx.slot_values import (
     SlotValues,
@@ -38,8 +38,9 @@ from dora_export.onnx.slot_values import (
 )
 from dora_export.onnx.slots import Slot, find_slots
 from dora_export.plan import Plan, plan_unchanged
+from dora_export.verification.parallel import each
 from dora_export.verification.plausible import refuse_implausible
-from dora_export.verification.runner import QUANTISED, OnnxRuntime
+from dora_export.verification.runner import OnnxRuntime, is_quantised
 from dora_export.writers.files import write_small
 
 FOLDER = "adapters"
@@ -84,10 +85,10 @@ def make(request: Request, traced: Path | None = None) -> Made:
         check_adapter(plan)
         refuse_implausible(plan)
     graph = open_graph(path)
-    files = [] if traced else [path, *graph.data_files.values()]  # a traced one is written anew
+    read = [] if traced else [path, *graph.data_files.values()]  # a traced one is written anew
     for plan in request.plans:
-        files += [*plan.base.sources, *(f for a in plan.adapters for f in a.files)]
-    with watched.held(watched.watch(list(dict.fromkeys(files)), {})):
+        read += [*plan.base.sources, *(f for a in plan.adapters for f in a.files)]
+    with watched.held(watched.watch(list(dict.fromkeys(read)), {})):
         request.on_stage("looking for the base in the graph")
         matched = match_graph(graph, _weights(request.plans), threads=request.threads)
         into.refuse_unmatched(request.plan, matched, request.allow_missing)
@@ -100,6 +101,11 @@ def make(request: Request, traced: Path | None = None) -> Made:
         places = _inputs(slots, bundles)
         request.on_stage("writing the graph and the adapters")
         with_slots(graph, slots, places, request.folder)
+        request.on_stage("checking what was written")
+        written_graph = open_graph(request.folder / path.name)
+        _refuse_changed(graph, written_graph, places)
+        known = files.check_again(written_graph.path, written_graph.model, graph.model)
+        digests = _digests(graph, request, copied=traced is None)
     (request.folder / FOLDER).mkdir()
     written = {b.name: _write(b, slots, places, request.folder) for b in bundles}
     return Made(
@@ -107,8 +113,60 @@ def make(request: Request, traced: Path | None = None) -> Made:
         facts=_facts(graph, slots, places, written),
         parity=tuple(_parity(path.name, graph, bundles, request)),
         notes=("one adapter at a time: onnxruntime takes two at once without an error and computes "
-               "something else; dora_export.AdapterSession takes one",),
+               "something else; dora_export.AdapterSession takes one",
+               *into.notes_on_parity(graph), *known),
+        digests=digests,
     )  # fmt: skip
+
+
+def _digests(graph: Graph, request: Request, *, copied: bool) -> dict[str, str]:
+    """Return the SHA-256 of the written files; those that were copied are held to the originals.
+
+    Raises:
+        VerifyError: A copy is not the same.
+    """
+    names = [graph.path.name, *graph.data_files]
+    found = each(files.sha256, [request.folder / name for name in names], request.threads)
+    written = dict(zip(names, found, strict=True))
+    if copied:
+        own = each(files.sha256, list(graph.data_files.values()), request.threads)
+        for name, digest in zip(graph.data_files, own, strict=True):
+            if written[name] != digest:
+                raise VerifyError(
+                    f"{name}: its copy is not what it was copied from. Not published."
+                )
+    return written
+
+
+def _refuse_changed(graph: Graph, written: Graph, places: Mapping[str, Inputs]) -> None:
+    """Refuse a written graph that is more than the given one with inputs for adapters.
+
+    Raises:
+        VerifyError: A tensor, input or output is another, or an adapter's rank is not open.
+    """
+    problems = []
+    held = {(t.scope, t.name): t for t in written.tensors}
+    for tensor in graph.tensors:
+        found = held.get((tensor.scope, tensor.name))
+        same = found is not None and (found.shape, found.data_type, found.nbytes) == (
+            tensor.shape, tensor.data_type, tensor.nbytes)  # fmt: skip
+        if not same:
+            problems.append(f"{tensor.where}: is not as it was")
+    inner, outer = graph.model.graph, written.model.graph
+    values = [*inner.input, *inner.output]
+    now = {v.name: v for v in (*outer.input, *outer.output)}
+    problems += [f"'{shown(v.name)}': its type or its axes are not as they were"
+                 for v in values if now.get(v.name) != v]  # fmt: skip
+    for one in places.values():
+        for name, axis in ((one.lora_A, 1), (one.lora_B, 0)):
+            dims = now[name].type.tensor_type.shape.dim if name in now else []
+            if len(dims) != 2 or not dims[axis].dim_param:
+                problems.append(f"'{shown(name)}': its rank is not open")
+    if problems:
+        raise VerifyError(
+            f"{written.path.name}: the written graph is not what was planned:{listing(problems)}\n"
+            "Not published."
+        )
 
 
 def adapter_names(plans: Sequence[Plan]) -> tuple[str, ...]:
@@ -171,6 +229,12 @@ def _inputs(slots: Sequence[Slot], bundles: Sequence[Bundle]) -> dict[str, Input
         here = [b.values[slot.name] for b in bundles if slot.name in b.values]
         by_output = any(v.output_factor is not None for v in here)
         by_input = any(v.input_factor is not None for v in here)
+        if by_input and slot.quantises_inputs:
+            raise GraphError(
+                f"{shown(slot.name)}: an adapter has magnitudes per input, and the graph quantises "
+                f"the input of this {slot.node.op_type} once for all who take it. Quantise the "
+                "base's weights only (MatMulNBits), or leave --adapters out to merge the adapter."
+            )
         places[slot.name] = Inputs(
             f"{slot.name}.lora_A",
             f"{slot.name}.lora_B",
@@ -266,14 +330,20 @@ def _parity(
     name: str, graph: Graph, bundles: Sequence[Bundle], request: Request
 ) -> Iterator[Parity]:
     """Yield what to compare: the base without an adapter, and every adapter with its own model."""
+    if into.own_names(graph):
+        return
+    padding: Padding = "none" if into.counts_tokens(graph) else "any"
     outputs = [o.name for o in graph.model.graph.output if not o.name.startswith("present")]
-    quantised = any(node.op_type in QUANTISED for node in graph.model.graph.node)
+    quantised = is_quantised(graph.model)
     bare = plan_unchanged(request.plan.base, request.plan.settings)
-    yield Parity(name, bare, outputs=outputs, needs_budget=quantised)
+    yield Parity(name, bare, outputs=outputs, padding=padding, needs_budget=quantised)
     for bundle in bundles:
         file = f"{FOLDER}/{bundle.name}{SUFFIX}"
 
         def runner(path: Path, file: str = file) -> OnnxRuntime:
             return OnnxRuntime(path, adapter=path.parent / file)
 
-        yield Parity(name, bundle.plan, runner=runner, outputs=outputs, needs_budget=quantised)
+        yield Parity(
+            name, bundle.plan, runner=runner, outputs=outputs, padding=padding,
+            needs_budget=quantised,
+        )  # fmt: skip

@@ -9,8 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dora_export.onnx import encoder_decoder
 from dora_export.onnx.model import GraphError
-from dora_export.onnx.wrappers import BATCH, LENGTH, SIZES, TOTAL, Axes, Part, cached, plain
+from dora_export.onnx.wrappers import (
+    BATCH,
+    LENGTH,
+    PATCHES,
+    SIZES,
+    TOTAL,
+    Axes,
+    Part,
+    cached,
+    plain,
+)
 
 # End of a class's name -> task. Names of tasks are those of the Hugging Face hub.
 TASKS = {
@@ -29,6 +40,7 @@ TASKS = {
     "ModelWithProjection": "feature-extraction",
     "Model": "feature-extraction",
 }
+WRITING = ("text2text-generation", "automatic-speech-recognition")  # of encoder-decoders
 # Task -> the library's class that loads any model for it.
 CLASSES = {
     "text-generation": "AutoModelForCausalLM",
@@ -51,17 +63,18 @@ def task_of(name: str) -> str | None:
     return next((task for end, task in TASKS.items() if name.endswith(end)), None)
 
 
-def parts(model: nn.Module, batch: int | None = None) -> list[Part]:
-    """Return the graphs of a model.
+def parts(model: nn.Module, batch: int | None = None, *, whole: bool = False) -> list[Part]:
+    """Return the graphs of a model, the first of which says what is compared.
 
     Args:
         model: Of transformers or diffusers, in eval mode.
         batch: Batch size to fix, or None.
+        whole: Make one graph of an encoder-decoder, without a cache, in place of three.
 
     Raises:
         GraphError: It takes inputs that this tool cannot make up.
     """
-    found = _parts(model, SIZES[BATCH] if batch is None else batch)
+    found = _parts(model, SIZES[BATCH] if batch is None else batch, whole=whole)
     return found if batch is None else [_fixed(part) for part in found]
 
 
@@ -70,14 +83,14 @@ def _fixed(part: Part) -> Part:
     return Part(part.module, part.inputs, axes, part.outputs, part.compared, part.graph, part.facts)
 
 
-def _parts(model: nn.Module, rows: int) -> list[Part]:
+def _parts(model: nn.Module, rows: int, *, whole: bool) -> list[Part]:
     takes = inspect.signature(model.forward).parameters
     config: Any = model.config
     if "timestep" in takes:
         return [_diffusion(model, takes, rows)]
     main = getattr(model, "main_input_name", "input_ids")
     if getattr(config, "is_encoder_decoder", False):
-        return [_sequence_to_sequence(model, main, rows)]
+        return _sequence_to_sequence(model, main, rows, whole=whole)
     if main == "input_ids" and "pixel_values" in takes and hasattr(config, "projection_dim"):
         return [_two_towers(model, rows)]
     if main == "input_ids":
@@ -166,8 +179,10 @@ def _sound(model: nn.Module, kind: str, rows: int) -> tuple[Tensor, Axes]:
     return torch.randn(rows, bins, 2 * frames), {0: BATCH}  # two convolutions, one of stride 2
 
 
-def _sequence_to_sequence(model: nn.Module, main: str, rows: int) -> Part:
-    """Return encoder and decoder as one graph without a cache."""
+def _sequence_to_sequence(
+    model: nn.Module, main: str, rows: int, *, whole: bool
+) -> list[Part]:  # fmt: skip
+    """Return encoder and decoder as graphs with a cache, or as one without."""
     target = "decoder_sequence_length"
     inputs: dict[str, Tensor] = {}
     axes: dict[str, Axes] = {}
@@ -178,34 +193,51 @@ def _sequence_to_sequence(model: nn.Module, main: str, rows: int) -> Part:
         axes = {main: source, "attention_mask": source}
     else:
         inputs[main], axes[main] = _sound(model, main, rows)
-    inputs["decoder_input_ids"] = _tokens(model, (rows, SIZES[target]))
-    axes["decoder_input_ids"] = {0: BATCH, 1: target}
-    return plain(model, inputs, axes, options={"use_cache": False})
+    ids = _tokens(model, (rows, SIZES[target]))
+    if not whole and task_of(type(model).__name__) in WRITING:
+        return encoder_decoder.parts(model, inputs, axes, ids)
+    inputs["decoder_input_ids"], axes["decoder_input_ids"] = ids, {0: BATCH, 1: target}
+    return [plain(model, inputs, axes, options={"use_cache": False})]
 
 
 def _diffusion(model: nn.Module, takes: Mapping[str, Any], rows: int) -> Part:
     """Return a diffusers UNet or transformer: noise, a time, and a text's states."""
     config: Any = model.config
-    main = "sample" if "sample" in takes else "hidden_states"
     channels, side = config.get("in_channels"), config.get("sample_size")
-    if channels is None or side is None:
+    inputs: dict[str, Tensor]
+    axes: dict[str, Axes]
+    words = SIZES["encoder_sequence_length"]
+    if channels is not None and "img_ids" in takes:  # patches in a row, as Flux takes them
+        inputs = {"hidden_states": torch.randn(rows, SIZES[PATCHES], channels),
+                  "timestep": torch.linspace(0.1, 0.9, rows),
+                  "img_ids": torch.ones(SIZES[PATCHES], 3),
+                  "txt_ids": torch.zeros(words, 3)}  # fmt: skip
+        axes = {"hidden_states": {0: BATCH, 1: PATCHES}, "timestep": {0: BATCH},
+                "img_ids": {0: PATCHES}, "txt_ids": {0: LENGTH}}  # fmt: skip
+    elif channels is None or side is None:
         raise GraphError(
             f"{type(model).__name__}: takes noise of a shape that its config leaves open. Export "
             "it from Python with export_module() and example inputs of your own."
         )
-    height, width = (side, side) if isinstance(side, int) else side
-    inputs = {main: torch.randn(rows, channels, height, width),
-              "timestep": torch.tensor([10 * (i + 1) for i in range(rows)])}  # fmt: skip
-    axes: dict[str, Axes] = {main: {0: BATCH}, "timestep": {0: BATCH}}
+    else:
+        main = "sample" if "sample" in takes else "hidden_states"
+        height, width = (side, side) if isinstance(side, int) else side
+        inputs = {main: torch.randn(rows, channels, height, width),
+                  "timestep": torch.tensor([10 * (i + 1) for i in range(rows)])}  # fmt: skip
+        axes = {main: {0: BATCH}, "timestep": {0: BATCH}}
     states = config.get("cross_attention_dim") or config.get("joint_attention_dim")
     states = config.get("caption_channels") or states
     if "encoder_hidden_states" in takes and isinstance(states, int):
-        inputs["encoder_hidden_states"] = torch.randn(rows, 11, states)
+        inputs["encoder_hidden_states"] = torch.randn(rows, words, states)
         axes["encoder_hidden_states"] = {0: BATCH, 1: LENGTH}
     pooled = config.get("pooled_projection_dim")
     if "pooled_projections" in takes and isinstance(pooled, int):
         inputs["pooled_projections"] = torch.randn(rows, pooled)
         axes["pooled_projections"] = {0: BATCH}
+    if "guidance" in takes and config.get("guidance_embeds"):
+        inputs["guidance"], axes["guidance"] = torch.full((rows,), 3.5), {0: BATCH}
+    dtype = next(model.parameters()).dtype
+    inputs = {n: t.to(dtype) if t.is_floating_point() else t for n, t in inputs.items()}
     return plain(model, inputs, axes)
 
 

@@ -6,12 +6,11 @@ import importlib.util
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dora_export.checkpoints.folder import read_json
 from dora_export.errors import shown
 from dora_export.onnx.model import (
-    DATA,
     GRAPH,
     GraphError,
     GraphOptions,
@@ -22,6 +21,9 @@ from dora_export.onnx.model import (
 from dora_export.verification.measured import LoadFailure, Unsupported, library_of
 from dora_export.verification.pooling import embedding
 from dora_export.writers.files import write_small
+
+if TYPE_CHECKING:
+    from dora_export.onnx.wrappers import Part
 
 OPSETS = range(18, 26)  # what torch's exporter writes
 NEEDED = ("onnxscript", "onnx_ir")
@@ -71,27 +73,22 @@ def check(request: Request) -> None:
         ) from why
 
 
-def make(request: Request, folder: Path) -> Made:
-    """Trace the model in ``folder``, merged, and write its graph into ``request.folder``.
+def make(request: Request, folder: Path, *, whole: bool = False) -> Made:
+    """Trace the model in ``folder``, merged, and write its graphs into ``request.folder``.
 
-    Memory: the weights are mapped from the files, and go from there into the graph's.
+    Memory: the weights are mapped from the files, and go from there into the graphs'.
+
+    Args:
+        request: What is asked for.
+        folder: The merged model.
+        whole: Make one graph of an encoder-decoder, without a cache, in place of three.
 
     Raises:
         GraphError: It cannot be traced.
     """
     import torch  # noqa: PLC0415 - as below: seconds to import
 
-    from dora_export.onnx import (  # noqa: PLC0415
-        engines,
-        files,
-        fuse,
-        genai,
-        pooling,
-        quantise,
-        share,
-        tasks,
-        tidy,
-    )
+    from dora_export.onnx import encoder_decoder, genai, pooling, tasks  # noqa: PLC0415
     from dora_export.verification import models  # noqa: PLC0415
 
     options = request.options
@@ -108,7 +105,7 @@ def make(request: Request, folder: Path) -> Made:
             "which would start at random values. Pass the --task it was trained for."
         )
     try:
-        (part,) = tasks.parts(loaded.model, options.batch)
+        parts = tasks.parts(loaded.model, options.batch, whole=whole)
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as why:
         # What a model's forward raises on inputs that it was not made for.
         raise GraphError(
@@ -120,61 +117,103 @@ def make(request: Request, folder: Path) -> Made:
     derive, pooled = None, None
     if options.pooling is not None:
         pooled = pooling.pooling_of(folder, options.pooling)
-        part = pooling.pooled(part, pooled)
+        parts[0] = pooling.pooled(parts[0], pooled)
         derive = embedding(pooled.mode, normalise=pooled.normalise)
-    request.on_stage(f"tracing {cls.name}, the longest part")
-    model, engine, failures = engines.traced(part, options.opset, options.engine)
+    if options.share_weights and len(parts) > 1:
+        raise GraphError(
+            f"--share-weights: {cls.name} becomes {len(parts)} graphs, and weights are shared with "
+            "one. Leave the option out."
+        )
+    main = parts[0]
+    said: dict[str, Mapping[str, Any]] = {}
+    failures: list[str] = []
+    for part in parts:
+        name, data = graph_name(options, part.graph)
+        request.on_stage(f"tracing {name} of {cls.name}, the longest part")
+        said[name] = _written(request, folder, part, name, data, failures)
+    name = next(iter(said))
+    facts = {"task": task, "class": cls.name, "dtype": options.dtype, **said[name],
+             "padding": "any", "fused": options.fuse,
+             "pooling": pooled and asdict(pooled)}  # fmt: skip
+    if len(said) > 1:
+        facts["graphs"] = said
+    if task == "text-generation":
+        written = genai.genai_config(
+            loaded.model.config, _generation(folder), name, list(main.inputs), main.facts
+        )
+        write_small(request.folder / "genai_config.json", written)
+
+    def together(first: Path) -> encoder_decoder.Together:
+        return encoder_decoder.Together(*(request.folder / name for name in said))
+
+    budget = BUDGETS.get(options.quantize or "")
+    return Made(
+        graphs=tuple(said),
+        facts=facts,
+        parity=(Parity(name, request.plan, outputs=main.compared, budget=budget,
+                       runner=together if len(said) > 1 else None,
+                       cls=None if options.task is None else cls, derive=derive),),
+        notes=tuple(dict.fromkeys(failures)),
+    )  # fmt: skip
+
+
+def _written(
+    request: Request, folder: Path, part: Part, name: str, data: str, failures: list[str]
+) -> dict[str, Any]:
+    """Trace a part, write its graph as the options say, and return what the manifest says of it.
+
+    Args:
+        request: What is asked for.
+        folder: The merged model.
+        part: What to trace.
+        name: Of the graph, within the request's folder.
+        data: Of the file with its weights, beside it.
+        failures: Gets why an engine could not.
+
+    Raises:
+        GraphError: It cannot be traced, fused or quantised.
+    """
+    from dora_export.onnx import engines, files, fuse, quantise, share, tidy  # noqa: PLC0415
+
+    options, path = request.options, request.folder / name
+    model, engine, failed = engines.traced(part, options.opset, options.engine)
+    failures += failed
     tidy.tidy(model)
     if options.fuse != "none":
         request.on_stage(f"fusing operators for {options.fuse}")
         fuse.fuse(model, options.fuse)
-    name, data = graph_name(options)
-    path = request.folder / name
     shared: list[str] = []
     if options.share_weights:
         shared = share.share(model, folder, request.folder, copy=folder.parent != request.folder)
     request.on_stage(f"writing {name}")
-    facts = {"task": task, "class": cls.name, "dtype": options.dtype, "engine": engine,
-             **_facts(model, part), "padding": "any", "fused": options.fuse,
-             "shared_weights": len(shared), "pooling": pooled and asdict(pooled)}  # fmt: skip
-    if options.quantize is not None:
-        quantise.reachable(model)
-        plain = path.with_name("float.onnx")
-        files.write(model, plain, f"{plain.name}.data")
-        request.on_stage(f"quantising to {options.quantize}")
-        facts["quantized"] = quantise.quantise(plain, path, data, options)
-        for file in (plain, plain.with_name(f"{plain.name}.data")):
-            file.unlink(missing_ok=True)
-        files.settle_all(path, data)
-        files.check(path)
-    else:
+    facts = {"engine": engine, **_facts(model, part), "shared_weights": len(shared)}
+    if options.quantize is None:
         files.write(model, path, data)
-    if task == "text-generation":
-        written = genai.genai_config(
-            loaded.model.config, _generation(folder), name, list(part.inputs), part.facts
-        )
-        write_small(request.folder / "genai_config.json", written)
-    budget = BUDGETS.get(options.quantize or "")
-    return Made(
-        graphs=(name,),
-        facts=facts,
-        parity=(Parity(name, request.plan, outputs=part.compared, budget=budget,
-                       cls=None if options.task is None else cls, derive=derive),),
-        notes=tuple(failures),
-    )  # fmt: skip
+        return facts
+    quantise.reachable(model)
+    plain = path.with_name("float.onnx")
+    files.write(model, plain, f"{plain.name}.data")
+    request.on_stage(f"quantising to {options.quantize}")
+    facts["quantized"] = quantise.quantise(plain, path, data, options)
+    for file in (plain, plain.with_name(f"{plain.name}.data")):
+        file.unlink(missing_ok=True)
+    files.settle_all(path, data)
+    files.check(path)
+    return facts
 
 
-def graph_name(options: GraphOptions) -> tuple[str, str]:
-    """Return the names of the graph, within the folder, and of the data file beside it.
+def graph_name(options: GraphOptions, graph: str = GRAPH) -> tuple[str, str]:
+    """Return the names of a graph, within the folder, and of the data file beside it.
 
     transformers.js finds a graph by its type's suffix in the sub-folder "onnx", and the data by
     "_data" behind the graph's name.
     """
     if options.layout == "hf":
-        return GRAPH, DATA
+        return graph, f"{graph}.data"
     suffix = {"int8": "_int8", "int4": "_q4"}.get(options.quantize or "", "")
     suffix = suffix or {"fp16": "_fp16", "bf16": "_bf16"}.get(options.dtype, "")
-    return f"onnx/model{suffix}.onnx", f"model{suffix}.onnx_data"
+    stem = graph.removesuffix(".onnx")
+    return f"onnx/{stem}{suffix}.onnx", f"{stem}{suffix}.onnx_data"
 
 
 def _generation(folder: Path) -> Mapping[str, Any]:

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from dora_export.onnx.model import GRAPH
+from dora_export.verification.script import output_name
 
 BATCH, LENGTH, PAST, TOTAL = (
     "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
 )  # fmt: skip
-SIZES = {BATCH: 2, LENGTH: 4, PAST: 5, TOTAL: 9, "encoder_sequence_length": 7,
+PATCHES = "packed_height_width"  # of an image, row by row
+SIZES = {PATCHES: 10, BATCH: 2, LENGTH: 4, PAST: 5, TOTAL: 9, "encoder_sequence_length": 7,
          "decoder_sequence_length": 3}  # fmt: skip
 Axes = Mapping[int, str]
 
@@ -133,7 +135,8 @@ def plain(
         results = tensors(model(**values, **extra))
         return [results[name] for name in names]
 
-    return Part(Flat(model, list(inputs), run, names), inputs, axes, names, compared=names)
+    outputs = [output_name(n, inputs) for n in names]
+    return Part(Flat(model, list(inputs), run, outputs), inputs, axes, outputs, compared=outputs)
 
 
 def cached(model: nn.Module, inputs: Mapping[str, Tensor], axes: Mapping[str, Axes]) -> Part:

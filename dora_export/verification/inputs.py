@@ -233,23 +233,48 @@ def _sound(config: Any, kind: str, make: torch.Generator) -> Tensor:
 
 def _diffusion(model: nn.Module, takes: set[str], make: torch.Generator) -> list[Batch]:
     """Return inputs of a diffusers UNet or transformer: noise, a time, and a text's states."""
+    long, short = LENGTHS
+    return [Batch("noise", _noise(model, takes, 3, short, make)),
+            Batch("noise for one image", _noise(model, takes, 1, long, make))]  # fmt: skip
+
+
+def _noise(
+    model: nn.Module, takes: set[str], rows: int, words: int, make: torch.Generator
+) -> dict[str, Tensor]:
     config: Any = model.config
-    main = "sample" if "sample" in takes else "hidden_states"
-    channels, side = config.get("in_channels"), config.get("sample_size")
-    if channels is None or side is None:
-        raise Unsupported(
-            type(model).__name__, "takes noise of a shape that its config leaves open"
-        )
-    height, width = (side, side) if isinstance(side, int) else side
-    values = {
-        main: torch.randn(2, channels, height, width, generator=make),
-        "timestep": torch.tensor([10, 500]),
-    }
+    channels = config.get("in_channels")
+    if channels is not None and "img_ids" in takes:
+        values = _packed(rows, channels, words, make)
+    else:
+        main = "sample" if "sample" in takes else "hidden_states"
+        side = config.get("sample_size")
+        if channels is None or side is None:
+            raise Unsupported(
+                type(model).__name__, "takes noise of a shape that its config leaves open"
+            )
+        height, width = (side, side) if isinstance(side, int) else side
+        values = {main: torch.randn(rows, channels, height, width, generator=make),
+                  "timestep": torch.tensor([10, 500, 250][:rows])}  # fmt: skip
     states = config.get("cross_attention_dim") or config.get("joint_attention_dim")
     states = config.get("caption_channels") or states
     if "encoder_hidden_states" in takes and isinstance(states, int):
-        values["encoder_hidden_states"] = torch.randn(2, LENGTHS[1], states, generator=make)
+        values["encoder_hidden_states"] = torch.randn(rows, words, states, generator=make)
     pooled = config.get("pooled_projection_dim")
     if "pooled_projections" in takes and isinstance(pooled, int):
-        values["pooled_projections"] = torch.randn(2, pooled, generator=make)
-    return [Batch("noise", values)]
+        values["pooled_projections"] = torch.randn(rows, pooled, generator=make)
+    if "guidance" in takes and config.get("guidance_embeds"):
+        values["guidance"] = torch.tensor([3.5, 1.0, 7.0][:rows])
+    return values
+
+
+def _packed(rows: int, channels: int, words: int, make: torch.Generator) -> dict[str, Tensor]:
+    """Return patches of noise with their places, and the places of a text, as Flux takes them."""
+    height, width = 3 + rows, 5
+    places = torch.zeros(height, width, 3)
+    places[..., 1], places[..., 2] = torch.arange(height)[:, None], torch.arange(width)
+    return {
+        "hidden_states": torch.randn(rows, height * width, channels, generator=make),
+        "timestep": torch.tensor([0.01, 0.5, 0.25][:rows]),  # of 1: the pipeline has divided it
+        "img_ids": places.reshape(-1, 3),
+        "txt_ids": torch.zeros(words, 3),
+    }

@@ -22,6 +22,7 @@ from dora_export.verification.unmerged import (
     DESCRIPTIONS,
     FAN_IN,
     LINEAR,
+    PRODUCTS,
     Call,
     Observer,
     Parts,
@@ -226,13 +227,10 @@ class UnmergedSlice(Tensor):
         if func is F.linear and given["weight"] is weight:
             y, bias = weight.run(LINEAR, given["input"]), given.get("bias")
             return y if bias is None else y + bias
-        if func in _PRODUCTS and given["weight"] is weight:
+        if func in PRODUCTS and given["weight"] is weight:
             return weight.run(FAN_IN, given["input"])
         name = getattr(func, "__name__", str(func))
         raise Unsupported(_name(weight.stack), f"the model uses an expert in torch's {name}()")
-
-
-_PRODUCTS = frozenset((torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__))
 
 
 @dataclass

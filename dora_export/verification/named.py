@@ -85,7 +85,8 @@ class NamedReference:
         elif "use_cache" in _arguments(model):
             options = {"use_cache": False}
         found = call(model, given, precision, **options)
-        result = {n: v for n, v in named(found).items() if not n.startswith("past_key_values")}
+        result = {script.output_name(n, given): v for n, v in named(found).items()
+                  if not n.startswith("past_key_values")}  # fmt: skip
         if self._cached:
             for position, pair in enumerate(_pairs(found)):
                 for part, tensor in zip(("key", "value"), pair, strict=True):

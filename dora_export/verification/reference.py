@@ -17,7 +17,7 @@ from dora_export.checkpoints.pipeline import variant_of
 from dora_export.errors import shown
 from dora_export.plan import Plan, Step
 from dora_export.tensors import DTYPES, DType, TensorRef
-from dora_export.verification import mixture, models
+from dora_export.verification import mixture, models, times
 from dora_export.verification.hypotheses import mistaken
 from dora_export.verification.inputs import Batch
 from dora_export.verification.measured import LoadFailure, Unsupported
@@ -115,7 +115,8 @@ class Reference:
             numbers: As ``numbers()`` returns them.
             cls: The library's class.
             fill: Values for parameters that the base does not store, by path; None: random ones.
-            noisy: Take the norms in ``dtype`` as well, as one does who computes in it.
+            noisy: Take the norms in ``dtype`` as well, as one does who computes in it, and times
+                as another implementation may round them.
 
         Raises:
             Unsupported: The base does not load, or a changed tensor is not found in it.
@@ -137,6 +138,8 @@ class Reference:
         self._swaps: list[tuple[str, Tensor, Tensor]] = []
         for step in steps:
             self._change(step, numbers)
+        if noisy:
+            times.round_up(self.model)
 
     @property
     def model(self) -> nn.Module:

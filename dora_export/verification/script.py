@@ -6,7 +6,7 @@ another on the cache that the side itself gave. Numbers go in and come out by na
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,6 +25,14 @@ DERIVED = ("attention_mask", "position_ids", "token_type_ids")
 
 Run = Callable[[Arrays], dict[str, NDArray[Any]]]
 Padding = Literal["any", "right", "none"]
+
+
+def output_name(name: str, inputs: Iterable[str]) -> str:
+    """Return the graph's name for a model's output: values of a graph have one name each.
+
+    Source: github.com/huggingface/optimum-onnx, "out_sample" of diffusers' UNets.
+    """
+    return f"out_{name}" if name in inputs else name
 
 
 @dataclass(frozen=True, eq=False)

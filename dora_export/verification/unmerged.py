@@ -491,12 +491,55 @@ class Unmerged(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         weight = next(a for a in (*args, *kwargs.values()) if isinstance(a, Unmerged))
-        call = _call(func, weight, args, kwargs)
-        result = call.run(weight.parts)
-        weight.uses += 1
-        if weight.observer is not None:
-            weight.observer(weight.parts, call, result)
+        if func in TRANSPOSITIONS and weight.ndim == 2:
+            return Transposed.of(weight)
+        return weight.run(_call(func, weight, args, kwargs))
+
+    def run(self, call: Call) -> Tensor:
+        """Return what a call gives with this weight, in activation form, and tell of it."""
+        result = call.run(self.parts)
+        self.uses += 1
+        if self.observer is not None:
+            self.observer(self.parts, call, result)
         return result
+
+
+class Transposed(Tensor):
+    """An ``Unmerged`` weight as its transpose: ``x @ W.T`` is ``linear(x, W)``.
+
+    Attributes:
+        weight: What it is the transpose of.
+    """
+
+    weight: Unmerged
+
+    @staticmethod
+    def of(weight: Unmerged) -> Transposed:
+        """Return the transpose of a matrix; it shares the base's memory."""
+        turned: Transposed = torch.Tensor._make_subclass(Transposed, weight.parts.base.T, False)
+        turned.weight = weight
+        return turned
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:  # the signature is torch's
+        """Compute a known use in activation form; refuse any other."""
+        kwargs = kwargs or {}
+        if func in DESCRIPTIONS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        turned = next(a for a in (*args, *kwargs.values()) if isinstance(a, Transposed))
+        weight = turned.weight
+        if func in TRANSPOSITIONS:
+            return weight
+        if func in PRODUCTS and args[1] is turned:
+            return weight.run(Call(LINEAR, args[0]))
+        if func is F.linear and args[1] is turned:
+            bias = args[2] if len(args) > 2 else kwargs.get("bias")
+            return weight.run(Call(FAN_IN, args[0], bias))
+        name = getattr(func, "__name__", str(func))
+        raise Unsupported(weight.parts.name, f"the model uses its transpose in torch's {name}()")
 
 
 # What a model may ask of a weight without computing with it.
@@ -511,6 +554,11 @@ DESCRIPTIONS = frozenset(
         *(Tensor.is_floating_point, Tensor.is_complex, Tensor.is_contiguous),
     ]
 )
+# Without arguments, and of matrices only; others choose their axes.
+TRANSPOSITIONS = frozenset(
+    (Tensor.T.__get__, Tensor.mT.__get__, Tensor.t, torch.t)  # type: ignore[attr-defined]
+)
+PRODUCTS = frozenset((torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__))
 
 
 @dataclass(frozen=True, eq=False)
@@ -550,6 +598,8 @@ def _call(func: Any, weight: Unmerged, args: Any, kwargs: Any) -> Call:
     Raises:
         Unsupported: It is none of the known uses.
     """
+    if func in PRODUCTS and len(args) == 2 and args[1] is weight:
+        return Call(FAN_IN, args[0])
     arguments = SIGNATURES.get(func)
     if arguments is None:
         name = getattr(func, "__name__", str(func))
