@@ -14,6 +14,9 @@ from safetensors.torch import load_file, save_file
 import dora_export
 from dora_export import engine, fused, worker
 from dora_export.arithmetic_torch import TorchArithmetic
+from dora_export.checkpoints import open_checkpoint
+from dora_export.pieces import ColumnSquares, cut
+from dora_export.plan import Settings, plan_merge
 from tests import oracle
 
 RANK, ALPHA = 6, 9.0
@@ -96,6 +99,20 @@ def test_bytes_do_not_depend_on_threads_or_blocks(case, tmp_path, options, preci
     dora_export.merge(*paths, tmp_path / "other", precision=precision, **options)
     assert digest(tmp_path / "one") == digest(tmp_path / "other")
     assert digest(tmp_path / "one") != digest(folder / "base")
+
+
+def test_partial_sums_of_norms_do_not_depend_on_blocks(case):
+    """They are float64: sums of other parts would differ far below what the bytes above show."""
+    folder, _ = case
+    base, adapter = open_checkpoint(folder / "base"), dora_export.load_adapter(folder / "adapter")
+    plan = plan_merge(base, adapter, Settings())
+
+    def sums(block_bytes):
+        pieces = [p for batch in cut(plan, 1 << 15, block_bytes) for p in batch]
+        return [(p.first_row, p.last_row) for p in pieces if isinstance(p, ColumnSquares)]
+
+    assert len(sums(1)) > 2
+    assert sums(1) == sums(300_000) == sums(64 << 20)
 
 
 def test_merged_tensors_are_within_one_ulp_and_the_rest_is_untouched(case, tmp_path):

@@ -100,6 +100,20 @@ def test_a_graph_that_counts_tokens_is_compared_without_padding(tmp_path):
     assert any("padding on the right only" in n for n in report.notes)
 
 
+def test_an_axis_that_is_open_in_name_only_is_found(tmp_path):
+    model = onnx.load(FIXTURES / "llama/graphs/slim/model.onnx")
+    for node in model.graph.node:
+        for i, name in enumerate(node.input):
+            node.input[i] = "two_at_once" if name == "input_ids" else name
+    model.graph.initializer.append(numpy_helper.from_array(np.array([2, -1]), "two"))
+    inputs = ["input_ids", "two"]
+    model.graph.node.insert(0, onnx.helper.make_node("Reshape", inputs, ["two_at_once"]))
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(DoraExportError, match="takes any number of sequences; it takes 2 and not"):
+        export("llama", tmp_path / "model.onnx", tmp_path / "out", verify=True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_graph_with_names_of_its_own_is_not_run_and_says_so(tmp_path):
     graph = FIXTURES / "llama/graphs/transformers/model.onnx"
     report = export("llama", graph, tmp_path / "out", verify=True)

@@ -302,6 +302,10 @@ FINDINGS: tuple[Meaning, ...] = (
             "The base without the adapter would pass as well: the tolerance is larger than all "
             "that the adapter changes.",
             "State a smaller budget, or verify the graph before it was quantised."),
+    Meaning("graph-fixed", "onnx", "wrong", "the graph takes fewer shapes than it says",
+            "It says that it takes any number of sequences, and fails with other numbers than the "
+            "one it was traced with.",
+            "Export it again with an open batch axis, or say in the graph that it is fixed."),
     Meaning("graph-unsupported", "onnx", "unchecked", "the graph could not be run",
             "onnxruntime does not run it, or the reference model cannot be run.",
             "See the message."),

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dora_export.errors import shown
-from dora_export.tensors import DType, TensorRef
+from dora_export.tensors import DTYPES, DType, TensorRef
+from dora_export.verification import coarse
 from dora_export.verification.exact import Exact, Floats, Part, read_columns, read_rows, rounded
 
 LINES = 24  # rows or columns that mistakes are tried on
@@ -23,6 +24,8 @@ LINES = 24  # rows or columns that mistakes are tried on
 # that only leans its way leaves more.
 EXPLAINS = 0.1
 ALL_BUT_ROUNDING = 1e-3  # the same for lengths of lines, which rounding of factors changes too
+LEANING_ELEMENTS = 1 << 17  # at least a few lines; enough to see a thousandth of a part
+NEARER = 0.5  # share of the squared distance
 SWAP_LINES = 4  # lines that mix-ups are tried on
 MOST_OTHERS = 512  # tensors of the same shape that are tried for a mix-up
 SAME_LINE = 0.05  # distance of two lines that count as one, relative to their length
@@ -36,6 +39,7 @@ class Sample:
         lines: Which lines.
         base: W, shape (lines, length).
         product: ``s B A``, or None.
+        coarse_product: The same of A and B rounded to a coarser type, where one was asked for.
         magnitude: m of each line, or None.
         exact: W'.
         merged: What is stored.
@@ -57,11 +61,19 @@ class Sample:
     rank: int
     strength: float
     simple: bool
+    coarse_product: Floats | None = field(default=None, repr=False)
 
     def distance(self, values: Floats) -> float:
         """Return the squared distance of the stored lines from a result, rounded as stored."""
         gap = self.merged - rounded(np.ascontiguousarray(values), self.dtype)
         return float(np.square(gap).sum())
+
+    @property
+    def terms(self) -> coarse.Terms:
+        """What the right lines are made of."""
+        formula = self.simple and self.strength == 1.0
+        return coarse.Terms(self.base, self.product, self.coarse_product, self.magnitude,
+                            self.scaling or 1.0, self.exact, formula)  # fmt: skip
 
     def at_strength(self, values: Floats) -> Floats:
         """Return ``W + strength * (values - W)``."""
@@ -97,8 +109,18 @@ class Candidate(NamedTuple):
 Others = Callable[[], Iterable[tuple[str, Exact]]]
 
 
-def take(exact: Exact, ref: TensorRef, lines: NDArray[np.int64]) -> Sample:
-    """Return some lines of a region; for norms down columns, a line is a group of columns."""
+def take(
+    exact: Exact, ref: TensorRef, lines: NDArray[np.int64], arithmetic: str | None = None
+) -> Sample:
+    """Return some lines of a region; for norms down columns, a line is a group of columns.
+
+    Args:
+        exact: The region's exact result.
+        ref: What is stored.
+        lines: Which lines.
+        arithmetic: Type to round A and B to for ``coarse_product``, or None.
+    """
+    coarser = _with_operands_in(exact, arithmetic) if arithmetic is not None else None
     simple = (
         bool(exact.parts)
         and all(p.change.kind in ("lora", "dora", "magnitude") for p in exact.parts)
@@ -112,15 +134,32 @@ def take(exact: Exact, ref: TensorRef, lines: NDArray[np.int64]) -> Sample:
         columns = (lines[:, None] * group + np.arange(group)).ravel()
         base, values = exact.columns(columns)
         product = exact.product(slice(None), columns)
+        rough = coarser.product(slice(None), columns) if coarser is not None else None
         merged = read_columns(ref, exact.region, columns)
         base, values, merged = (_as_lines(a, group) for a in (base, values, merged))
         product = None if product is None else _as_lines(product, group)
+        rough = None if rough is None else _as_lines(rough, group)
     else:
         base, values = exact.rows(lines)
         product = exact.product(lines, slice(None))
+        rough = coarser.product(lines, slice(None)) if coarser is not None else None
         merged = read_rows(ref, exact.region, lines)
-    return Sample(lines, base, product, magnitude, values, merged, ref.dtype,
-                  first.change.scaling, exact.rank, exact.settings.strength, simple)  # fmt: skip
+    return Sample(lines, base, product, magnitude, values, merged, ref.dtype, first.change.scaling,
+                  exact.rank, exact.settings.strength, simple, rough)  # fmt: skip
+
+
+def _with_operands_in(exact: Exact, dtype: str) -> Exact:
+    """Return a region with A and B rounded to a type; the first operand holds the scaling."""
+
+    def coarser(part: Part) -> Part:
+        s = part.change.scaling or 1.0
+        factors = tuple(
+            rounded(f if i else f / s, DTYPES[dtype]) * (1.0 if i else s)
+            for i, f in enumerate(part.factors)
+        )
+        return replace(part, factors=factors)
+
+    return replace(exact, parts=tuple(coarser(p) for p in exact.parts))
 
 
 def _as_lines(columns: Floats, group: int) -> Floats:
@@ -146,27 +185,67 @@ def diagnose(exact: Exact, ref: TensorRef, lines: NDArray[np.int64], others: Oth
     )
 
 
-def known_mistake(
-    exact: Exact, ref: TensorRef, lines: NDArray[np.int64], others: Others
+def hidden_mistake(
+    exact: Exact, ref: TensorRef, lines: NDArray[np.int64], others: Others, arithmetic: str
 ) -> Diagnosis | None:
-    """Return the mistake that explains lines which could pass for rounding, or None."""
-    sample = take(exact, ref, lines[:LINES])
-    return (
-        _nearest(sample, [*_formulas(sample), *_combinations(exact, lines[:LINES])])
-        or _mixed_up(exact, ref, lines, others)
-        or _nearest(sample, _lengths(sample), ALL_BUT_ROUNDING)
-    )
+    """Return what is wrong with lines that could pass for rounding of an arithmetic, or None.
+
+    Args:
+        exact: The region's exact result.
+        ref: What is stored.
+        lines: Lines compared.
+        others: Exact results of other regions of the same shape, by name, for mix-ups.
+        arithmetic: Type whose rounding they could pass for, "F16" or "BF16".
+    """
+    few = pick(lines)
+    sample = take(exact, ref, few, arithmetic)
+    known = _nearest(
+        sample, [*_formulas(sample), *_combinations(exact, few)], arithmetic=arithmetic
+    ) or _mixed_up(exact, ref, few, others, arithmetic)
+    if known is not None:
+        return known
+    length = exact.region.rows if exact.by_column else exact.region.columns
+    several = pick(lines, max(LINES, LEANING_ELEMENTS // max(1, length)))
+    many = take(exact, ref, several, arithmetic)
+    leaning = coarse.leaning(many.terms, many.merged, arithmetic, ref.dtype.name)
+    if leaning is None:
+        return None
+    found = diagnose(exact, ref, few, others)
+    return Diagnosis(found.code, f"{found.what}; {leaning}, which rounding to {arithmetic} is not")
+
+
+def in_coarse_arithmetic(exact: Exact, ref: TensorRef, lines: NDArray[np.int64]) -> bool:
+    """Whether lines are far nearer to the right result rounded step by step as they are stored."""
+    arithmetic = ref.dtype.name
+    sample = take(exact, ref, pick(lines), arithmetic)
+    near = coarse.nearest(sample.terms, sample.merged, arithmetic, arithmetic)[1]
+    return near < NEARER * sample.distance(sample.exact)
 
 
 def _nearest(
-    sample: Sample, candidates: Iterable[Candidate], explains: float = EXPLAINS
+    sample: Sample,
+    candidates: Iterable[Candidate],
+    explains: float = EXPLAINS,
+    arithmetic: str | None = None,
 ) -> Diagnosis | None:
-    best, limit = None, explains * sample.distance(sample.exact)
+    limit = sample.distance(sample.exact)
+    if arithmetic is not None:
+        dtype = sample.dtype.name
+        limit = min(limit, coarse.nearest(sample.terms, sample.merged, arithmetic, dtype)[1])
+    best, limit = None, explains * limit
     for candidate in candidates:
+        if arithmetic is not None and not _told_apart(sample, candidate, arithmetic):
+            continue
         distance = sample.distance(candidate.values)
         if np.isfinite(distance) and distance < limit:
             best, limit = Diagnosis(candidate.code, candidate.what), distance
     return best
+
+
+def _told_apart(sample: Sample, candidate: Candidate, arithmetic: str) -> bool:
+    """Whether a mistake changes the lines by more than one rounding of their elements does."""
+    change = float(np.linalg.norm(candidate.values - sample.exact))
+    return change > coarse.ROUNDOFF[arithmetic] * float(np.linalg.norm(sample.exact))
 
 
 def _formulas(sample: Sample) -> Iterator[Candidate]:
@@ -301,11 +380,17 @@ def _lengths(sample: Sample) -> Iterator[Candidate]:
 
 
 def _mixed_up(
-    exact: Exact, ref: TensorRef, lines: NDArray[np.int64], others: Others
+    exact: Exact,
+    ref: TensorRef,
+    lines: NDArray[np.int64],
+    others: Others,
+    arithmetic: str | None = None,
 ) -> Diagnosis | None:
     """Return which other tensor's values, update or magnitudes are in here, or None."""
-    sample = take(exact, ref, pick(lines, SWAP_LINES))
-    return _nearest(sample, _swaps(sample, exact, others)) if sample.simple else None
+    sample = take(exact, ref, pick(lines, SWAP_LINES), arithmetic)
+    if not sample.simple:
+        return None
+    return _nearest(sample, _swaps(sample, exact, others), arithmetic=arithmetic)
 
 
 def _swaps(sample: Sample, exact: Exact, others: Others) -> Iterator[Candidate]:

@@ -46,6 +46,7 @@ ROUNDOFF = {"F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
 # Roundings of one merged element: product, scaling, sum, norm, division, two factors, storage.
 ROUNDINGS = 8
 FEW_ROUNDINGS = 4  # what a line's worst element usually has; float16 and bfloat16 are 8 apart
+FEW_EXCESS = 2  # where most lines are exact: a sum, and the two roundings of a factor
 ALIKE = 4  # lines of one tensor whose worst errors differ by less are of one kind
 NEARLY_ALL = 1e-3  # share of elements of an exact merge that need not be correctly rounded
 ODD_ELEMENTS = 3  # of a small tensor, likewise
@@ -431,13 +432,36 @@ def _judge(
         return None, [Finding(found.code, place, found.what)]
     if arithmetic != "F32":
         # Within rounding on the whole, but a small mistake could hide in it.
-        near = diagnose.known_mistake(exact, ref, diagnose.pick(measured.lines), others)
-        if near is not None:
-            return None, [Finding(near.code, place, near.what)]
+        hidden = diagnose.hidden_mistake(exact, ref, measured.lines, others, arithmetic)
+        if hidden is not None:
+            return None, [Finding(hidden.code, place, hidden.what)]
+    elif _is_coarse(exact, ref, measured, others):
+        arithmetic = ref.dtype.name
     odd = measured.lines[measured.excess > max(limit * ROUNDOFF[arithmetic], ALIKE * usual)]
     if len(odd):
         return None, [_odd_lines(exact, ref, measured, place, odd, others)]
     return ("" if _is_exact(measured) else arithmetic), []
+
+
+def _is_coarse(
+    exact: Exact, ref: TensorRef, measured: Measurement, others: diagnose.Others
+) -> bool:
+    """Whether lines that stand out from exact ones do so as 16-bit arithmetic lets them.
+
+    Where an update is small, few elements tell what it was added in.
+    """
+    name = ref.dtype.name
+    odd = measured.lines[
+        measured.excess > (ROUNDINGS + 2 * math.sqrt(exact.rank)) * ROUNDOFF["F32"]
+    ]
+    return bool(
+        len(odd)
+        and name in ("F16", "BF16")
+        and measured.excess.max() <= FEW_EXCESS * ROUNDOFF[name]
+        and diagnose.in_coarse_arithmetic(exact, ref, odd)
+        and diagnose.hidden_mistake(exact, ref, odd, others, name) is None
+        and diagnose.hidden_mistake(exact, ref, measured.lines, others, name) is None
+    )
 
 
 def _arithmetic(usual: float, limit: float, stored: DType) -> str | None:

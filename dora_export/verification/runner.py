@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Arrays = Mapping[str, NDArray[Any]]
 
 # Operators that compute with rounded integers, beside those with "Quant" or "QLinear" in the name.
+MOST_SEQUENCES = 4  # that a graph that fails is tried with
 QUANTISED = ("MatMulNBits", "MatMulInteger", "ConvInteger", "QMoE")
 NUMPY_TYPES = {
     "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64,
@@ -127,17 +128,39 @@ class OnnxRuntime:
         """Coarsest floating-point type of its weights; None: it is quantised."""
         return self._precision
 
+    def _fewer(self, values: Arrays) -> tuple[int, int] | None:
+        """Return a number of sequences that the graph takes, and how many there are, or None."""
+        open_ones = {n for n in values if self._inputs[n].shape[:1] == (None,)}
+        counts = {values[n].shape[0] for n in open_ones}
+        if len(counts) != 1:
+            return None
+        (count,) = counts
+        for fewer in range(1, min(count, MOST_SEQUENCES + 1)):
+            some = {n: v[:fewer] if n in open_ones else v for n, v in values.items()}
+            try:
+                self._session.run(self._outputs, some, self._options)
+            except Exception as error:
+                del error  # of this one: the first failure is told
+                continue
+            return fewer, count
+        return None
+
     def run(self, values: Arrays) -> dict[str, NDArray[Any]]:
         """Return all outputs by name.
 
         Raises:
-            GraphUnusable: onnxruntime fails.
+            GraphUnusable: onnxruntime fails; or only with so many sequences, although the graph
+                says that it takes any number.
         """
         try:
             found = self._session.run(self._outputs, dict(values), self._options)
         except Exception as error:
             shapes = {name: v.shape for name, v in values.items()}
             why = f"onnxruntime fails on {shapes}: {shown(error, 300)}"
+            if (fixed := self._fewer(values)) is not None:
+                taken, of = fixed
+                what = f"says that it takes any number of sequences; it takes {taken} and not {of}"
+                raise GraphUnusable("graph-fixed", f"{what}: {why}") from error
             raise GraphUnusable("graph-unsupported", why) from error
         return dict(zip(self._outputs, found, strict=True))
 

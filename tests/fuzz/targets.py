@@ -153,7 +153,7 @@ def verify(folder):
 def interrupted(folder):
     """Leave staged work of a merge that ended in the middle, beside its inputs."""
 
-    def stop(*_):
+    def stop(*_, **_options):
         raise KeyboardInterrupt
 
     small.write_pair(folder)

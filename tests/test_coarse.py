@@ -1,0 +1,163 @@
+"""Right merges in bfloat16 arithmetic pass, whatever their order; faults of its size do not."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.pairs import LINEARS, SCALING, Pair, Q
+from tests.small import PREFIX
+from tests.test_oracle import run
+
+BF16 = torch.bfloat16
+
+
+class Small(Pair):
+    """A pair whose update and change of magnitudes are smaller by a factor."""
+
+    def __init__(self, folder, dtype, dora, size, adapter_dtype=torch.float32):
+        super().__init__(folder, dtype, dora)
+        for key, tensor in self.adapter.items():
+            if key.endswith("lora_B.weight"):
+                tensor *= size
+            elif key.endswith("magnitude_vector"):
+                name = key.removeprefix(PREFIX).removesuffix(".lora_magnitude_vector")
+                norm = self.base[f"{name}.weight"].float().norm(dim=1)
+                tensor += (1 - size) * (norm - tensor)
+        self.adapter = {n: t.to(adapter_dtype) for n, t in self.adapter.items()}
+        save_file(self.adapter, folder / "adapter" / "adapter_model.safetensors")
+
+    def store(self, values):
+        """Write merged values of all layers, rounded as the base is stored, and check them."""
+        dtype = self.base[f"{Q}.weight"].dtype
+        held = {f"{n}.weight": torch.as_tensor(v).to(dtype) for n, v in values.items()}
+        save_file({**self.base, **held}, self.merged / "model.safetensors", {"format": "pt"})
+
+    def tensors(self, name):
+        """W, A, B, m (or None) as stored."""
+        A, B, m = (self.adapter.get(f"{PREFIX}{name}.{p}") for p in
+                   ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector"))  # fmt: skip
+        return self.base[f"{name}.weight"], A, B, m
+
+
+def throughout(W, A, B, m):
+    """As PEFT merges a model and an adapter in bfloat16."""
+    W, A, B = W.to(BF16), A.to(BF16), B.to(BF16)
+    V = W + (B @ A) * SCALING
+    if m is None:
+        return V
+    return (m.to(BF16) / torch.linalg.norm(V, dim=1)).view(-1, 1) * V
+
+
+def factor_last(W, A, B, m):
+    """The base and the update scaled apart, then added."""
+    W, A, B = W.to(BF16), A.to(BF16), B.to(BF16)
+    P = SCALING * (B @ A)
+    if m is None:
+        return W + P
+    f = (m.to(BF16) / (W + P).norm(dim=1))[:, None]
+    return f * W + f * P
+
+
+def by_hand(W, A, B, m):
+    """The norm from squares in bfloat16; multiplied before it is divided."""
+    V = W.to(BF16) + SCALING * (B.to(BF16) @ A.to(BF16))
+    if m is None:
+        return V
+    return m.to(BF16)[:, None] * V / (V * V).sum(dim=1, keepdim=True).sqrt()
+
+
+def norm_only(W, A, B, m):
+    """float32 but for the norm."""
+    V = W.float() + SCALING * (B.float() @ A.float())
+    return V if m is None else V * (m.float() / V.norm(dim=1).to(BF16).float())[:, None]
+
+
+def norm_and_magnitude(W, A, B, m):
+    V = W.float() + SCALING * (B.float() @ A.float())
+    return V if m is None else V * (m.to(BF16) / V.norm(dim=1).to(BF16)).float()[:, None]
+
+
+def product_only(W, A, B, m):
+    """float32 but for B A, as where the adapter is run in bfloat16."""
+    V = W.float() + SCALING * (B.to(BF16) @ A.to(BF16)).float()
+    return V if m is None else V * (m.float() / V.norm(dim=1))[:, None]
+
+
+ARITHMETIC = [throughout, factor_last, by_hand, norm_only, norm_and_magnitude, product_only]
+
+
+def rest(*cases):
+    """Cases for the nightly run."""
+    return [pytest.param(*case, marks=pytest.mark.nightly) for case in cases]
+
+
+@pytest.mark.parametrize(
+    ("adapter_dtype", "size", "dora"),
+    [
+        (torch.float32, 1.0, True),
+        (BF16, 0.01, True),
+        *rest(
+            (BF16, 0.01, False),
+            (BF16, 1.0, True),
+            (torch.float32, 0.01, True),
+            (torch.float32, 1.0, False),
+        ),
+    ],
+)
+def test_right_merges_in_bfloat16_are_right(tmp_path, dora, size, adapter_dtype):
+    pair = Small(tmp_path, BF16, dora, size, adapter_dtype)
+    # a small update whose product alone is rounded can look like an exact merge with odd rows
+    for compute in ARITHMETIC[: None if size == 1.0 else -1]:
+        pair.store({n: compute(*pair.tensors(n)) for n in LINEARS})
+        for level in ("fast", "full"):
+            _, findings = run(tmp_path / "base", tmp_path / "adapter", pair.merged, level)
+            wrong = [(f.code, f.where, f.what) for f in findings if f.severity == "wrong"]
+            assert wrong == [], (compute.__name__, level)
+
+
+def all_of(factor):
+    return lambda right, _base: right * factor
+
+
+def update(factor):
+    return lambda right, base: base + factor * (right - base)
+
+
+FAULTS = {
+    **{f"all times {f}": all_of(f) for f in (1.01, 0.99, 1.03, 1.05)},
+    **{f"update times {f}": update(f) for f in (1.03, 0.97, 1.05, 1.1)},
+    "lines up to 2 % longer and shorter": lambda right, _base: (
+        right * (1 + 0.02 * torch.cos(1.7 * torch.arange(len(right)))[:, None])
+    ),
+    "columns up to 3 % larger and smaller": lambda right, _base: (
+        right * (1 + 0.03 * torch.cos(1.7 * torch.arange(right.shape[1])))
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("compute", "dora", "level"),
+    [
+        (norm_only, True, "full"),
+        (throughout, True, "fast"),
+        *rest(
+            (throughout, False, "full"),
+            (norm_only, True, "fast"),
+            (throughout, True, "full"),
+            (throughout, False, "fast"),
+        ),
+    ],
+)
+def test_small_faults_of_whole_tensors_are_no_rounding(tmp_path, compute, dora, level):
+    """Planted in merges computed in float32 (but for DoRA's norm) and in bfloat16."""
+    pair = Small(tmp_path, BF16, dora, 1.0)
+    right = {n: compute(*pair.tensors(n)).double() for n in LINEARS}
+    missed = []
+    for fault, wrong in FAULTS.items():
+        if level == "fast" and fault in ("all times 1.01", "all times 0.99"):
+            continue  # 16 lines do not always tell
+        planted = {n: wrong(v, pair.base[f"{n}.weight"].double()) for n, v in right.items()}
+        pair.store(planted)
+        tensors, _ = run(tmp_path / "base", tmp_path / "adapter", pair.merged, level)
+        missed += [(fault, n) for n, t in tensors.items() if t.status != "wrong"]
+    assert missed == []
