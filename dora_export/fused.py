@@ -21,13 +21,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dora_export import refine
+from dora_export.errors import MachineError
 from dora_export.tensors import Bytes
 
 Mode = Literal["none", "norm", "given"]
 MODES: dict[Mode, int] = {"none": 0, "norm": 1, "given": 2}
 PANEL = 16  # columns that lie together in a packed factor
 WIDE_PANEL = 8  # the same of float64
-NAME = "merge_rows 1, merge_wide 1"  # changes with the bytes it writes
+NAME = "merge_rows 1, merge_wide 1"  # as in kernel/module.c; changes with the bytes it writes
 SWITCH = "DORA_EXPORT_KERNEL"
 
 
@@ -106,6 +107,11 @@ def _module() -> Any:
     if find_spec("dora_export._kernel") is None:
         return None
     module = import_module("dora_export._kernel")
+    if getattr(module, "name", None) != NAME:
+        raise MachineError(
+            f"{module.__file__}: built from other sources than this version's. Install the "
+            f"package again (pip install .), or set {SWITCH}=numpy to do without it."
+        )
     return module if module.usable else None
 
 

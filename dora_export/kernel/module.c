@@ -278,7 +278,9 @@ static PyMethodDef methods[] = {{"pack", pack, METH_VARARGS, pack_doc},
 #endif
                                 {NULL, NULL, 0, NULL}};
 
+/* As fused.NAME: a build that lies beside newer sources must not be taken for one of them. */
 static int fill(PyObject *module) {
+  if (PyModule_AddStringConstant(module, "name", "merge_rows 1, merge_wide 1")) return -1;
   return PyModule_AddObject(module, "usable", PyBool_FromLong(usable()));
 }
 
