@@ -58,8 +58,15 @@ def of_graph(path: Path, threads: int) -> Turn:
         return {n: values[n].astype(types[slot.type]) for n, slot in slots.items()}
 
     def empty() -> dict[str, Any]:
-        return {n: np.zeros((1, slot.shape[1], 0, slot.shape[3]), np.float32)
+        return {n: np.zeros((1, slot.shape[1], 0, width(slot.shape[3])), np.float32)
                 for n, slot in slots.items() if n.startswith("past")}  # fmt: skip
+
+    def width(stated: int | str) -> int:
+        if isinstance(stated, int):
+            return stated
+        # The builder's graphs have a name there.
+        config = json.loads((path.parent / "genai_config.json").read_text())
+        return int(config["model"]["decoder"]["head_size"])
 
     def turn() -> tuple[float, float]:
         ids = np.arange(100, 100 + PROMPT)[None]
