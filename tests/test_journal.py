@@ -58,7 +58,7 @@ def interrupted(at, monkeypatch):
     """Leave staged work of a merge that ended in the middle."""
     small.write_pair(at)
 
-    def stop(*_):
+    def stop(*_, **__):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:

@@ -48,6 +48,7 @@ class Sample:
         rank: Rank of the product, 0 without one.
         strength: The user's.
         simple: The change is one LoRA, DoRA or magnitude update, so that formulas are known.
+        factor: ``m / ||W + s B A||`` of each row, where the adapter stores that; not ``simple``.
     """
 
     lines: NDArray[np.int64]
@@ -62,6 +63,7 @@ class Sample:
     strength: float
     simple: bool
     coarse_product: Floats | None = field(default=None, repr=False)
+    factor: Floats | None = field(default=None, repr=False)
 
     def distance(self, values: Floats) -> float:
         """Return the squared distance of the stored lines from a result, rounded as stored."""
@@ -71,8 +73,12 @@ class Sample:
     @property
     def terms(self) -> coarse.Terms:
         """What the right lines are made of."""
-        formula = self.simple and self.strength == 1.0
-        return coarse.Terms(self.base, self.product, self.coarse_product, self.magnitude,
+        magnitude = self.magnitude
+        if self.factor is not None:
+            v = self.base if self.product is None else self.base + self.product
+            magnitude = self.factor * np.sqrt(np.einsum("ij,ij->i", v, v))
+        formula = (self.simple or self.factor is not None) and self.strength == 1.0
+        return coarse.Terms(self.base, self.product, self.coarse_product, magnitude,
                             self.scaling or 1.0, self.exact, formula)  # fmt: skip
 
     def at_strength(self, values: Floats) -> Floats:
@@ -127,6 +133,9 @@ def take(
         and (len(exact.parts) == 1 or all(p.change.kind == "lora" for p in exact.parts))
     )
     first = exact.parts[0]
+    is_factor = simple and first.change.magnitude_is_factor and first.change.over == "row"
+    is_factor = is_factor and not _several(exact)
+    factor = first.magnitude[lines] if is_factor and first.magnitude is not None else None
     simple = simple and not first.change.magnitude_is_factor and not _several(exact)
     magnitude = first.magnitude[lines] if simple and first.magnitude is not None else None
     if exact.by_column:
@@ -145,7 +154,7 @@ def take(
         rough = coarser.product(lines, slice(None)) if coarser is not None else None
         merged = read_rows(ref, exact.region, lines)
     return Sample(lines, base, product, magnitude, values, merged, ref.dtype, first.change.scaling,
-                  exact.rank, exact.settings.strength, simple, rough)  # fmt: skip
+                  exact.rank, exact.settings.strength, simple, rough, factor)  # fmt: skip
 
 
 def _with_operands_in(exact: Exact, dtype: str) -> Exact:
