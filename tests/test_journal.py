@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import dora_export
-from dora_export import limits
+from dora_export import api, limits
 from dora_export.writers import journal
 from dora_export.writers.journal import FORMAT, FORMAT_LABEL, decode, encode
 from dora_export.writers.staging import MARK
@@ -62,7 +62,7 @@ def interrupted(at, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(dora_export.api, "write_small", stop)
+        patched.setattr(api, "write_small", stop)
         with pytest.raises(KeyboardInterrupt):
             dora_export.merge(at / "base", at / "adapter", at / "out")
     return at / PARTIAL
