@@ -95,8 +95,8 @@ def rest(*cases):
     ("adapter_dtype", "size", "dora"),
     [
         (torch.float32, 1.0, True),
-        (BF16, 0.01, True),
         *rest(
+            (BF16, 0.01, True),
             (BF16, 0.01, False),
             (BF16, 1.0, True),
             (torch.float32, 0.01, True),
@@ -138,9 +138,9 @@ FAULTS = {
 @pytest.mark.parametrize(
     ("compute", "dora", "level"),
     [
-        (norm_only, True, "full"),
         (throughout, True, "fast"),
         *rest(
+            (norm_only, True, "full"),
             (throughout, False, "full"),
             (norm_only, True, "fast"),
             (throughout, True, "full"),

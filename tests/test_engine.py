@@ -88,8 +88,9 @@ def case(tmp_path_factory):
 
 @pytest.mark.usefixtures("either_kernel")
 @pytest.mark.parametrize("options", [
-    {"threads": 2}, {"threads": 5}, {"block_bytes": 1}, {"block_bytes": 300_000},
-    {"block_bytes": 64 << 20}, {"threads": 3, "block_bytes": 777_777},
+    {"threads": 2}, {"block_bytes": 1}, {"threads": 3, "block_bytes": 777_777},
+    *(pytest.param(o, marks=pytest.mark.nightly)
+      for o in ({"threads": 5}, {"block_bytes": 300_000}, {"block_bytes": 64 << 20})),
 ])  # fmt: skip
 @pytest.mark.parametrize("precision", ["float32", "float64"])
 def test_bytes_do_not_depend_on_threads_or_blocks(case, tmp_path, options, precision):

@@ -188,7 +188,7 @@ ALL_CALLS = {"open": 3, "mkdir": 1, "pwrite": 5, "fsync": 7, "rename": 1}  # at 
 CODES = [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS]
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("threads", [pytest.param(1, marks=pytest.mark.nightly), 3])
 @pytest.mark.parametrize("name", ALL_CALLS)
 def test_fault_in_any_call_that_writes_is_one_clear_refusal(at, monkeypatch, name, threads):
     calls = Calls(monkeypatch, os, name, below(at))
@@ -855,7 +855,10 @@ def test_thread_that_cannot_be_started_stops_those_that_were(at, monkeypatch, nu
     assert "Pass --threads 1" in refusal
 
 
-@pytest.mark.parametrize("megabytes", [48, 120, 200, 260, 320, 400, 480])
+@pytest.mark.parametrize(
+    "megabytes",
+    [48, 260, 400, *(pytest.param(n, marks=pytest.mark.nightly) for n in (120, 200, 320, 480))],
+)
 def test_too_little_address_space_is_one_clear_refusal(at, megabytes):
     """Some of these are too little for Python's libraries, some for the buffers of the run."""
     before = small.entries(at)

@@ -591,6 +591,7 @@ def test_adapters_of_a_real_model_are_held_against_its_unmerged_forward(llama, t
     assert len([t for t in report.verified.tiers if t.tier == "onnx"]) == 3  # base, one, two
 
 
+@pytest.mark.nightly
 def test_the_base_is_traced_where_no_graph_is_given(llama, tmp_path):
     report = dora_export.export_onnx(llama / "base", llama / "two", tmp_path / "out",
                                      adapters=True)  # fmt: skip

@@ -8,7 +8,7 @@ from tools import onnx_table
 
 # Reasons stand beside the entries.
 pytestmark = [pytest.mark.filterwarnings(w) for w in WARNINGS]
-ALWAYS = ("vit", "resnet", "clip, text")  # a few seconds each; decoders and encoders: other tests
+ALWAYS = ("vit",)  # a few seconds; decoders and encoders: other tests
 
 
 def check(name):
