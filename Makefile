@@ -1,7 +1,7 @@
 # make demo   merge the small model inside the package and let it write
 # make test   format, lint, types and tests
 # make nightly  the tests that take long: traced graphs of real models, kills, forged files, more cases
-# make crash  a few hundred kills of a running merge (about 5 minutes)
+# make crash  a few hundred kills of a running merge (about 7 minutes)
 # make fuzz   damaged and forged files for every reader (20 minutes; MINUTES=5 for less)
 # make bench  the speed and memory table of the README (about 15 minutes, 12 GB of disk)
 # Each makes .venv if it is missing and installs what it needs; PYTHON is all that must be there.
