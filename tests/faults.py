@@ -126,7 +126,10 @@ def mounting(*, loop=False):
     elif works("unshare", "--map-root-user", "--mount", "true"):
         words = ["unshare", "--map-root-user", "--mount"]
     else:
+        # A container may forbid mounting to all users. The same errors are injected by Calls and
+        # RLIMIT_FSIZE in tests that run everywhere.
         pytest.skip("this machine gives no mount namespaces; the injected faults stand for these")
+    # A loop device needs root and mkfs.ext4; tmpfs and the injected faults need neither.
     if loop and not (os.access("/dev/loop-control", os.W_OK) and shutil.which("mkfs.ext4")):
         pytest.skip("no loop devices or no mkfs.ext4 here; the injected faults stand for these")
     return words
@@ -138,6 +141,7 @@ def bound_by_permissions():
         return []
     words = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
     if not works(*words, "true"):
+        # Root without a way to give up its capabilities can be denied nothing.
         pytest.skip("this runs as root, whom permission bits do not bind, and setpriv is missing")
     return words
 

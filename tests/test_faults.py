@@ -822,6 +822,8 @@ AS_SOMEBODY = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-gro
 @pytest.mark.parametrize(("limit", "threads"), [(1, 1), (2, 4)])
 def test_limit_on_threads_is_one_clear_refusal(at, limit, threads):
     if os.geteuid() != 0 or not faults.works(*AS_SOMEBODY, "true"):
+        # RLIMIT_NPROC counts what the user runs already, and does not bind root: only root can
+        # become a user who runs nothing. The next test injects the failure for everybody.
         pytest.skip("the limit counts all of a user's processes: needs a user with none (root)")
     before = small.entries(at)
     result = faults.command(

@@ -283,6 +283,7 @@ def with_shard(at, name):
 def test_shard_of_a_name_that_is_harmless_here_keeps_it(at, name):
     """On Windows no file has the first two, so that their shard is missing there."""
     if os.name == "nt":
+        # These names stand for devices there, so that the case cannot be made.
         pytest.skip("Windows has no such files")
     assert attempt(at, base=with_shard(at, name).name) is None
     assert (at / "out" / name).is_file()

@@ -113,7 +113,9 @@ def _tokens(model: nn.Module, shape: tuple[int, int]) -> Tensor:
     config: Any = model.config
     try:
         embedding: Any = getattr(model, "get_input_embeddings", lambda: None)()
-    except NotImplementedError:  # of models with two towers
+    except NotImplementedError:
+        # transformers raises it for classes of two towers, which have two embeddings: their text
+        # tower's config has the number
         embedding, config = None, getattr(config, "text_config", config)
     rows = int(config.vocab_size if embedding is None else embedding.weight.shape[0])
     return torch.randint(min(3, rows - 1), rows, shape)

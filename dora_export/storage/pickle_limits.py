@@ -66,6 +66,8 @@ def _check_zip(path: Path, file: BinaryIO) -> None:
                 raise _refused(path, f"{code.file_size} bytes of pickle, more than any model has")
             data = archive.read(code)
     except (zipfile.BadZipFile, KeyError, NotImplementedError, ValueError, RuntimeError) as error:
+        # all of these are what zipfile raises for archives that are damaged or of features that
+        # torch never writes (NotImplementedError: other zip versions, patched data)
         raise _damaged(path, error) from error
     _check_opcodes(path, data, 1)
 

@@ -177,7 +177,9 @@ def _vocabulary(model: Any) -> int:
         embeddings = model.get_input_embeddings()
         return int(embeddings.weight.shape[0])
     except (AttributeError, NotImplementedError):
-        text = getattr(model.config, "text_config", model.config)  # of models with two towers
+        # transformers raises these for classes of two towers, which have two embeddings: their text
+        # tower's config has the number, and without one the model is refused by name
+        text = getattr(model.config, "text_config", model.config)
         rows = getattr(text, "vocab_size", None)
         if rows is None:
             raise Unsupported(type(model).__name__, "takes tokens of an unknown number") from None
