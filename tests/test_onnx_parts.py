@@ -1,5 +1,7 @@
 """Models that are no plain encoder or decoder: encoder-decoders, mixtures of experts, diffusion."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -221,3 +223,14 @@ def test_times_are_rounded_as_another_implementation_may_round_them():
     times.round_up(model)
     apart = model(time) - time
     assert torch.equal(apart, torch.tensor([2.0**-15, 2.0**-16]))
+
+
+def test_model_of_unknown_vocabulary_is_refused_by_name():
+    class Towers(nn.Module):
+        config = SimpleNamespace()
+
+        def get_input_embeddings(self):
+            raise NotImplementedError
+
+    with pytest.raises(GraphError, match=r"Towers: takes tokens of an unknown.*export_module\(\)"):
+        tasks._tokens(Towers(), (2, 3))

@@ -22,6 +22,8 @@ from dora_export.onnx.wrappers import (
     cached,
     plain,
 )
+from dora_export.verification.inputs import vocabulary
+from dora_export.verification.measured import Unsupported
 
 # End of a class's name -> task. Names of tasks are those of the Hugging Face hub.
 TASKS = {
@@ -110,14 +112,12 @@ def _parts(model: nn.Module, rows: int, *, whole: bool) -> list[Part]:
 
 
 def _tokens(model: nn.Module, shape: tuple[int, int]) -> Tensor:
-    config: Any = model.config
     try:
-        embedding: Any = getattr(model, "get_input_embeddings", lambda: None)()
-    except NotImplementedError:
-        # transformers raises it for classes of two towers, which have two embeddings: their text
-        # tower's config has the number
-        embedding, config = None, getattr(config, "text_config", config)
-    rows = int(config.vocab_size if embedding is None else embedding.weight.shape[0])
+        rows = vocabulary(model)
+    except Unsupported as error:
+        raise GraphError(
+            f"{error}. Export it from Python with export_module() and example inputs of your own."
+        ) from error
     return torch.randint(min(3, rows - 1), rows, shape)
 
 

@@ -136,7 +136,7 @@ def _of_prompts(model: nn.Module, folder: Path, prompts: Sequence[str]) -> list[
 
 
 def _of_tokens(model: nn.Module, favoured: Sequence[int], make: torch.Generator) -> list[Batch]:
-    rows = _vocabulary(model)
+    rows = vocabulary(model)
     special = _special_tokens(model)
     ordinary = torch.tensor([i for i in range(rows) if i not in special] or list(range(rows)))
     long, short = (min(n, _most_tokens(model)) for n in LENGTHS)
@@ -172,7 +172,12 @@ def _needs_padding_token(model: nn.Module) -> bool:
     )
 
 
-def _vocabulary(model: Any) -> int:
+def vocabulary(model: Any) -> int:
+    """Return how many tokens a model knows.
+
+    Raises:
+        Unsupported: Neither the model nor its config says.
+    """
     try:
         embeddings = model.get_input_embeddings()
         return int(embeddings.weight.shape[0])
@@ -205,7 +210,7 @@ def _most_tokens(model: nn.Module) -> int:
 def _decoding(batch: Batch, model: nn.Module, make: torch.Generator) -> Batch:
     """Return a batch for an encoder-decoder: with the beginning of what it could write."""
     start = getattr(model.config, "decoder_start_token_id", None)
-    rows = _vocabulary(model)
+    rows = vocabulary(model)
     shape = (_size(batch), LENGTHS[1] // 2)
     ids = torch.randint(rows // 2, rows, shape, generator=make)
     ids[:, 0] = 0 if start is None else start
