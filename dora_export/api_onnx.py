@@ -124,6 +124,11 @@ def export_onnx(
         raise DoraExportError(
             "--no-sync: for a graph that is re-weighted (--into, without --adapters). Leave it out."
         )
+    if adapters and options.layout != "hf":
+        raise DoraExportError(
+            f"--layout {options.layout} --adapters: transformers.js loads no adapters that swap. "
+            "Leave one of them out."
+        )
     target = place.target_of(output)
     settings = Settings(
         dtype=OUTPUT_WORDS[options.dtype] if way == "trace" else None,

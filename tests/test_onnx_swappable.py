@@ -621,5 +621,6 @@ def test_command_writes_the_folder_and_says_what_is_in_it(llama, tmp_path):
                  "--no-verify")  # fmt: skip
     assert result.exit_code == 0, result.output
     assert (tmp_path / "out/adapters/one.onnx_adapter").is_file()
+    assert result.stdout.splitlines()[0] == "exported by adding inputs for adapters"
     assert "one" in result.output
     assert "two" in result.output

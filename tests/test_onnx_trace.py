@@ -560,13 +560,16 @@ def test_a_sentence_encoder_is_published_with_its_pooling(tmp_path):
         ({"quantize": "int4", "dtype": "bf16"}, "Use fp32 or fp16"),
         ({"quantize": "int8", "share_weights": True}, "quantised weights"),
         ({"layout": "transformers-js", "share_weights": True}, "Leave one of them out"),
+        ({"layout": "transformers-js", "adapters": True}, "--adapters: transformers.js loads no"),
     ],
 )
 def test_options_that_do_not_go_are_refused_before_any_work(exported, options, remedy, tmp_path):
     pair = exported[0]
+    adapters = options.get("adapters", False)
+    options = GraphOptions(**{n: o for n, o in options.items() if n != "adapters"})
     with pytest.raises(DoraExportError, match=remedy):
         dora_export.export_onnx(
-            pair.base, pair.adapter, tmp_path / "out", options=GraphOptions(**options)
+            pair.base, pair.adapter, tmp_path / "out", adapters=adapters, options=options
         )
     assert list(tmp_path.iterdir()) == []
 

@@ -15,7 +15,7 @@ def summary(report: GraphReport, output: Path) -> str:
     facts = ", ".join(f"{name} {value}" for name, value in report.facts.items()
                       if isinstance(value, str | int) and name in SHOWN)  # fmt: skip
     total = sum(report.files.values())
-    lines = [f"exported by {WAYS[report.way]}: {facts}"]
+    lines = [f"exported by {WAYS[report.way]}{facts and f': {facts}'}"]
     if report.verified is None:
         lines.append("  not compared with the unmerged model")
     else:
