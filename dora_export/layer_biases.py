@@ -54,10 +54,11 @@ def is_scaled(update: Update, base: Mapping[str, TensorRef]) -> bool:
 def _scaled(update: Update, base: Mapping[str, TensorRef]) -> ScaledBias | None:
     """Return what becomes of the bias; None for a part of a fused layer, which shares one."""
     ref = base.get(update.target)
-    if ref is None or len(ref.shape) != 2 or update.misfit(ref.shape) is not None or (
-        update.index is not None or update.rows is not None or update.axis != "out"
-        or update.magnitude_is_factor or (update.layout or update.layout_by_shape(ref.shape)) != "oi"
-    ):  # fmt: skip
+    part = update.index is not None or update.rows is not None
+    if ref is None or len(ref.shape) != 2 or part or update.misfit(ref.shape) is not None:
+        return None
+    layout = update.layout or update.layout_by_shape(ref.shape)
+    if (layout, update.axis, update.magnitude_is_factor) != ("oi", "out", False):
         return None
     assert update.magnitude is not None, "Bug: only a norm scales a bias"
     assert update.down is not None, "Bug: no trainer scales a bias without a product"
