@@ -78,6 +78,31 @@ class Lines:
         ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
+    def hold(self, first: int, block: Bytes) -> bool:
+        """Return whether the lines from ``first`` on are these bytes, all of them.
+
+        Columns are compared as they lie, without being turned.
+
+        Raises:
+            InputError: The file ends too early or cannot be read.
+        """
+        source, last = self.tensor.source, first + block.shape[0]
+        assert source is not None, f"Bug: {self.tensor.name} has no bytes"
+        if not self.by_column:
+            return _same(block, self.read(first, last))
+        done = 0
+        for panel, start, stop in self._panels(first, last):
+            stored = _columns(self, source, panel, start, stop)
+            expected = block[done : done + stop - start]
+            done += stop - start
+            item = f"u{self.itemsize}"
+            same = fused.is_turned(expected.view(item), stored.view(item))
+            if same is None:
+                same = _same(expected, _transposed(stored, self.itemsize))
+            if not same:
+                return False
+        return True
+
     def placed(self, first: int, block: Bytes) -> Iterator[Strided]:
         """Yield where the bytes of some lines go.
 
@@ -108,6 +133,13 @@ class Lines:
             first += stop - column
 
 
+def _same(a: Bytes, b: Bytes) -> bool:
+    if a.shape == b.shape and a.shape[-1] % 8 == 0:
+        one, other = (np.ascontiguousarray(x).view(np.uint64) for x in (a, b))
+        return np.array_equal(one, other)
+    return np.array_equal(a, b)
+
+
 def glimpse(lines: Lines) -> Bytes:
     """Return some bytes of every line: equal for equal lines, and quick to read.
 
@@ -127,8 +159,8 @@ def glimpse(lines: Lines) -> Bytes:
     found = np.empty((lines.panels, rows, across), np.uint8)
     for panel in range(lines.panels):
         source.read((panel * lines.rows + first) * across, found[panel].reshape(-1))
-    turned = found.reshape(lines.panels, rows, lines.columns, item).transpose(0, 2, 1, 3)
-    return turned.reshape(lines.count, rows * item)
+    split = found.reshape(lines.panels, rows, lines.columns, item)
+    return np.ascontiguousarray(split.transpose(0, 2, 1, 3)).reshape(lines.count, rows * item)
 
 
 def _columns(
