@@ -26,9 +26,10 @@ from dora_export.onnx.scatter import Part, parts_of
 from dora_export.pieces import Region, regions
 from dora_export.plan import Plan, Settings, Step
 from dora_export.tensors import BF16, F16, F32, F64, DType, FileRange
-from dora_export.verification.exact import FRACTION, Exact, Floats, binade, floats, rounded
+from dora_export.verification.exact import FRACTION, Exact, binade, rounded
 from dora_export.verification.model import Level, TierResult
 from dora_export.verification.parallel import each
+from dora_export.verification.values import Floats, floats
 
 if TYPE_CHECKING:
     import onnx
