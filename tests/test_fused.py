@@ -341,6 +341,6 @@ def test_matrices_are_held_against_turned_ones(kind, shape):
     assert fused.is_turned(matrix, matrix.T)
     for position in range(matrix.size):
         for bit in (0, matrix.itemsize * 8 - 1):
-            other = np.ascontiguousarray(matrix.T)
+            other = matrix.T.copy("C")
             other.reshape(-1)[position] ^= np.dtype(kind).type(1 << bit)
             assert not fused.is_turned(matrix, other)
