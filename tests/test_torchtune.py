@@ -2,6 +2,7 @@
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,7 +22,7 @@ def forward(case):
 
 
 def weights(case):
-    return {n: t for n, t in forward(case).items() if n.endswith(".weight")}
+    return {n: t for n, t in forward(case).items() if n.endswith((".weight", ".bias"))}
 
 
 def copy(case, folder):
@@ -36,7 +37,7 @@ def logits(folder, tokens):
 
 
 @pytest.mark.parametrize("kind", [OWN, EXPORT])
-@pytest.mark.parametrize("case", ["dora", "lora", "qwen2"])
+@pytest.mark.parametrize("case", ["dora", "lora", "qwen2", "qwen2-dora"])
 def test_merged_model_computes_what_torchtune_computed(case, kind, tmp_path):
     written = merged(
         TORCHTUNE / case / "base", TORCHTUNE / case / kind, tmp_path / "out", "--allow-pickle"
@@ -142,13 +143,33 @@ def with_biases(base):
     )  # fmt: skip
 
 
-def test_dora_with_a_bias_is_refused_since_torchtune_scales_it(tmp_path):
+def test_biases_are_scaled_with_their_rows_as_torchtunes_forward_does(tmp_path):
+    """Its own merge forgets them."""
+    base = loaded(TORCHTUNE / "qwen2-dora/base")
+    written = merged(TORCHTUNE / "qwen2-dora/base", TORCHTUNE / "qwen2-dora" / OWN,
+                     tmp_path / "out", "--allow-pickle")  # fmt: skip
+    biases = [n for n in weights("qwen2-dora") if n.endswith(".bias")]
+    assert len(biases) == 3
+    adapter = torch.load(TORCHTUNE / "qwen2-dora" / OWN)
+    for name in biases:
+        leaf = name.split(".")[-2]
+        A, B, m = (oracle.float64(adapter[f"layers.0.attn.{leaf}.{p}"])
+                   for p in ("lora_a.weight", "lora_b.weight", "magnitude"))  # fmt: skip
+        W, b = (oracle.float64(base[f"{name.removesuffix('bias')}{p}"]) for p in ("weight", "bias"))
+        norm = np.linalg.norm(W + ALPHA / RANK * (B @ A), axis=1)
+        assert oracle.ulps(written[name], b * m / norm) <= 1
+        for wrong in (
+            b,
+            b * m,
+            b * m / np.linalg.norm(W, axis=1),
+            b * halves(torch.tensor(m)).numpy() / norm,
+        ):
+            assert distance(written[name], wrong) > 0.02
+
+
+def test_export_of_dora_with_biases_asks_whether_they_were_scaled(tmp_path):
     base, adapter = copy("dora", tmp_path)
     with_biases(base)
-    for kind in (tmp_path / OWN, adapter):
-        message = refused(base, kind, tmp_path / "out", "--allow-pickle")
-        assert "scales the layer's bias" in message
-        assert "v_proj.bias" in message
     (adapter / "adapter_model.pt").unlink()
     small.edit_tensors(
         adapter / "adapter_model.safetensors",

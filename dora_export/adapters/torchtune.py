@@ -2,8 +2,8 @@
 
 Per layer ``X``: ``X.lora_a.weight`` (r, in), ``X.lora_b.weight`` (out, r) and with DoRA
 ``X.magnitude`` (out): ``W' = m N / ||N||`` with ``N = W + alpha / r * B A``, a norm per row, no
-eps. torchtune scales a layer's bias by ``m / ||N||`` as well, which its own merge forgets: DoRA on
-a layer with a bias is refused. Names are torchtune's, and in q_proj and k_proj of some models so is
+eps. torchtune scales a layer's bias by ``m / ||N||`` as well (``scaled_bias``), which its own merge
+forgets. Names are torchtune's, and in q_proj and k_proj of some models so is
 the order of the rows (``row_orders.py``). The rank and alpha stand in an adapter_config.json that
 torchtune writes beside the file, for the models whose export to PEFT it supports.
 

@@ -31,7 +31,6 @@ from dora_export.verification.exact import (
     FRACTION,
     SMALLEST,
     Exact,
-    Floats,
     binade,
     read_columns,
     read_rows,
@@ -39,6 +38,7 @@ from dora_export.verification.exact import (
 )
 from dora_export.verification.model import Finding, Level, Status, TensorResult, TierResult
 from dora_export.verification.parallel import each
+from dora_export.verification.values import Floats
 
 SAMPLES = 16  # rows or columns per changed region at level "fast"
 # Unit roundoff of the arithmetic that a merge may have used; none is told finer than float32.
