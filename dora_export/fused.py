@@ -28,7 +28,8 @@ Mode = Literal["none", "norm", "given"]
 MODES: dict[Mode, int] = {"none": 0, "norm": 1, "given": 2}
 PANEL = 16  # columns that lie together in a packed factor
 WIDE_PANEL = 8  # the same of float64
-NAME = "merge_rows 1, merge_wide 1"  # as in kernel/module.c; changes with the bytes it writes
+# As in kernel/module.c; changes with the bytes that a merge writes, and with what there is to call.
+NAME = "merge_rows 1, merge_wide 1, turn 2"
 SWITCH = "DORA_EXPORT_KERNEL"
 
 
@@ -245,6 +246,15 @@ def turned(matrix: NDArray[Any]) -> NDArray[Any] | None:
     out = np.empty((columns, rows), matrix.dtype)
     _module().turn(np.ascontiguousarray(matrix), out, rows, columns, matrix.itemsize)
     return out
+
+
+def is_turned(matrix: NDArray[Any], turned: NDArray[Any]) -> bool | None:
+    """Return whether one matrix is the other's transpose, bit for bit; None: no kernel is there."""
+    if not available() or matrix.itemsize not in (1, 2, 4, 8):
+        return None
+    rows, columns = matrix.shape
+    one, other = np.ascontiguousarray(matrix), np.ascontiguousarray(turned)
+    return bool(_module().is_turned(one, other, rows, columns, matrix.itemsize))
 
 
 def read_rows(descriptor: int, offset: int, stride: int, out: Bytes) -> bool | None:

@@ -1,4 +1,4 @@
-"""Layers that PEFT computes: biases that change along with weights, and what is said of them."""
+"""Biases that change along with their layer's weight, and what is said of layers PEFT computes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from dora_export.peft_layers import PeftLayer
+from dora_export.scaled_bias import ScaledBias
 from dora_export.tensors import TensorRef
 from dora_export.update import Update
 
@@ -22,7 +23,13 @@ def with_biases(updates: Iterable[Update], base: Mapping[str, TensorRef]) -> Ite
     """
     for update in updates:
         function = update.function
-        bias = f"{update.target.removesuffix('weight')}bias"
+        bias = bias_of(update.target)
+        if update.scales_bias and bias in base:
+            yield update
+            if (scaled := _scaled(update, base)) is not None:
+                yield replace(update, kind="function", target=bias, function=scaled, layout="oi",
+                              down=None, up=None, magnitude=None, scales_bias=False)  # fmt: skip
+            continue
         if not isinstance(function, PeftLayer) or not update.target.endswith("weight"):
             yield update
             continue
@@ -32,6 +39,31 @@ def with_biases(updates: Iterable[Update], base: Mapping[str, TensorRef]) -> Ite
             along = replace(function, part="bias", beside=base[update.target],
                             layout=update.layout or "oi")  # fmt: skip
             yield replace(update, target=bias, function=along, layout=None)
+
+
+def bias_of(weight: str) -> str:
+    """Return what the bias beside a weight is called."""
+    return f"{weight.removesuffix('weight')}bias"
+
+
+def is_scaled(update: Update, base: Mapping[str, TensorRef]) -> bool:
+    """Return whether a bias that goes through a layer's scaling can be given its own value."""
+    return _scaled(update, base) is not None
+
+
+def _scaled(update: Update, base: Mapping[str, TensorRef]) -> ScaledBias | None:
+    """Return what becomes of the bias; None for a part of a fused layer, which shares one."""
+    ref = base.get(update.target)
+    part = update.index is not None or update.rows is not None
+    if ref is None or len(ref.shape) != 2 or part or update.misfit(ref.shape) is not None:
+        return None
+    layout = update.layout or update.layout_by_shape(ref.shape)
+    if (layout, update.axis, update.magnitude_is_factor) != ("oi", "out", False):
+        return None
+    assert update.magnitude is not None, "Bug: only a norm scales a bias"
+    assert update.down is not None, "Bug: no trainer scales a bias without a product"
+    assert update.up is not None, "Bug: as above"
+    return ScaledBias(ref, update.magnitude, update.down, update.up, update.scaling, update.eps)
 
 
 def notes(updates: Iterable[Update]) -> tuple[str, ...]:

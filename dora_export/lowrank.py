@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dora_export.verification.exact import Exact, Floats
+from dora_export.verification.exact import Exact
+from dora_export.verification.values import Floats
 
 WHOLE_SIDE = 768  # the shorter side up to which the matrix is held and decomposed whole
 OVERSAMPLED = 16  # directions sought beyond the rank

@@ -399,11 +399,14 @@ def _problems(
             f"{shown(name)}: stored as {ref.dtype.name}; merging into quantised weights is not "
             "supported, dequantise the base first"
         )
-    bias = f"{name.removesuffix('weight')}bias"
-    if bias in base.tensors and any(u.scales_bias for u in group):
+    bias = layer_biases.bias_of(name)
+    if bias in base.tensors and any(
+        u.scales_bias and not layer_biases.is_scaled(u, base.tensors) for u in group
+    ):
         yield (
             f"{shown(name)}: this trainer scales the layer's bias by m / ||V|| as well, and the "
-            f"base has '{shown(bias)}'; merge with the trainer's own tool, or leave the layer out"
+            f"base has '{shown(bias)}' for more than this part of the layer; merge with the "
+            "trainer's own tool, or leave the layer out"
         )
     for update in group:
         if why := update.misfit(effective.shape):

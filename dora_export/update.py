@@ -26,7 +26,7 @@ Over = Literal["row", "column"]
 Orientation = Literal["straight", "transposed", "by class", "by version"]
 # Row orders of trainers that fuse or permute what a checkpoint stores otherwise (row_orders.py).
 RowOrder = Literal[
-    "torchtune", "torchtune-peft", "torchtune-peft?",
+    "torchtune", "torchtune-peft", "torchtune-peft?", "torchtune-llama4",
     "megatron-q", "megatron-k", "megatron-v", "megatron-gate", "megatron-up",
 ]  # fmt: skip
 
@@ -228,8 +228,8 @@ class Update:
         function: For kind "function".
         orientation: How ``B A`` lies over a stacked parameter, where the adapter was trained on a
             parameter of its class and not on a module; None: on a module, ``(out, in)``.
-        scales_bias: The trainer's forward multiplies the layer's bias by ``m / ||V||`` as well. A
-            base with such a bias is refused.
+        scales_bias: The trainer's forward multiplies the layer's bias by ``m / ||V||`` as well;
+            the plan gives a base's bias that update (``layer_biases``).
         adapter: Position of its adapter among those of a plan, which sets it; and the next one.
         weight: ``V + weight (V' - V)`` of all that its adapter does, dimensionless.
 

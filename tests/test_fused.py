@@ -330,3 +330,17 @@ def test_float32_buffers_that_do_not_fit_are_refused():
 def test_matrices_are_turned(kind, shape):
     matrix = np.random.default_rng(0).integers(0, 255, shape).astype(kind)
     np.testing.assert_array_equal(fused.turned(matrix), matrix.T)
+
+
+@needs_kernel
+@pytest.mark.parametrize("kind", ["u1", "u2", "u4", "u8"])
+@pytest.mark.parametrize("shape", [(1, 1), (16, 16), (17, 33), (40, 5), (0, 3)], ids=str)
+def test_matrices_are_held_against_turned_ones(kind, shape):
+    top = np.iinfo(kind).max
+    matrix = np.random.default_rng(0).integers(0, top, shape, dtype=kind)
+    assert fused.is_turned(matrix, matrix.T)
+    for position in range(matrix.size):
+        for bit in (0, matrix.itemsize * 8 - 1):
+            other = matrix.T.copy("C")
+            other.reshape(-1)[position] ^= np.dtype(kind).type(1 << bit)
+            assert not fused.is_turned(matrix, other)

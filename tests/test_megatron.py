@@ -61,7 +61,7 @@ def forward(x, W, A, B, m):
 def write(folder, dtype=torch.float32, prefix="", dora=True, biases=(), **config):
     torch.manual_seed(9)
     base = {f"{n}.weight": (torch.randn(s) * 0.2).to(dtype) for n, s in SHAPES.items()}
-    base |= {f"{n}.bias": torch.ones(SHAPES[n][0]).to(dtype) for n in biases}
+    base |= {f"{n}.bias": torch.randn(SHAPES[n][0]).to(dtype) for n in biases}
     small.write_base(folder / "base", base, config=CONFIG | config)
     adapter, want = {}, {}
     for layer, names in FUSED.items():
@@ -118,13 +118,24 @@ def test_alpha_is_asked_for(tmp_path):
     assert "Leave --axis out" in refused(*paths(tmp_path), "--alpha", "7", "--axis", "in")
 
 
-def test_bias_that_was_scaled_is_refused_and_others_are_not(tmp_path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    write(tmp_path / "a", biases=(Q, K, V))
-    assert "scales the layer's bias" in refused(*paths(tmp_path / "a"), "--alpha", "7")
-    write(tmp_path / "b", biases=(OUT, DOWN))
-    merged(*paths(tmp_path / "b"), "--alpha", "7")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_biases_of_the_fused_layer_are_scaled_and_others_are_not(dtype, tmp_path):
+    base, adapter, _ = write(tmp_path, dtype, biases=(Q, K, V, OUT, DOWN))
+    written = merged(*paths(tmp_path), "--alpha", "7")
+    for name in (OUT, DOWN):  # added behind the scaling
+        assert torch.equal(written[f"{name}.bias"], base[f"{name}.bias"])
+    key = "decoder.layers.0.self_attention.linear_qkv.adapter"
+    A, B, m = (oracle.float64(adapter[f"{key}.{p}"])
+               for p in ("linear_in.weight", "linear_out.weight", "weight_magnitude"))  # fmt: skip
+    W = fuse([oracle.float64(base[f"{n}.weight"]) for n in (Q, K, V)])
+    b = fuse([oracle.float64(base[f"{n}.bias"]) for n in (Q, K, V)])
+    norm = np.linalg.norm(W + ALPHA / R * (B @ A), axis=1)
+    right, unscaled = (split(t[:, None], (Q, K, V)) for t in (m / norm * b, b))
+    wrong = split((m / norm)[:, None], (Q, K, V))[0][::-1] * unscaled[0]
+    for name, want, other in zip((Q, K, V), right, unscaled, strict=True):
+        assert oracle.ulps(written[f"{name}.bias"], want.ravel()) <= 1, name
+        assert distance(written[f"{name}.bias"], other.ravel()) > 0.05
+    assert distance(written[f"{Q}.bias"], wrong.ravel()) > 0.05
 
 
 def test_model_that_fuses_otherwise_is_refused(tmp_path):

@@ -356,6 +356,35 @@ def test_a_row_left_as_it_was_is_found_wherever_it_is(pair, monkeypatch, turned)
     assert "row 7 is" in said
 
 
+@pytest.mark.parametrize("turned", [True, False])
+def test_a_row_that_is_as_it_was_in_the_middle_only_is_not_as_it_was(pair, monkeypatch, turned):
+    folder, base, _ = pair
+    stored = transposed(base) if turned else arrays(base)
+    graph = save_graph(folder / "graph/model.onnx", stored, data="w.bin")
+    found = []
+
+    def partly(old, new):
+        lines = old.lines
+        at = slice(lines.tensor.source.start, lines.tensor.source.start + lines.tensor.nbytes)
+        new_rows = np.memmap(new.tensor.source.path, np.uint8, "r+")[at].view("f4")
+        old_rows = np.fromfile(folder / "graph/w.bin", np.uint8)[at].view("f4")
+        a, b = (r.reshape(lines.rows, lines.columns) for r in (new_rows, old_rows))
+        a, b = (a.T, b.T) if lines.by_column else (a, b)
+        kept = a[7].copy()
+        a[7, 1:-1] = b[7, 1:-1]
+        found.append(as_before(old, new))
+        a[7] = kept
+        return np.zeros_like(found[-1])
+
+    as_before = rewritten._as_before
+    monkeypatch.setattr(rewritten, "_as_before", partly)
+    dora_export.export_onnx(
+        folder / "base", folder / "adapter", folder / "out", into=graph, verify=False
+    )
+    assert found
+    assert not np.concatenate(found).any()
+
+
 def test_rows_that_a_merge_does_not_change_may_stay(pair):
     folder, base, _ = pair
     adapter = small.adapter_tensors(base, dora=False)

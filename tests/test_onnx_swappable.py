@@ -514,6 +514,28 @@ def test_the_session_takes_nothing_but_what_was_published(models):
         dora_export.AdapterSession(models.folder / "base")
 
 
+@pytest.mark.parametrize("harm", ["swapped", "one bit", "cut off", "missing"])
+def test_the_session_takes_no_weights_but_those_that_were_published(models, harm):
+    """onnxruntime itself runs with any data file that is long enough."""
+    graph = save_graph(models.folder / "graph/model.onnx", models.base, data="model.onnx.data")
+    models.export(graph, models.adapters[:1])
+    data = models.folder / "out/model.onnx.data"
+    dora_export.AdapterSession(models.folder / "out")
+    held = bytearray(data.read_bytes())
+    if harm == "swapped":
+        held = bytearray(np.flip(np.frombuffer(held, np.float32)).tobytes())
+    elif harm == "one bit":
+        held[len(held) // 2] ^= 1
+    data.write_bytes(held[:-4] if harm == "cut off" else held)
+    if harm == "missing":
+        data.unlink()
+    said = "cannot be read" if harm == "missing" else "not the file that was published"
+    with pytest.raises(InputError, match=rf"model\.onnx\.data: {said}"):
+        dora_export.AdapterSession(models.folder / "out")
+    if harm in ("swapped", "one bit"):
+        onnxruntime.InferenceSession(models.folder / "out/model.onnx")
+
+
 def refused(models, graph, match, adapters=None, **options):
     with pytest.raises(DoraExportError, match=match) as error:
         models.export(graph, adapters, **options)

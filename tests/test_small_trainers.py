@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
+import dora_export
 from tests import oracle, small
 from tests.trainers import distance, inspected, merged, refused
 
@@ -136,7 +137,7 @@ def write_qdora(folder, dtype=torch.float32, wrapper="", biases=()):
                     f"{key}.magnitude_layer.magnitude": m}  # fmt: skip
         x = np.eye(shape[1])
         want[f"{layer}.weight"] = qdora_forward(x, *map(oracle.float64, (W, A, B, m))).T
-    base |= {f"{n}.bias": torch.ones(SHAPES[n][0]) for n in biases}
+    base |= {f"{n}.bias": torch.randn(SHAPES[n][0]).to(dtype) for n in biases}
     small.write_base(folder / "base", base)
     save_file(adapter, folder / "adapter.safetensors")
     return base, adapter, want
@@ -158,12 +159,60 @@ def test_qdora_weights_are_those_of_the_forward(dtype, wrapper, tmp_path):
         assert distance(written[name], oracle.lora(oracle.float64(base[name]), A, B, 1.0)) > 0.05
 
 
-def test_qdora_bias_is_refused_since_it_was_scaled(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_qdora_bias_goes_through_the_scaling(dtype, tmp_path):
+    base, adapter, _ = write_qdora(tmp_path, dtype, biases=["layers.0.q", "layers.0.up"])
+    written = merged(*qdora_paths(tmp_path))
+    for layer in SHAPES:
+        assert (f"{layer}.bias" in written) == (layer != "layers.0.down")
+    for layer in ("layers.0.q", "layers.0.up"):
+        W, b = (oracle.float64(base[f"{layer}.{p}"]) for p in ("weight", "bias"))
+        parts = (
+            "dora_layer.lora_A.weight",
+            "dora_layer.lora_B.weight",
+            "magnitude_layer.magnitude",
+        )
+        A, B, m = (oracle.float64(adapter[f"{layer}.{part}"]) for part in parts)
+        got = written[f"{layer}.bias"]
+        assert oracle.ulps(got, qdora_forward(np.zeros(W.shape[1]), W, A, B, m, b)) <= 1
+        for wrong in (
+            b,
+            b * m,
+            b * m / np.linalg.norm(W, axis=1),
+            b / np.linalg.norm(W + B @ A, axis=1),
+        ):
+            assert oracle.ulps(got, wrong) > 10
+
+
+def test_qdora_layer_computes_the_forward_bias_and_all_and_verification_agrees(tmp_path):
+    base, adapter, _ = write_qdora(tmp_path, biases=["layers.0.q"])
+    paths = qdora_paths(tmp_path)
+    written = merged(*paths)
+    assert dora_export.verify(*paths).exit_code == 0
+    tensors = [oracle.float64(t) for t in (
+        base["layers.0.q.weight"], adapter["layers.0.q.dora_layer.lora_A.weight"],
+        adapter["layers.0.q.dora_layer.lora_B.weight"],
+        adapter["layers.0.q.magnitude_layer.magnitude"], base["layers.0.q.bias"])]  # fmt: skip
+    x = np.random.default_rng(0).standard_normal((5, 16))
+    ours = x @ oracle.float64(written["layers.0.q.weight"]).T
+    ours += oracle.float64(written["layers.0.q.bias"])
+    assert np.abs(ours - qdora_forward(x, *tensors)).max() <= 1e-6 * np.abs(ours).max()
+    stored = load_file(tmp_path / "out/model.safetensors")
+    stored["layers.0.q.bias"] = base["layers.0.q.bias"]  # as a merge that forgets it leaves it
+    save_file(stored, tmp_path / "out/model.safetensors", {"format": "pt"})
+    report = dora_export.verify(*paths)
+    assert report.exit_code == 1
+    assert [t.name for t in report.tensors if t.status == "wrong"] == ["layers.0.q.bias"]
+
+
+def test_qdora_bias_of_a_row_without_direction_is_refused(tmp_path):
     write_qdora(tmp_path, biases=["layers.0.q"])
-    message = refused(*qdora_paths(tmp_path))
-    assert "scales the layer's bias" in message
-    assert "'layers.0.q.bias'" in message
-    assert "trainer's own tool" in message
+    for file, name in (("base/model.safetensors", "layers.0.q.weight"),
+                       ("adapter.safetensors", "layers.0.q.dora_layer.lora_B.weight")):  # fmt: skip
+        small.edit_tensors(tmp_path / file, lambda t, n=name: (t[n][3].zero_(), t)[1])
+    message = refused(*qdora_paths(tmp_path), "--zero-norm", "zero")
+    assert "layers.0.q.bias: ||W + s B A|| is zero in 1 rows (first: 3)" in message
+    assert "no defined value" in message
 
 
 QDORA = {

@@ -4,8 +4,11 @@ Scaling is alpha / rank. The metadata entry ``lora_adapter_metadata`` holds PEFT
 component; without it ``<module>.alpha`` counts; without that alpha is the rank, and the scaling 1.
 ``lora_magnitude_vector`` makes it DoRA with a magnitude per output, the norm over all else, no eps.
 OneTrainer's diffusers saver leaves magnitudes per input under their own name, ``dora_scale``
-(diffusers drops these with a warning and applies plain LoRA), and folds alpha into B. SimpleTuner
-writes this layout too, magnitudes with ".weight" behind.
+(diffusers drops these with a warning and applies plain LoRA), and folds alpha into B.
+
+SimpleTuner saves through diffusers, magnitudes with ".weight" behind before PEFT took that off; or
+for ComfyUI, with ``diffusion_model.`` in front (kohya's names for UNets, but for the magnitudes),
+alpha beside the factors, and the settings of one component without its name in the metadata.
 
 Sources: github.com/huggingface/diffusers, src/diffusers/loaders/lora_base.py (_save_lora_weights),
 loaders/peft.py (load_lora_adapter), utils/peft_utils.py (get_peft_kwargs); github.com/Nerogar/
@@ -14,14 +17,15 @@ OneTrainer, modules/util/convert_lora_util.py; github.com/bghira/SimpleTuner.
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dora_export.adapters import diffusers_keys as keys
-from dora_export.adapters import lycoris_keys, peft_config
+from dora_export.adapters import diffusers_metadata, diffusers_methods, lycoris_keys, peft_config
+from dora_export.adapters.diffusers_metadata import ENTRY, ONE_COMPONENT
 from dora_export.adapters.lycoris_axis import axis_of
 from dora_export.adapters.lycoris_layers import EPS, number
 from dora_export.adapters.model import Adapter, ReadOptions
@@ -29,12 +33,10 @@ from dora_export.adapters.peft_config import PeftConfig
 from dora_export.adapters.state_dict import needed_alpha, tensors_of
 from dora_export.errors import AdapterError, InputError, listing, shown
 from dora_export.storage.paths import contained
-from dora_export.storage.safetensors import read_header
 from dora_export.tensors import Operand, TensorRef
 from dora_export.update import Axis, Update
 
 NAMES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
-METADATA = "lora_adapter_metadata"
 
 
 def matches(path: Path, options: ReadOptions) -> bool:
@@ -44,7 +46,7 @@ def matches(path: Path, options: ReadOptions) -> bool:
         return False
     names = list(tensors_of(file, options))
     if lycoris_keys.is_family(names):
-        return False
+        return diffusers_metadata.has_other_method(file)
     return keys.is_layout(names) or file.name in NAMES
 
 
@@ -60,7 +62,9 @@ def read(path: Path, options: ReadOptions) -> Adapter:
     if file is None:
         raise InputError(f"{path}: no {NAMES[0]} here. Pass the adapter's file or its folder.")
     tensors = tensors_of(file, options)
-    metadata = read_header(file).metadata if file.suffix == ".safetensors" else {}
+    if diffusers_metadata.has_other_method(file):
+        return diffusers_methods.read(path, file, tensors, options)
+    metadata = diffusers_metadata.of(file)
     found = keys.sort(tensors)
     configs = _configs(file, metadata, found.layers)
     _refuse_alpha(path, options, configs, found)
@@ -126,23 +130,12 @@ def _configs(
     Raises:
         AdapterError: It is malformed, or says what this tool does not reproduce.
     """
-    if METADATA not in metadata:
-        return {}
-    try:
-        content = json.loads(metadata[METADATA])
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{path}: {METADATA} is not JSON. Save the adapter again.") from error
-    if not isinstance(content, dict):
-        raise AdapterError(f"{path}: {METADATA} is not a JSON object. Save the adapter again.")
-    raw: dict[str, dict[str, Any]] = {}
-    for name, value in content.items():
-        component, _, setting = name.partition(".")
-        raw.setdefault(component, {})[setting] = value
+    raw = diffusers_metadata.raw_configs(path, metadata)
     found = {}
     for component, settings in raw.items():
-        where = path.with_name(f"{path.name}, metadata of {shown(component)}")
-        start = f"{component}."
-        modules = [m.removeprefix(start) for m in layers if m.startswith(start)]
+        where = path.with_name(f"{path.name}, metadata of {shown(component or 'the adapter')}")
+        own = [m for m in layers if component in (keys.component_of(m), ONE_COMPONENT)]
+        modules = [_own_path(m) for m in own]
         found[component] = peft_config.parse(where, settings).for_modules(where, modules)
     return found
 
@@ -153,9 +146,9 @@ def _refuse_alpha(
     stored = any("alpha" in parts for parts in found.layers.values())
     if options.alpha is not None and (configs or stored):
         raise AdapterError(f"{path}: alpha is in the file. Leave --alpha out.")
-    if configs and stored:
+    if stored and configs.keys() - {ONE_COMPONENT}:
         raise AdapterError(
-            f"{path}: alpha is in the file twice, in {METADATA} and beside the factors, and which "
+            f"{path}: alpha is in the file twice, in {ENTRY} and beside the factors, and which "
             "one counts is not defined. Save it again with diffusers."
         )
 
@@ -172,22 +165,48 @@ def _scaling(
     """Return the factor on B A and where it is from, or why there is none."""
     component = keys.component_of(module)
     if configs:
-        config = configs.get(component or "")
+        config = _config_of(module, configs)
         if config is None:
             return f"the metadata says nothing of {shown(component or 'its component')}"
-        own = module.removeprefix(f"{component}.")
+        own = _own_path(module)
         if config.rank(own) != rank:
             return f"rank {config.rank(own)} by the metadata, but its factors have {rank}"
-        return config.scaling(own), "the metadata"
+        return _agreed(config.scaling(own), rank, parts)
     if options.alpha is not None:
         return needed_alpha(path, options) / rank, "--alpha"
     if "alpha" in parts:
-        if parts["alpha"].size != 1 or parts["alpha"].dtype.name not in (*EPS, "I64", "I32"):
-            return f"alpha is {parts['alpha'].shape}, expected one number"
-        return number(parts["alpha"]) / rank, "alpha in the file"
+        alpha = _stored_alpha(parts["alpha"])
+        return alpha if isinstance(alpha, str) else (alpha / rank, "alpha in the file")
     if any("alpha" in other for other in found.layers.values()):
         return "has no alpha, though other layers have"
     return 1.0, "diffusers' rule: without metadata or alpha, alpha is the rank"
+
+
+def _config_of(module: str, configs: Mapping[str, PeftConfig]) -> PeftConfig | None:
+    return configs.get(keys.component_of(module) or "", configs.get(ONE_COMPONENT))
+
+
+def _own_path(module: str) -> str:
+    """Return a module's path within its component, which is what PEFT wrapped."""
+    return module.removeprefix(f"{keys.component_of(module)}.")
+
+
+def _agreed(scaling: float, rank: int, parts: Mapping[str, TensorRef]) -> tuple[float, str] | str:
+    """Return the metadata's scaling, if an alpha beside the factors says the same."""
+    if "alpha" not in parts:
+        return scaling, "the metadata"
+    alpha = _stored_alpha(parts["alpha"])
+    if isinstance(alpha, str):
+        return alpha
+    if not math.isclose(alpha / rank, scaling, rel_tol=2.0**-8):  # stored in bfloat16 at worst
+        return f"alpha / rank is {alpha / rank:g}, but {scaling:g} by the metadata"
+    return scaling, "the metadata and alpha in the file"
+
+
+def _stored_alpha(ref: TensorRef) -> float | str:
+    if ref.size != 1 or ref.dtype.name not in (*EPS, "I64", "I32"):
+        return f"alpha is {ref.shape}, expected one number"
+    return number(ref)
 
 
 # --- one layer
@@ -216,8 +235,8 @@ def _layer(
     axis = _axis(parts, a, b, options)
     if isinstance(axis, str):
         return axis
-    dora = configs and configs[keys.component_of(module) or ""].dora
-    if configs and dora != (axis is not None):
+    config = _config_of(module, configs)
+    if config is not None and (dora := config.dora) != (axis is not None):
         said = "says use_dora" if dora else "says that use_dora is false"
         return f"{'no' if dora else 'a'} magnitude, but the metadata {said}; refusing to guess"
     magnitude = parts.get("m") or parts.get("dora_scale")
@@ -304,7 +323,9 @@ def _trainer(
 ) -> str:
     if any(name.startswith("ot_") for name in metadata):
         return "OneTrainer"
-    if METADATA in metadata:
+    if diffusers_metadata.by_simpletuner(metadata):
+        return "SimpleTuner"
+    if ENTRY in metadata:
         return "diffusers, with metadata"
     if found.old:
         return "diffusers, an old layout"

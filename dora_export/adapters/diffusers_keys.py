@@ -6,7 +6,8 @@ encoders ``.to_q_lora.down`` with the UNet's names for their projections, then
 ``.lora_linear_layer.down``. Weights of A are called "down", those of B "up".
 
 Source: github.com/huggingface/diffusers, src/diffusers/utils/state_dict_utils.py
-(convert_state_dict_to_peft, convert_unet_state_dict_to_peft).
+(convert_state_dict_to_peft, convert_unet_state_dict_to_peft); github.com/bghira/SimpleTuner,
+simpletuner/helpers/training/lora_format.py (convert_diffusers_to_comfyui and ..._sd_lora).
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from dataclasses import dataclass
 
 from dora_export.tensors import TensorRef
 
-COMPONENT = re.compile(r"(unet|transformer(_2)?|prior|text_encoder(_[234])?|image_encoder)\.")
+# "diffusion_model": the denoiser's, in SimpleTuner's files for ComfyUI.
+COMPONENT = re.compile(
+    r"(unet|transformer(_2)?|prior|text_encoder(_[234])?|image_encoder|controlnet|diffusion_model)\."
+)
 PROCESSOR = ".processor."
 _SIDE = r"\.(?P<side>down|up)(\.weight)?"
 _NAME = r"(\.(?!weight$|bias$)[^.]+)?"  # the adapter's name, which PEFT takes off on saving
@@ -34,6 +38,13 @@ ENDINGS = {
     "lora": re.compile(rf"\.lora{_SIDE}"),
     "processor": re.compile(rf"\.to_(?P<to>q|k|v|out)_lora{_SIDE}"),
 }
+# SimpleTuner's files of UNets for ComfyUI: kohya's names, the magnitudes under diffusers'.
+KOHYA = re.compile(
+    r"(?P<prefix>lora_unet|lora_te[12]?)_(?P<flat>[^.]+)\.(?P<part>lora_(down|up)\.weight|alpha)"
+)
+KOHYA_COMPONENTS = {"lora_unet": "unet", "lora_te": "text_encoder", "lora_te1": "text_encoder",
+                    "lora_te2": "text_encoder_2"}  # fmt: skip
+KOHYA_PARTS = {"lora_down.weight": "A", "lora_up.weight": "B", "alpha": "alpha"}
 LEAVES = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
 TEXT_LEAVES = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "out_proj"}
 
@@ -89,7 +100,9 @@ def is_layout(names: Iterable[str]) -> bool:
 
     A component in front shows it, or an attention processor; ``base_model.model.`` shows PEFT.
     """
-    keys = [(name, parsed(name)) for name in names]
+    names = list(names)
+    flat = _with_magnitudes(names)
+    keys = [(name, _of_kohya(name, flat) or parsed(name)) for name in names]
     if not keys or any(key is None or name.startswith("base_model.") for name, key in keys):
         return False
     factors = [key for _, key in keys if key is not None and key.part in ("A", "B")]
@@ -101,8 +114,9 @@ def sort(tensors: Mapping[str, TensorRef]) -> Sorted:
     """Return the tensors of a file by module and part."""
     layers: dict[str, dict[str, TensorRef]] = defaultdict(dict)
     problems, old = [], False
+    flat = _with_magnitudes(tensors)
     for name, ref in tensors.items():
-        key = parsed(name)
+        key = _of_kohya(name, flat) or parsed(name)
         if key is None:
             problems.append(f"unknown tensor '{name}'")
             continue
@@ -112,6 +126,22 @@ def sort(tensors: Mapping[str, TensorRef]) -> Sorted:
             problems.append(f"'{name}' and '{parts[key.part].name}' are the same part of one layer")
         parts[key.part] = ref
     return Sorted(_with_moved_magnitudes(layers), old, tuple(problems))
+
+
+def _with_magnitudes(names: Iterable[str]) -> dict[str, str]:
+    """Return the modules with magnitudes by their flattened paths, those that are no other's."""
+    modules = [k.module for name in names if (k := parsed(name)) is not None and k.part == "m"]
+    found = {module.replace(".", "_"): module for module in modules}
+    return found if len(found) == len(modules) else {}
+
+
+def _of_kohya(name: str, modules: Mapping[str, str]) -> Key | None:
+    """Return what a name of kohya's says of one of these modules."""
+    match = KOHYA.fullmatch(name)
+    if match is None:
+        return None
+    module = modules.get(f"{KOHYA_COMPONENTS[match['prefix']]}_{match['flat']}")
+    return None if module is None else Key(module, KOHYA_PARTS[match["part"]])
 
 
 def _key(module: str, part: str, match: re.Match[str]) -> Key:

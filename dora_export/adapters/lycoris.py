@@ -29,6 +29,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from dora_export.adapters import diffusers_metadata
 from dora_export.adapters import lycoris_keys as keys
 from dora_export.adapters.lycoris_layers import (
     EPS,
@@ -52,7 +53,9 @@ WORDS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}  # of --trained-in
 def matches(path: Path, options: ReadOptions) -> bool:
     """Return whether ``path`` is such a file, or a folder with one and no config."""
     file = _file(path)
-    return file is not None and keys.is_family(tensors_of(file, options))
+    if file is None or not keys.is_family(tensors_of(file, options)):
+        return False
+    return not diffusers_metadata.has_other_method(file)  # PEFT's, under the same names
 
 
 def read(path: Path, options: ReadOptions) -> Adapter:
@@ -160,6 +163,8 @@ def _eps(path: Path, found: keys.Sorted, said: Said, options: ReadOptions) -> fl
         return EPS[WORDS[options.trained_in]]
     if said.eps is False:
         return 0.0
+    if said.as_trained:
+        return None
     if said.half is not None:
         return EPS[WORDS[said.half]]
     short = {

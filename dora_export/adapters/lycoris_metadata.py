@@ -2,7 +2,9 @@
 
 Sources: github.com/kohya-ss/sd-scripts, train_network.py (``ss_*``; ``ss_network_args`` is JSON of
 the trainer's strings); github.com/KohakuBlueleaf/LyCORIS, lycoris/kohya.py, create_network;
-github.com/Nerogar/OneTrainer, modules/modelSaver/mixin/DtypeModelSaverMixin.py (``ot_*``).
+github.com/Nerogar/OneTrainer, modules/modelSaver/mixin/DtypeModelSaverMixin.py (``ot_*``);
+github.com/bghira/SimpleTuner, simpletuner/helpers/training/save_hooks.py, _save_lycoris
+(``lycoris_config``), and scripts/extract_lycoris_adapter.py.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ class Said:
         split_qkv: Flux' fused layers were trained as several, each with its own rank.
         half: Type that all parameters were held in while training, "bf16" or "fp16"; "fp32": none.
         eps: Whether OneTrainer added an epsilon to the norm.
+        as_trained: The file's types are those of training.
         base: The base model, in the trainer's words.
     """
 
@@ -47,6 +50,7 @@ class Said:
     split_qkv: bool = False
     half: str | None = None
     eps: bool | None = None
+    as_trained: bool = False
     base: str | None = None
 
 
@@ -54,6 +58,8 @@ def said_by(metadata: Mapping[str, str]) -> Said:
     """Return what a file's metadata says; what cannot be read says nothing."""
     if "ot_revision" in metadata or "ot_branch" in metadata:
         return _by_onetrainer(metadata)
+    if "lycoris_config" in metadata:
+        return _by_simpletuner(metadata)
     arguments = _object(metadata.get("ss_network_args"))
     module = metadata.get("ss_network_module")
     trainer = None
@@ -99,6 +105,33 @@ def _by_onetrainer(metadata: Mapping[str, str]) -> Said:
         eps=eps if isinstance(eps, bool) else None,
         base=metadata.get("modelspec.architecture"),
     )
+
+
+def _by_simpletuner(metadata: Mapping[str, str]) -> Said:
+    """Return what SimpleTuner says: it passes its config to LyCORIS as it is."""
+    config = _object(metadata["lycoris_config"])
+    on_output = _flag(config, "wd_on_output")
+    algorithm: Any = config.get("algo") or "lora"
+    if _has_algorithms_by_layer(config.get("apply_preset")):
+        algorithm = None
+    extracted = metadata.get("format") == "simpletuner-lycoris-extract"
+    return Said(
+        trainer="SimpleTuner, extracted from two models" if extracted else "SimpleTuner, LyCORIS",
+        algorithm=None if algorithm is None else str(algorithm).lower(),
+        dora=_flag(config, "dora_wd"),
+        axis=None if on_output is None else "out" if on_output else "in",
+        rs_lora=_flag(config, "rs_lora"),
+        bypass=bool(_flag(config, "bypass_mode")),
+        as_trained=True,  # it saves in the type of its first parameter
+        base=metadata.get("modelspec.architecture") or metadata.get("base_model"),
+    )
+
+
+def _has_algorithms_by_layer(preset: object) -> bool:
+    maps = [preset.get(f"{by}_algo_map") for by in ("module", "name")] if isinstance(
+        preset, dict) else []  # fmt: skip
+    settings = [value for m in maps if isinstance(m, dict) for value in m.values()]
+    return any(isinstance(value, dict) and "algo" in value for value in settings)
 
 
 def _object(text: str | None) -> Mapping[str, Any]:

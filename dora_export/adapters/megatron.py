@@ -4,8 +4,8 @@ Per wrapped layer ``X``: ``X.adapter.linear_in.weight`` (r, in), ``X.adapter.lin
 (out, r) and with DoRA ``X.adapter.weight_magnitude`` (out): ``W' = m N / ||N||`` with
 ``N = W + alpha / r * B A``, a norm per row, no eps. Layers are Megatron's: ``linear_qkv`` and
 ``linear_fc1`` are fused, and are split here onto the base's names (``row_orders.py`` splits their
-rows). The bias of linear_qkv is added before the scaling, so DoRA there refuses a base with one;
-the other layers' biases come after it. alpha is not in the file.
+rows). The bias of linear_qkv is added before the scaling and goes through it (``scaled_bias``); the
+other layers' biases come after it. alpha is not in the file.
 
 With tensor parallelism the trainer took the norms of linear_proj and linear_fc2 over each rank's
 columns alone, which no single magnitude can reproduce; the file does not say, so it is a doubt.

@@ -195,17 +195,41 @@ def _updates(
     if method in BY_PEFT:
         yield from _by_peft(raw, found)
     elif method in ("LOHA", "LOKR"):
-        scalings = _scalings(config_path, raw, list(found.layers))
-        for module, parts in found.layers.items():
-            delta = _loha(parts) if method == "LOHA" else _lokr(parts)
-            if isinstance(delta, str):
-                found.problems.append(f"{shown(module)}: {delta}")
-                continue
-            keys = tuple(ref.name for ref in parts.values())
-            yield Update(f"{module}.weight", "lora", keys, scaling=scalings[module], delta=delta,
-                         layout="oi" if _is_convolution(parts) else None)  # fmt: skip
+        yield from _products(config_path, raw, found.layers, found.problems)
     else:
         yield from _replaced(raw, method, found)
+
+
+def products(
+    config_path: Path, raw: Mapping[str, Any], layers: Mapping[str, Parts], problems: list[str]
+) -> Iterator[Update]:
+    """Yield what LoHa or LoKr, as ``raw`` says, adds to each layer.
+
+    Args:
+        config_path: For messages.
+        raw: The config.
+        layers: Module path -> part -> tensor.
+        problems: What does not add up is put in here.
+
+    Raises:
+        AdapterError: A pattern is no regular expression, or gives no rank or alpha.
+    """
+    problems += _config_problems(raw, str(raw["peft_type"]))
+    yield from _products(config_path, raw, layers, problems)
+
+
+def _products(
+    config_path: Path, raw: Mapping[str, Any], layers: Mapping[str, Parts], problems: list[str]
+) -> Iterator[Update]:
+    scalings = _scalings(config_path, raw, list(layers))
+    for module, parts in layers.items():
+        delta = _loha(parts) if raw["peft_type"] == "LOHA" else _lokr(parts)
+        if isinstance(delta, str):
+            problems.append(f"{shown(module)}: {delta}")
+            continue
+        keys = tuple(ref.name for ref in parts.values())
+        yield Update(f"{module}.weight", "lora", keys, scaling=scalings[module], delta=delta,
+                     layout="oi" if _is_convolution(parts) else None)  # fmt: skip
 
 
 def _by_peft(raw: Mapping[str, Any], found: _Sorted) -> Iterator[Update]:

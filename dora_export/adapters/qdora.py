@@ -2,8 +2,8 @@
 
 Per layer ``X``: ``X.dora_layer.lora_A.weight`` (r, in), ``X.dora_layer.lora_B.weight`` (out, r)
 and ``X.magnitude_layer.magnitude`` (out): ``W' = m N / ||N||`` with ``N = W + B A``, a norm per
-row, scaling 1, no eps. The layer's bias is scaled by ``m / ||N||`` as well: a base with one is
-refused. W is what the quantised base dequantises to.
+row, scaling 1, no eps. The layer's bias is scaled by ``m / ||N||`` as well (``scaled_bias``). W is
+what the quantised base dequantises to.
 
 Source: github.com/AnswerDotAI/fsdp_qlora, scripts/dora.py, classes DORA and DORALayer.
 """

@@ -4,8 +4,7 @@
  * rounding to float32. What one row gives depends on that row alone, not on its neighbours or on how
  * many rows one call takes.
  *
- * Written as merge_rows.c is, which see. Matrices are turned here as well, since graphs hold weights
- * the other way round: in squares whose lines all stay in the first cache.
+ * Written as merge_rows.c is, which see.
  */
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "bfloat16 is taken for the upper half of a little-endian float"
@@ -23,7 +22,7 @@
 #include <math.h>
 #include <string.h>
 
-enum { LANES = 4, TOGETHER = 6, SQUARE = 16 };
+enum { LANES = 4, TOGETHER = 6 };
 
 typedef double doubles __attribute__((vector_size(32)));
 typedef float floats __attribute__((vector_size(16)));
@@ -165,40 +164,6 @@ int merge_wide(const struct wide_rows *rows, double *scratch) {
     for (; row < rows->count; row++) wrong |= merge_some(rows, row, 1, 4, scratch);
   }
   return wrong;
-}
-
-#define TURN(type)                                                                             \
-  static void turn_##type(const type *in, type *out, ptrdiff_t rows, ptrdiff_t columns) {      \
-    for (ptrdiff_t row = 0; row < rows; row += SQUARE) {                                       \
-      const ptrdiff_t height = rows - row < SQUARE ? rows - row : SQUARE;                      \
-      for (ptrdiff_t column = 0; column < columns; column += SQUARE) {                         \
-        const ptrdiff_t width = columns - column < SQUARE ? columns - column : SQUARE;         \
-        type block[SQUARE][SQUARE];                                                            \
-        if (height == SQUARE && width == SQUARE) {                                             \
-          for (int i = 0; i < SQUARE; i++)                                                     \
-            memcpy(block[i], in + (row + i) * columns + column, sizeof block[i]);              \
-          for (int j = 0; j < SQUARE; j++) {                                                   \
-            type *to = out + (column + j) * rows + row;                                        \
-            for (int i = 0; i < SQUARE; i++) to[i] = block[i][j];                              \
-          }                                                                                    \
-          continue;                                                                            \
-        }                                                                                      \
-        for (ptrdiff_t j = column; j < column + width; j++)                                    \
-          for (ptrdiff_t i = row; i < row + height; i++) out[j * rows + i] = in[i * columns + j]; \
-      }                                                                                        \
-    }                                                                                          \
-  }
-
-TURN(uint8_t)
-TURN(uint16_t)
-TURN(uint32_t)
-TURN(uint64_t)
-
-void turn(const void *in, void *out, ptrdiff_t rows, ptrdiff_t columns, int itemsize) {
-  if (itemsize == 1) turn_uint8_t(in, out, rows, columns);
-  else if (itemsize == 2) turn_uint16_t(in, out, rows, columns);
-  else if (itemsize == 4) turn_uint32_t(in, out, rows, columns);
-  else turn_uint64_t(in, out, rows, columns);
 }
 
 #if defined(__x86_64__) && defined(__clang__)

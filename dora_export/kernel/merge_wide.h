@@ -1,4 +1,4 @@
-/* The merge of rows into float32, and matrices turned: see merge_wide.c. */
+/* The merge of rows into float32: see merge_wide.c. */
 #ifndef DORA_EXPORT_MERGE_WIDE_H
 #define DORA_EXPORT_MERGE_WIDE_H
 
@@ -29,8 +29,5 @@ void pack_wide(const double *right, double *panels, ptrdiff_t rank, ptrdiff_t co
 /* scratch: wide_scratch(columns) doubles. Returns whether any result is inf or NaN. */
 size_t wide_scratch(ptrdiff_t columns);
 int merge_wide(const struct wide_rows *rows, double *scratch);
-
-/* out (columns, rows) becomes the transpose of in (rows, columns); itemsize 1, 2, 4 or 8. */
-void turn(const void *in, void *out, ptrdiff_t rows, ptrdiff_t columns, int itemsize);
 
 #endif

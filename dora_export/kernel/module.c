@@ -1,4 +1,4 @@
-/* dora_export._kernel: merge_rows.c and merge_wide.c for Python, over buffers that are checked here. */
+/* dora_export._kernel: merge_rows.c, merge_wide.c and turn.c for Python, over buffers checked here. */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
@@ -9,6 +9,7 @@
 
 #include "merge_rows.h"
 #include "merge_wide.h"
+#include "turn.h"
 
 static int usable(void) {
 #if defined(__x86_64__)
@@ -192,24 +193,37 @@ done:
 }
 
 PyDoc_STRVAR(turn_doc, "turn(matrix, out, rows, columns, itemsize)\n\nTranspose a matrix.");
+PyDoc_STRVAR(is_turned_doc,
+             "is_turned(matrix, turned, rows, columns, itemsize) -> bool\n\n"
+             "Whether one matrix is the other's transpose, bit for bit.");
 
-static PyObject *turn_matrix(PyObject *Py_UNUSED(module), PyObject *args) {
+static PyObject *two_matrices(PyObject *args, const char *format, const int comparing) {
   Py_buffer in, out;
   Py_ssize_t rows, columns;
-  int itemsize;
-  if (!PyArg_ParseTuple(args, "y*w*nni", &in, &out, &rows, &columns, &itemsize)) return NULL;
+  int itemsize, same = 0;
+  if (!PyArg_ParseTuple(args, format, &in, &out, &rows, &columns, &itemsize)) return NULL;
   const int known = itemsize == 1 || itemsize == 2 || itemsize == 4 || itemsize == 8;
   const int fits = known && rows >= 0 && columns >= 0 && holds(&in, rows * columns, itemsize, 0) &&
                    holds(&out, rows * columns, itemsize, 0);
   if (fits) {
     Py_BEGIN_ALLOW_THREADS
-    turn(in.buf, out.buf, rows, columns, itemsize);
+    if (comparing) same = is_turned(in.buf, out.buf, rows, columns, itemsize);
+    else turn(in.buf, out.buf, rows, columns, itemsize);
     Py_END_ALLOW_THREADS
   }
   PyBuffer_Release(&in);
   PyBuffer_Release(&out);
   if (!fits) return PyErr_Format(PyExc_ValueError, "turn: buffers do not fit the shape");
+  if (comparing) return PyBool_FromLong(same);
   Py_RETURN_NONE;
+}
+
+static PyObject *turn_matrix(PyObject *Py_UNUSED(module), PyObject *args) {
+  return two_matrices(args, "y*w*nni", 0);
+}
+
+static PyObject *compare_turned(PyObject *Py_UNUSED(module), PyObject *args) {
+  return two_matrices(args, "y*y*nni", 1);
 }
 
 #if !defined(_WIN32)
@@ -272,6 +286,7 @@ static PyMethodDef methods[] = {{"pack", pack, METH_VARARGS, pack_doc},
                                 {"pack_wide", pack_wide_factor, METH_VARARGS, pack_wide_doc},
                                 {"merge_wide", wide, METH_VARARGS, wide_doc},
                                 {"turn", turn_matrix, METH_VARARGS, turn_doc},
+                                {"is_turned", compare_turned, METH_VARARGS, is_turned_doc},
 #if !defined(_WIN32)
                                 {"read_rows", read_rows, METH_VARARGS, read_doc},
                                 {"write_rows", write_rows, METH_VARARGS, write_doc},
@@ -280,7 +295,7 @@ static PyMethodDef methods[] = {{"pack", pack, METH_VARARGS, pack_doc},
 
 /* As fused.NAME: a build that lies beside newer sources must not be taken for one of them. */
 static int fill(PyObject *module) {
-  if (PyModule_AddStringConstant(module, "name", "merge_rows 1, merge_wide 1")) return -1;
+  if (PyModule_AddStringConstant(module, "name", "merge_rows 1, merge_wide 1, turn 2")) return -1;
   return PyModule_AddObject(module, "usable", PyBool_FromLong(usable()));
 }
 

@@ -19,15 +19,17 @@ from dora_export.errors import VerifyError, listing, shown
 from dora_export.onnx.encodings import Encoding, Int8, NeverZero, Plain
 from dora_export.onnx.graph_file import Graph, StoredTensor, open_graph
 from dora_export.onnx.layout import Copied, Layout
-from dora_export.onnx.lines import Lines
+from dora_export.onnx.lines import glimpse
 from dora_export.onnx.matching import Match
+from dora_export.onnx.matching_proof import lines_at_once
 from dora_export.onnx.scatter import Part, parts_of
 from dora_export.pieces import Region, regions
 from dora_export.plan import Plan, Settings, Step
-from dora_export.tensors import BF16, F16, F32, F64, Bytes, DType, FileRange
-from dora_export.verification.exact import FRACTION, Exact, Floats, binade, floats, rounded
+from dora_export.tensors import BF16, F16, F32, F64, DType, FileRange
+from dora_export.verification.exact import FRACTION, Exact, binade, rounded
 from dora_export.verification.model import Level, TierResult
 from dora_export.verification.parallel import each
+from dora_export.verification.values import Floats, floats
 
 if TYPE_CHECKING:
     import onnx
@@ -224,34 +226,27 @@ class _Result:
 
 
 def _as_before(old: Match, new: Match) -> NDArray[np.bool_]:
-    """Return which lines the graph still holds as it did; all of them are compared."""
+    """Return which lines the graph still holds as it did, every byte of them.
+
+    A line that differs anywhere is not one of them, so a few elements of each rule out nearly all;
+    only the rest is read whole.
+    """
+    pairs = tuple(zip(old.holders, new.holders, strict=True))
     same = np.ones(old.lines.count, np.bool_)
-    for before, after in zip(old.holders, new.holders, strict=True):
-        for first, last, held, rows in _bands(before, after):
-            equal = held.view(f"u{before.itemsize}") == rows.view(f"u{before.itemsize}")
-            if before.by_column:
-                at = first // before.rows * before.columns
-                same[at : at + before.columns] &= equal.all(axis=0)
-            else:
-                same[first:last] &= equal.all(axis=1)
+    for before, after in pairs:
+        same &= (glimpse(before) == glimpse(after)).all(axis=1)
+    for first, last in _runs(np.flatnonzero(same), lines_at_once(old)):
+        for before, after in pairs:
+            equal = before.read(first, last) == after.read(first, last)
+            same[first:last] &= equal.all(axis=1)
     return same
 
 
-def _bands(before: Lines, after: Lines) -> Iterator[tuple[int, int, Bytes, Bytes]]:
-    """Yield rows of both as they are stored, never of two panels at once."""
-    each_row = before.columns * before.itemsize
-    step = max(1, COMPARED_BYTES // each_row)
-    for panel in range(before.panels):
-        for start in range(0, before.rows, step):
-            first = panel * before.rows + start
-            last = panel * before.rows + min(start + step, before.rows)
-            blocks = []
-            for lines in (before, after):
-                assert lines.tensor.source is not None, "Bug: written without bytes"
-                block = np.empty((last - first, each_row), np.uint8)
-                lines.tensor.source.read(first * each_row, block)
-                blocks.append(block)
-            yield first, last, blocks[0], blocks[1]
+def _runs(lines: NDArray[np.int64], most: int) -> Iterator[tuple[int, int]]:
+    """Yield ranges of neighbours among some lines, none longer than ``most``."""
+    for run in np.split(lines, np.flatnonzero(np.diff(lines) != 1) + 1) if lines.size else ():
+        for first in range(int(run[0]), int(run[-1]) + 1, most):
+            yield first, min(first + most, int(run[-1]) + 1)
 
 
 def _oracle(

@@ -7,18 +7,21 @@ error before anything runs.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dora_export.checkpoints.folder import read_json
 from dora_export.errors import DoraExportError, InputError, shown
+from dora_export.onnx.files import sha256
 from dora_export.storage.paths import inside
 from dora_export.writers.staging import MANIFEST
+
+R = TypeVar("R")
 
 
 class AdapterSession:
@@ -40,6 +43,9 @@ class AdapterSession:
     ) -> None:
         """Open what ``dora-export onnx --adapters`` has written.
 
+        Every file that a run depends on is held to its SHA-256 in the manifest. The graph's weights
+        are hashed while onnxruntime loads them, which takes it longer.
+
         Args:
             folder: The published folder.
             providers: Execution providers of onnxruntime, in order of preference.
@@ -53,14 +59,16 @@ class AdapterSession:
 
         root = Path(folder)
         try:
-            graph, pinned, adapters = _published(root)
+            graph, weights, pinned, adapters = _published(root)
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f"{root / MANIFEST}: not of an output of dora-export onnx --adapters, or damaged. "
                 "Pass that folder, as it was published."
             ) from error
         self._ort = onnxruntime
-        self.session = onnxruntime.InferenceSession(str(graph), options, list(providers))
+        self.session = _while_checked(
+            weights, lambda: onnxruntime.InferenceSession(str(graph), options, list(providers))
+        )
         found = {i.name for i in self.session.get_overridable_initializers()}
         if missing := sorted(pinned - found):
             raise InputError(
@@ -109,24 +117,46 @@ class AdapterSession:
         return {n: np.asarray(v) for n, v in zip(names, found, strict=True)}
 
 
-def _published(root: Path) -> tuple[Path, set[str], dict[str, Path]]:
-    """Return the graph, the inputs that its adapters have, and the adapters' files, all checked."""
+def _published(root: Path) -> tuple[Path, dict[Path, Any], set[str], dict[str, Path]]:
+    """Return what the manifest says was published together; graph and adapters are checked.
+
+    Returns:
+        The graph; the files with its weights and their digests, not checked yet; the inputs that
+        its adapters have; the adapters' files.
+    """
     facts = read_json(root / MANIFEST)["onnx"]
     if facts["way"] != "adapters":
         raise KeyError(facts["way"])
-    graph = inside(root, facts["graph"], root / MANIFEST)
+    files = {name: inside(root, name, root / MANIFEST) for name in facts["files"]}
+    graph = files.pop(facts["graph"])
     _same(graph, facts["files"][facts["graph"]])
     adapters = {}
     for name, said in facts["adapters"].items():
         adapters[name] = inside(root, said["file"], root / MANIFEST)
         _same(adapters[name], said["sha256"])
-    return graph, {n for slot in facts["slots"].values() for n in slot["inputs"]}, adapters
+    weights = {path: facts["files"][name] for name, path in files.items()}
+    return graph, weights, {n for s in facts["slots"].values() for n in s["inputs"]}, adapters
+
+
+def _while_checked(files: Mapping[Path, Any], load: Callable[[], R]) -> R:
+    """Return what ``load`` does; the files are hashed meanwhile, in threads.
+
+    Raises:
+        InputError: A file is not the one that was published, whatever ``load`` makes of it.
+    """
+    with ThreadPoolExecutor() as pool:
+        checks = [pool.submit(_same, path, digest) for path, digest in files.items()]
+        try:
+            return load()
+        finally:
+            for check in checks:
+                check.result()  # an error of a file's is the reason for one of load's
 
 
 def _same(path: Path, digest: Any) -> None:
     """Refuse a file that is not the one that was published."""
     try:
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        found = sha256(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}. Copy it again.") from error
     if found != digest:

@@ -33,7 +33,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dora_export.tensors import DTYPES
-from dora_export.verification.exact import Floats, rounded
+from dora_export.verification.exact import rounded
+from dora_export.verification.values import Floats
 
 SIGMAS = 6.0
 # Roundings that one line shares: magnitude, square of the norm or its root, norm, quotient.

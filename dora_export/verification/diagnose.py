@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from dora_export.errors import shown
 from dora_export.tensors import DTYPES, DType, TensorRef
 from dora_export.verification import coarse
-from dora_export.verification.exact import Exact, Floats, Part, read_columns, read_rows, rounded
+from dora_export.verification.exact import Exact, Part, read_columns, read_rows, rounded
+from dora_export.verification.values import Floats
 
 LINES = 24  # rows or columns that mistakes are tried on
 # A mistake must leave less than this share of the squared distance to the right result: rounding

@@ -18,8 +18,7 @@ from dora_export.plan import Settings
 from dora_export.tensors import DType, Operand, TensorRef
 from dora_export.update import Change, Dense, Kronecker, Product
 from dora_export.verification import functions
-
-Floats = NDArray[np.float64]
+from dora_export.verification.values import Floats, floats, operand_values
 
 BLOCK_ELEMENTS = 1 << 17  # float64 elements of one block: the few arrays of a block fit the cache
 SCAN_BYTES = 4 << 20  # read at once where columns are picked
@@ -222,14 +221,14 @@ def _part(change: Change, source: TensorRef, region: Region) -> Part:
     if change.function is not None:
         W = read_rows(source, region, slice(None))
         return Part(change, whole=functions.exact(change.function, W, source.dtype))
-    factors = [_operand(o) for o in change.delta.operands] if change.delta is not None else []
+    factors = [operand_values(o) for o in change.delta.operands] if change.delta is not None else []
     if factors:
         factors[0] = change.scaling * factors[0]
-    magnitude = None if change.magnitude is None else _operand(change.magnitude).ravel()
+    magnitude = None if change.magnitude is None else operand_values(change.magnitude).ravel()
     value = None
     if change.kind == "rows":
         assert change.value is not None, "Bug: kind rows carries a value"
-        value = _operand(Operand.matrix(change.value))
+        value = operand_values(Operand.matrix(change.value))
     return Part(change, tuple(factors), magnitude, value=value)
 
 
@@ -359,20 +358,6 @@ def read_columns(ref: TensorRef, region: Region, columns: NDArray[Any]) -> Float
         raw = ref.raw(region.start + row * region.columns, region.start + last * region.columns)
         parts.append(floats(raw.reshape(-1, region.columns)[:, columns], ref.dtype))
     return np.concatenate(parts)
-
-
-def _operand(operand: Operand) -> Floats:
-    return np.ascontiguousarray(operand.value(lambda ref: floats(ref.raw(), ref.dtype)))
-
-
-def floats(raw: NDArray[Any], dtype: DType) -> Floats:
-    """Return stored elements as float64; bfloat16 is the upper half of a float32."""
-    if dtype.name == "BF16":
-        bits = raw.astype(np.uint32)
-        bits <<= 16
-        return bits.view(np.float32).astype(np.float64)
-    stored = {"F16": np.float16, "F32": np.float32, "F64": np.float64}[dtype.name]
-    return np.ascontiguousarray(raw).view(stored).astype(np.float64)
 
 
 def binade(values: Floats, dtype: DType) -> Floats:

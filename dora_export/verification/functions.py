@@ -1,7 +1,8 @@
 """What a function of a whole weight gives, computed by another way than the merge's.
 
 A PiSSA residual is W less its projection onto the leading eigenvectors of its Gram matrix; an OLoRA
-residual is W less what its first columns explain of it by least squares.
+residual is W less what its first columns explain of it by least squares. A bias that goes through a
+layer's scaling is taken times that, with this module's own norms.
 What PEFT's own merge made is held against PEFT's own forward of the unmerged layer: another code
 path, but the same author's, and no independent formula.
 Source: as ``dora_export/residual.py``; the formulas are other ones with the same result.
@@ -10,14 +11,15 @@ Source: as ``dora_export/residual.py``; the formulas are other ones with the sam
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dora_export.peft_layers import PeftLayer
 from dora_export.residual import Residual
-from dora_export.tensors import DType
+from dora_export.scaled_bias import ScaledBias
+from dora_export.tensors import DType, Operand
 from dora_export.update import Function
+from dora_export.verification.values import Floats, operand_values
 
-Floats = NDArray[np.float64]
+BLOCK_ELEMENTS = 1 << 20  # of a weight, while the norms of its rows are taken
 FRACTION = {"F16": (10, -24), "BF16": (7, -133)}  # bits of fraction, exponent of the smallest step
 
 
@@ -31,6 +33,8 @@ def exact(function: Function, W: Floats, dtype: DType) -> Floats:
     """
     if isinstance(function, PeftLayer):
         return function.unmerged(W)
+    if isinstance(function, ScaledBias):
+        return _scaled(function, W)
     assert isinstance(function, Residual), f"Bug: {type(function).__name__} has no second way"
     return _residual(function, W, dtype)
 
@@ -43,6 +47,23 @@ def _residual(function: Residual, W: Floats, dtype: DType) -> Floats:
         shares = np.linalg.lstsq(columns, W, rcond=None)[0]
         left = W - function.scaling * (columns @ shares)
     return _stored(left, dtype)
+
+
+def _scaled(function: ScaledBias, bias: Floats) -> Floats:
+    """Return the bias as the layer adds it: times what each row's V is scaled by."""
+    A, B, m = (operand_values(o) for o in (function.down, function.up, function.magnitude))
+    out, inputs = function.weight.shape
+    step = max(1, BLOCK_ELEMENTS // inputs)
+    factors = []
+    for first in range(0, out, step):
+        rows = function.weight.rows(first, min(first + step, out))
+        V = operand_values(Operand.plain(rows)) + function.scaling * B[first : first + step] @ A
+        lengths = np.linalg.norm(V, axis=1) + function.eps
+        magnitudes = m.ravel()[first : first + step]
+        factors.append(np.divide(magnitudes, lengths, out=np.zeros_like(lengths),
+                                 where=lengths != 0))  # fmt: skip
+    scaled: Floats = bias * np.concatenate(factors)
+    return scaled
 
 
 def _without_leading(W: Floats, rank: int) -> Floats:

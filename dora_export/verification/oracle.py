@@ -31,7 +31,6 @@ from dora_export.verification.exact import (
     FRACTION,
     SMALLEST,
     Exact,
-    Floats,
     binade,
     read_columns,
     read_rows,
@@ -39,6 +38,7 @@ from dora_export.verification.exact import (
 )
 from dora_export.verification.model import Finding, Level, Status, TensorResult, TierResult
 from dora_export.verification.parallel import each
+from dora_export.verification.values import Floats
 
 SAMPLES = 16  # rows or columns per changed region at level "fast", at least
 MOST_SAMPLED = 1 << 17  # elements of them, where a small update takes more to be told
@@ -400,7 +400,9 @@ class _Tally:
             terms *= factor if self.exact.by_column else factor[:, None]
         terms += np.abs(values)
         smallest_normal = 2.0 ** (SMALLEST[self.dtype.name] + FRACTION[self.dtype.name])
-        np.maximum(terms, smallest_normal, out=terms)  # errors shrink no further
+        # errors shrink no further; those of a product grow with its scaling
+        scalings = (abs(p.change.scaling) for p in self.exact.parts if p.factors)
+        np.maximum(terms, max((1.0, *scalings)) * smallest_normal, out=terms)
         excess = np.abs(gap)
         unit *= 0.5 * 2.0 ** -FRACTION[self.dtype.name]
         excess -= unit

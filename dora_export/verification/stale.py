@@ -18,8 +18,9 @@ from dora_export.errors import shown
 from dora_export.pieces import regions
 from dora_export.plan import Plan, Settings, Step
 from dora_export.tensors import DTYPES
-from dora_export.verification.exact import Exact, floats, rounded
+from dora_export.verification.exact import Exact, rounded
 from dora_export.verification.model import Finding
+from dora_export.verification.values import floats
 
 if TYPE_CHECKING:
     import onnx

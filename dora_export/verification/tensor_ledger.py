@@ -17,10 +17,11 @@ from dora_export.errors import InputError, shown
 from dora_export.plan import Plan, Step
 from dora_export.tensors import Bytes, DType, FileRange, TensorRef
 from dora_export.tying import EMBEDDINGS, HEADS
-from dora_export.verification.exact import FRACTION, Floats, binade, floats, rounded
+from dora_export.verification.exact import FRACTION, binade, rounded
 from dora_export.verification.model import Finding
 from dora_export.verification.parallel import each
 from dora_export.verification.subject import Subject, clause
+from dora_export.verification.values import Floats, floats
 
 CHUNK_ELEMENTS = 1 << 20  # compared at once
 CAST_ELEMENTS = 1 << 16  # the same where a cast takes several float64 arrays
