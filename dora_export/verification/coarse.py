@@ -76,10 +76,18 @@ class Terms:
 
     def some(self, count: int) -> Terms:
         """Return the terms of the first lines."""
-        arrays = {n: None if a is None else a[:count] for n, a in (
-            ("base", self.base), ("product", self.product), ("magnitude", self.magnitude),
-            ("coarse_product", self.coarse_product), ("exact", self.exact))}  # fmt: skip
-        return replace(self, **arrays)
+
+        def first(values: Floats | None) -> Floats | None:
+            return None if values is None else values[:count]
+
+        return replace(
+            self,
+            base=self.base[:count],
+            product=first(self.product),
+            coarse_product=first(self.coarse_product),
+            magnitude=first(self.magnitude),
+            exact=self.exact[:count],
+        )
 
 
 class Recipe(NamedTuple):

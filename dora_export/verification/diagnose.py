@@ -236,7 +236,7 @@ def hidden_mistake(
     leaning = coarse.leaning(many.terms, many.merged, way.recipe, arithmetic, ref.dtype.name)
     if leaning is None:
         return None
-    found = diagnose(exact, ref, few, others)
+    found = diagnose(exact, ref, pick(lines), others)
     what = f"{found.what}; {leaning}, which rounding to {arithmetic} is not"
     return Diagnosis(found.code, what, leans=True)
 

@@ -319,8 +319,8 @@ def _enough(base: Floats, product: Floats | None, dtype: DType) -> int:
     if not size:
         return len(base)
     error = ONE_ROUNDING * 2.0 ** -FRACTION[dtype.name] * float(np.linalg.norm(base)) / size
-    elements = min((error / SCALING_TOLD) ** 2, MOST_SAMPLED)
-    return math.ceil(elements / max(1, base.shape[1]))
+    elements: float = min((error / SCALING_TOLD) ** 2, MOST_SAMPLED)
+    return math.ceil(elements / max(1.0, float(base.shape[1])))
 
 
 class _Tally:
