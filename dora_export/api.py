@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
@@ -237,6 +238,7 @@ def verify(
     level: Level = "full",
     forward: bool = False,
     prompts: Sequence[str] = (),
+    budget: float | None = None,
     dtype: str | None = None,
     strength: float | None = None,
     weights: Sequence[float] = (),
@@ -258,10 +260,13 @@ def verify(
         base: As in ``merge``.
         adapter: As in ``merge``.
         merged: Folder or weight file of the merged model, or an ``.onnx`` graph of it, which is run
-            beside the unmerged model instead (needs transformers).
+            beside the unmerged model instead (needs transformers); of an encoder-decoder's graphs
+            any one, the others beside it.
         level: "full" compares every element, "fast" sampled rows of every changed tensor.
         forward: Run the model too, merged and unmerged (needs transformers).
         prompts: Texts for that; none: generated inputs.
+        budget: Largest difference that a graph may have, relative to the largest expected value,
+            in place of the measured noise; quantised graphs need one.
         dtype: Type that all floating-point tensors should have; None: as the manifest says, else
             the base's. So for the next ones.
         strength: As in ``merge``.
@@ -285,6 +290,11 @@ def verify(
     options = ReadOptions(**reading)
     merged_path = locate(merged, "merged model")
     graph = merged_path.suffix == ".onnx"
+    if budget is not None and not (graph and budget > 0 and math.isfinite(budget)):
+        raise DoraExportError(
+            f"--budget {budget}: expected a positive number and an ONNX graph to hold to it. Leave "
+            "the option out to allow the measured noise."
+        )
     subject = None if graph else open_subject(merged_path, allow_pickle=options.allow_pickle)
     given = {
         "dtype": _output_dtype(dtype),
@@ -306,7 +316,7 @@ def verify(
     else:
         from dora_export.verification.graph import check_graph  # noqa: PLC0415 - loads torch
 
-        tier, found = check_graph(plan, merged_path, prompts=prompts)
+        tier, found = check_graph(plan, merged_path, prompts=prompts, budget=budget)
         tiers, findings = [tier], [*found]
     if forward and subject is not None:
         from dora_export.verification.forward import check_forward  # noqa: PLC0415 - loads torch

@@ -35,6 +35,9 @@ ROTARY_LEAVES = ("q_proj", "k_proj")
 # Models that torchtune trains with neighbouring rotary pairs, and with Hugging Face's order.
 PAIRED = frozenset("llama mistral gemma gemma2".split())
 HALVED = frozenset("qwen2 qwen3".split())
+# Its Llama 4, whose checkpoints hold neighbouring pairs as well: rows are the checkpoint's own.
+# Source: torchtune/models/llama4/_convert_weights.py (llama4_hf_to_tune), after 0.6.1.
+LLAMA4 = frozenset(("llama4", "llama4_text"))
 # Models whose q, k and v Megatron fuses as said above (others gate their queries, or share heads).
 GROUPED = frozenset(
     """llama mistral mixtral qwen2 qwen2_moe qwen3 qwen3_moe gemma gemma2 gemma3_text""".split()
@@ -135,6 +138,8 @@ def _resolved(update: Update, shapes: Mapping[str, tuple[int, ...]], base: Check
     if update.row_order in ("torchtune", "torchtune-peft", "torchtune-peft?"):
         module = update.target.rpartition(".")[0].rpartition(".")[2]
         return _torchtune(update, plain, base) if module in ROTARY_LEAVES else plain
+    if update.row_order == "torchtune-llama4":
+        return _llama4(update, plain, base)
     shape = shapes.get(update.target)
     return plain if shape is None else _megatron(update, plain, shape, base)
 
@@ -160,6 +165,16 @@ def _torchtune(update: Update, plain: Update, base: Checkpoint) -> Update:
         plain,
         up=_arranged(update.up, arrange) if change_up else update.up,
         magnitude=_arranged(update.magnitude, arrange) if change_magnitude else update.magnitude,
+    )
+
+
+def _llama4(update: Update, plain: Update, base: Checkpoint) -> Update:
+    if LLAMA4.intersection(base.model_types):
+        return plain
+    raise PlanError(
+        f"{shown(update.target)}: of torchtune's Llama 4, by the names in the adapter, but the "
+        f"base's config.json says model_type '{shown(base.config.get('model_type'))}'. Give the "
+        "base that it was trained on, as a folder with its config.json."
     )
 
 

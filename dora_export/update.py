@@ -26,7 +26,7 @@ Over = Literal["row", "column"]
 Orientation = Literal["straight", "transposed", "by class", "by version"]
 # Row orders of trainers that fuse or permute what a checkpoint stores otherwise (row_orders.py).
 RowOrder = Literal[
-    "torchtune", "torchtune-peft", "torchtune-peft?",
+    "torchtune", "torchtune-peft", "torchtune-peft?", "torchtune-llama4",
     "megatron-q", "megatron-k", "megatron-v", "megatron-gate", "megatron-up",
 ]  # fmt: skip
 

@@ -394,6 +394,76 @@ def test_onetrainer_normalises_in_float32_whatever_it_saves_in(saved, dora, conf
     assert f"{dora}, by the shape" in shown
 
 
+def onetrainers_weight(W, delta, m, out_axis):
+    """WP of DoRAModule.forward and LoKrModule.forward, for matrices and kernels, in float64."""
+    WP, eps = W + delta, torch.finfo(torch.float32).eps
+    kept = WP if out_axis else WP.transpose(0, 1)
+    norm = kept.flatten(1).norm(dim=1).reshape(-1, *[1] * (WP.dim() - 1))
+    return m * (WP / ((norm if out_axis else norm.transpose(0, 1)) + eps))
+
+
+def onetrainers(kind, shape):
+    """A layer's trained factors as OneTrainer names them, and what they add."""
+    out, into, *kernel = shape
+    size = into * int(np.prod(kernel))
+    if kind == "LORA":
+        t = {"lora_down.weight": torch.randn(R, into, *kernel),
+             "lora_up.weight": torch.randn(out, R, *[1] * len(kernel))}  # fmt: skip
+        delta = t["lora_up.weight"].flatten(1).double() @ t["lora_down.weight"].flatten(1).double()
+    elif kind == "LOHA":
+        t = {f"hada_w{i}_{x}": torch.randn(*((out, R) if x == "a" else (R, size)))
+             for i in "12" for x in "ab"}  # fmt: skip
+        one, two = (t[f"hada_w{i}_a"].double() @ t[f"hada_w{i}_b"].double() for i in "12")
+        delta = one * two
+    else:
+        t = {"lokr_w1": torch.randn(4, 2), "lokr_w2_a": torch.randn(out // 4, R),
+             "lokr_w2_b": torch.randn(R, size // 2)}  # fmt: skip
+        w2 = (t["lokr_w2_a"].double() @ t["lokr_w2_b"].double()).reshape(out // 4, -1, *kernel)
+        delta = torch.kron(t["lokr_w1"].double().reshape(4, 2, *[1] * len(kernel)), w2)
+    return t | {"alpha": torch.tensor(ALPHA)}, ALPHA / R * delta.reshape(shape)
+
+
+# LoHa has no DoRA there; LoKr's counts outputs unless told, LoRA's inputs.
+ONETRAINER = [("LORA", "in"), ("LORA", "out"), ("LOKR", "out"), ("LOKR", "in"), ("LOKR", None),
+              ("LOHA", None)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "dora"), ONETRAINER, ids=str)
+def test_onetrainers_algorithms_on_matrices_and_kernels(kind, dora, tmp_path):
+    torch.manual_seed(7)
+    shapes = {"to_q": (16, 16), "up": (24, 16), "conv": (16, 8, 3, 3), "square": (16, 16, 3, 3)}
+    base, tensors, want, plain = {}, {}, {}, {}
+    for name, shape in shapes.items():
+        W = torch.randn(shape) * 0.2
+        factors, delta = onetrainers(kind, shape)
+        base[f"blocks.{name}.weight"], exact = W, W.double() + delta
+        if dora:
+            line = W if dora == "out" else W.transpose(0, 1)
+            m = line.flatten(1).norm(dim=1) * (0.6 + 0.8 * torch.rand(len(line)))
+            m = m.reshape(-1, *[1] * (len(shape) - 1))
+            factors["dora_scale"] = m if dora == "out" else m.transpose(0, 1).contiguous()
+            exact = onetrainers_weight(W.double(), delta, factors["dora_scale"].double(),
+                                       dora == "out")  # fmt: skip
+        tensors |= {f"lora_transformer_blocks_{name}.{n}": t for n, t in factors.items()}
+        want[f"blocks.{name}.weight"] = exact.flatten(1).numpy()
+        plain[f"blocks.{name}.weight"] = (W.double() + delta / (ALPHA / R)).flatten(1).numpy()
+    config = {
+        "peft_type": kind,
+        "lora_decompose": dora is not None,
+        "lora_decompose_norm_epsilon": True,
+        "lora_decompose_output_axis": dora == "out",
+    }
+    said = {"ot_revision": "abc", "ot_branch": "master", "ot_config": json.dumps(config)}
+    paths = write(tmp_path, base, tensors, said, "transformer.")
+    got = merged(*paths)
+    for name, exact in want.items():
+        stored = got[f"transformer.{name}"].flatten(1)
+        assert distance(stored, exact) <= RELATIVE, name
+        assert distance(stored, plain[name]) > 100 * RELATIVE
+        assert distance(stored, oracle.float64(base[name].flatten(1))) > 100 * RELATIVE
+    assert "trainer      OneTrainer" in inspected(paths[1])
+
+
 def test_onetrainer_without_eps_says_so(tmp_path):
     base, made = layers("in")
     base = {n: t * 1e-6 for n, t in base.items()}

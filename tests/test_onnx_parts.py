@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import diffusers
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -9,13 +10,16 @@ import onnxruntime
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+import dora_export
 from dora_export import GraphOptions
-from dora_export.onnx import encoder_decoder, engines, files, quantise, tasks
+from dora_export.onnx import engines, files, merged_decoder, quantise, tasks
 from dora_export.onnx.model import GraphError
 from dora_export.onnx.wrappers import Flat, Part
-from dora_export.verification import inputs, script, times
+from dora_export.verification import inputs, script, times, together
+from dora_export.verification.runner import GraphUnusable
 from tests.rider_models import WARNINGS
 from tools import onnx_table
 
@@ -59,8 +63,8 @@ def test_encoder_first_and_further_steps_are_the_whole_model(name, monkeypatch):
     assert [p.graph for p in found] == [
         "encoder_model.onnx", "decoder_model.onnx", "decoder_with_past_model.onnx"]  # fmt: skip
     by_name = {part.graph: part for part in found}
-    monkeypatch.setattr(encoder_decoder, "OnnxRuntime", lambda name: InTorch(by_name[name]))
-    together = encoder_decoder.Together(*by_name)
+    monkeypatch.setattr(together, "OnnxRuntime", lambda name: InTorch(by_name[name]))
+    run = together.Together(*by_name)
     (whole,) = tasks.parts(model, whole=True)
     ids = torch.randint(3, 90, (2, 6)).numpy()
     values = {n: t.numpy() for n, t in whole.inputs.items()} | {"decoder_input_ids": ids}
@@ -69,8 +73,8 @@ def test_encoder_first_and_further_steps_are_the_whole_model(name, monkeypatch):
     with torch.no_grad():
         given = {n: torch.from_numpy(v) for n, v in values.items()}
         expected = model(**given, use_cache=False)
-    got = together.run(values)
-    assert set(got) == set(together.outputs) == set(found[0].compared)
+    got = run.run(values)
+    assert set(got) == set(run.outputs) == set(found[0].compared)
     scale = np.abs(expected.logits.numpy()).max()
     assert np.abs(got["logits"] - expected.logits.numpy()).max() < 1e-5 * scale
     states = expected.encoder_last_hidden_state.numpy()
@@ -79,8 +83,8 @@ def test_encoder_first_and_further_steps_are_the_whole_model(name, monkeypatch):
     def forgetful(values):  # the cache does matter
         return {n: 0 * v if "decoder" in n else v for n, v in InTorch(found[2]).run(values).items()}
 
-    together._further.run = forgetful
-    assert np.abs(together.run(values)["logits"] - expected.logits.numpy()).max() > 1e-3 * scale
+    run._further.run = forgetful
+    assert np.abs(run.run(values)["logits"] - expected.logits.numpy()).max() > 1e-3 * scale
 
 
 def test_names_of_an_encoder_decoder_are_those_that_ortmodel_classes_look_for():
@@ -92,6 +96,161 @@ def test_names_of_an_encoder_decoder_are_those_that_ortmodel_classes_look_for():
         f"past_key_values.{i}.{k}" for i in range(2) for k in kinds]  # fmt: skip
     assert further.outputs == ["logits", *(f"present.{i}.{k}" for i in range(2) for k in kinds[:2])]
     assert further.axes["past_key_values.0.decoder.key"][2] == "past_decoder_sequence_length"
+
+
+WIDE, WORDS = 16, 20  # matrices of a kilobyte and more are weights
+
+
+def save_decoders(folder, suffix="", *, opset=20):
+    """A decoder of one layer without and with a cache, and an encoder; all of one set of weights.
+
+    Logits are those of a token's embedding, of the mean of its own keys, and of the source's.
+    """
+    make = np.random.default_rng(0)
+    held = {n: make.standard_normal(shape).astype(np.float32)
+            for n, shape in (("embedding", (WORDS, WIDE)), ("own", (WIDE, WIDE)),
+                             ("source", (WIDE, WIDE)), ("head", (WIDE, WORDS)))}  # fmt: skip
+    node, info = onnx.helper.make_node, onnx.helper.make_tensor_value_info
+    states = info("encoder_hidden_states", 1, ["batch_size", "encoder_sequence_length", WIDE])
+    past = [info(f"past_key_values.0.{side}.key", 1, ["batch_size", 1, f"{side}_length", WIDE])
+            for side in ("decoder", "encoder")]  # fmt: skip
+    own, source = "present.0.decoder.key", "present.0.encoder.key"
+    start = [node("Gather", ["embedding", "input_ids"], ["x"]),
+             node("MatMul", ["x", "own"], ["k"]),
+             node("Unsqueeze", ["k", "one"], ["new"])]  # fmt: skip
+    end = [node("ReduceMean", ["own_keys", "two"], ["own_mean"], keepdims=0),
+           node("ReduceMean", ["source_keys", "two"], ["source_mean"], keepdims=0),
+           node("Add", ["x", "own_mean"], ["y"]), node("Add", ["y", "source_mean"], ["z"]),
+           node("MatMul", ["z", "head"], ["logits"])]  # fmt: skip
+    first = [*start, node("MatMul", ["encoder_hidden_states", "source"], ["sk"]),
+             node("Unsqueeze", ["sk", "one"], [source]), node("Identity", ["new"], [own]),
+             node("Identity", ["new"], ["own_keys"]), node("Identity", [source], ["source_keys"]),
+             *end]  # fmt: skip
+    further = [*start, node("Concat", [past[0].name, "new"], [own], axis=2),
+               node("Identity", [own], ["own_keys"]),
+               node("Identity", [past[1].name], ["source_keys"]), *end]  # fmt: skip
+    paths = []
+    for name, nodes, others, outputs in (
+        (together.ENCODER, [node("Gather", ["embedding", "input_ids"], ["last_hidden_state"])],
+         [], ["last_hidden_state"]),
+        (together.FIRST, first, [states], ["logits", own, source]),
+        (together.FURTHER, further, past, ["logits", own]),
+    ):  # fmt: skip
+        used = {i for n in nodes for i in n.input}
+        constants = {"one": np.array([1]), "two": np.array([2])}
+        if nodes is further:  # as an exporter that folds the same weight in names it
+            held["val_7"] = held.pop("own")
+            nodes = [type(n).FromString(n.SerializeToString()) for n in nodes]
+            nodes[1].input[1] = "val_7"
+            used.add("val_7")
+        ids = info("input_ids", 7, ["batch_size", "decoder_sequence_length"])
+        graph = onnx.helper.make_graph(
+            nodes, name, [ids, *others],
+            [info(o, 1, ["batch_size", *((1, "n", WIDE) if "." in o else ("n", None))])
+             for o in outputs],
+            [onnx.numpy_helper.from_array(v, n) for n, v in {**held, **constants}.items()
+             if n in used],
+        )  # fmt: skip
+        imports = [onnx.helper.make_opsetid("", opset if nodes is first else 20)]
+        paths.append(folder / f"{name.removesuffix('.onnx')}{suffix}.onnx")
+        onnx.save(onnx.helper.make_model(graph, opset_imports=imports, ir_version=10), paths[-1])
+    return paths
+
+
+def test_two_decoders_in_one_graph_compute_what_each_does_with_one_copy_of_the_weights(tmp_path):
+    encoder, first, further = save_decoders(tmp_path)
+    path = tmp_path / together.MERGED
+    files.write(merged_decoder.merged(first, further), path, "model.onnx_data")  # and checks it
+    graph = onnx.load(path).graph
+    assert [i.name for i in graph.input] == [
+        "input_ids", "encoder_hidden_states", "past_key_values.0.decoder.key",
+        "past_key_values.0.encoder.key", "use_cache_branch"]  # fmt: skip
+    assert [o.name for o in graph.output] == [
+        "logits", "present.0.decoder.key", "present.0.encoder.key"]  # fmt: skip
+    assert sorted(t.name for t in graph.initializer) == ["embedding", "head", "own", "source"]
+    assert path.stat().st_size < first.stat().st_size + 4096
+    make = np.random.default_rng(1)
+    states = make.standard_normal((2, 5, WIDE)).astype(np.float32)
+    ids = make.integers(0, WORDS, (2, 7))
+    one, other, both = (onnxruntime.InferenceSession(p) for p in (first, further, path))
+    start = one.run(None, {"input_ids": ids[:, :4], "encoder_hidden_states": states})
+    none = np.zeros((2, 1, 0, WIDE), np.float32)
+    feeds = {"encoder_hidden_states": states, "past_key_values.0.decoder.key": none,
+             "past_key_values.0.encoder.key": none}  # fmt: skip
+    found = both.run(None, {**feeds, "input_ids": ids[:, :4], "use_cache_branch": [False]})
+    for a, b in zip(found, start, strict=True):
+        np.testing.assert_array_equal(a, b)
+    cache = {"past_key_values.0.decoder.key": start[1], "past_key_values.0.encoder.key": start[2]}
+    rest = other.run(None, {"input_ids": ids[:, 4:], **cache})
+    found = both.run(None, {**feeds, **cache, "input_ids": ids[:, 4:], "use_cache_branch": [True]})
+    for a, b in zip(found[:2], rest, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert found[2].shape[0] == 0  # the source's keys are as they were, and not given again
+    assert np.abs(found[0]).max() > 1
+    # run together, one graph and two are the same model
+    values = {"input_ids": ids, "decoder_input_ids": ids[:, ::-1]}
+    expected, got = (together.Together(encoder, *p).run(values)
+                     for p in ((first, further), (path,)))  # fmt: skip
+    np.testing.assert_array_equal(got["logits"], expected["logits"])
+    assert set(together.opened(path).outputs) == set(got)
+
+
+def test_decoders_that_do_not_go_together_are_refused(tmp_path):
+    _, first, further = save_decoders(tmp_path, opset=21)
+    with pytest.raises(GraphError, match=r"different operator sets.*Pass one --opset"):
+        merged_decoder.merged(first, further)
+
+
+def test_graphs_of_an_encoder_decoder_are_found_by_their_names(tmp_path):
+    found = save_decoders(tmp_path, "_fp16")
+    for path in found:
+        assert together.graphs_of(path) == tuple(found)
+    both = tmp_path / "decoder_model_merged_fp16.onnx"
+    both.write_bytes(found[1].read_bytes())
+    assert together.graphs_of(both) == (found[0], both)
+    with pytest.raises(GraphUnusable, match="has no input 'use_cache_branch'"):
+        together.opened(both)
+    found[1].unlink()
+    assert together.graphs_of(found[0]) == (found[0], both)
+    with pytest.raises(GraphUnusable, match=r"run together with 'decoder_model_fp16\.onnx'"):
+        together.graphs_of(found[2])
+    found[0].unlink()
+    with pytest.raises(GraphUnusable, match=r"run together with 'encoder_model_fp16\.onnx'"):
+        together.graphs_of(found[2])
+    alone = tmp_path / "model.onnx"
+    assert together.graphs_of(alone) == (alone,)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["bart", "t5", "whisper"])
+def test_decoders_in_one_graph_are_published_and_verified_by_any_of_the_graphs(name, tmp_path):
+    onnx_table.make_pair(name, tmp_path)
+    report = dora_export.export_onnx(
+        tmp_path / "base", tmp_path / "adapter", tmp_path / "out",
+        options=GraphOptions(layout="transformers-js"),
+    )  # fmt: skip
+    assert report.verdict == "right"
+    names = ("onnx/encoder_model.onnx", "onnx/decoder_model_merged.onnx")
+    assert report.graphs == names
+    assert {n for n in report.files if n.startswith("onnx/")} == set(names)
+    for graph in names:
+        assert dora_export.verify(tmp_path / "base", tmp_path / "adapter",
+                                  tmp_path / "out" / graph).verdict == "right"  # fmt: skip
+    make = torch.Generator().manual_seed(5)
+    path = tmp_path / "adapter/adapter_model.safetensors"
+    other = {n: t * (1 + torch.rand(t.shape, generator=make)) for n, t in load_file(path).items()}
+    save_file(other, path, {"format": "pt"})
+    report = dora_export.verify(tmp_path / "base", tmp_path / "adapter",
+                                tmp_path / "out" / names[1])  # fmt: skip
+    assert report.verdict == "wrong"
+
+
+def test_a_graph_of_one_sequence_takes_its_mask_all_the_same():
+    """A library that makes its own mask of ones for a single sequence leaves the input out."""
+    (part,) = tasks.parts(model_of("llama"), 1)
+    assert part.inputs["attention_mask"].shape == (1, 9)
+    assert part.axes["attention_mask"] == {1: "total_sequence_length"}
+    assert "batch_size" not in {a for axes in part.axes.values() for a in axes.values()}
 
 
 # --- mixtures of experts
@@ -193,14 +352,49 @@ def test_an_operator_of_onnxruntimes_own_passes_the_checker_and_a_wrong_one_does
 # --- diffusion
 
 
-def test_noise_is_made_up_for_unets_and_for_transformers_of_patches():
-    import diffusers
+def test_a_unets_height_and_width_vary_in_steps_that_its_halvings_ask_for():
+    cls, _, values = onnx_table.ARCHITECTURES["sd, unet"]
+    model = getattr(diffusers, cls)(**values).eval()
+    (part,) = tasks.parts(model)
+    assert part.axes["sample"] == {0: "batch_size", 2: "height", 3: "width"}
+    assert part.facts["multiples"] == part.steps == {"height": 2, "width": 2}
+    sides = part.inputs["sample"].shape[2:]
+    assert sides[0] != sides[1]  # equal ones are taken for the same
+    assert min(sides) >= 4  # a single step is taken for a constant
+    batches = inputs.batches(model, None, ())
+    assert {b.values["sample"].shape[2:] for b in batches} == {(8, 8), (10, 16)}
+    deep = {**values, "sample_size": 9}  # no whole number of steps: another path, of fixed size
+    (part,) = tasks.parts(getattr(diffusers, cls)(**deep).eval())
+    assert part.axes["sample"] == {0: "batch_size"}
+    assert (part.steps, part.facts) == ({}, {})
+    assert len(inputs.batches(getattr(diffusers, cls)(**deep).eval(), None, ())) == 2
 
+
+def test_an_axis_of_multiples_keeps_its_name_in_the_graph():
+    """Both exporters write it as a product; what is half as high keeps their symbol."""
+    x, y = (ir.Value(name=n, type=ir.TensorType(ir.DataType.FLOAT)) for n in "xy")
+    x.shape = ir.Shape(["s1", "2*s29"])
+    half, full = (ir.node("Identity", [v]) for v in (x, y))
+    half.outputs[0].shape, full.outputs[0].shape = ir.Shape(["s1", "s29"]), x.shape
+    full.replace_input_with(0, half.outputs[0])
+    graph = ir.Graph([x], [full.outputs[0]], nodes=[half, full], opset_imports={"": 20})
+    part = Part(nn.Identity(), {"x": torch.ones(2, 8)}, {"x": {0: "batch_size", 1: "height"}},
+                ["y"], steps={"height": 2})  # fmt: skip
+    engines._name(graph, part)
+    shapes = [[d if isinstance(d, int) else d.value for d in v.shape]
+              for v in (graph.inputs[0], half.outputs[0], graph.outputs[0])]  # fmt: skip
+    assert shapes == [["batch_size", "height"], ["batch_size", "s29"], ["batch_size", "height"]]
+    told = [engines._multiple(n, part.steps, n) for n in ("height", "batch_size")]
+    assert (str(told[0]), told[1]) == ("2*height_steps", "batch_size") or "Derived" in str(told[0])
+
+
+def test_noise_is_made_up_for_unets_and_for_transformers_of_patches():
     for name, main in (("sd, unet", "sample"), ("flux", "hidden_states")):
         cls, _, values = onnx_table.ARCHITECTURES[name]
         model = getattr(diffusers, cls)(**values).eval()
         batches = inputs.batches(model, None, [])
-        assert [len(b.values["timestep"]) for b in batches] == [3, 1]
+        assert [len(b.values["timestep"]) for b in batches] == [3, 1, 2][: 3 if main == "sample"
+                                                                         else 2]  # fmt: skip
         (part,) = tasks.parts(model)
         assert set(part.inputs) == set(batches[0].values)
         assert part.axes[main][0] == "batch_size"

@@ -182,6 +182,13 @@ def test_quantised_graphs_are_held_against_the_unmerged_model_too(exported, tmp_
         assert all(abs(m["share"]) < 0.2 for m in tier.figures["mistakes"].values())
         assert {f.code for f in check_graph(pair.plan(), target, budget=1e-4)[1]} == {
             "graph-differs"}  # fmt: skip
+    verified = dora_export.verify(pair.base, pair.adapter, target)
+    assert verified.verdict == "unchecked"
+    assert "give a budget" in verified.findings[0].what
+    assert dora_export.verify(pair.base, pair.adapter, target, budget=0.9).verdict == "right"
+    for wrong, merged in ((-1.0, target), (float("nan"), target), (0.5, pair.base)):
+        with pytest.raises(DoraExportError, match="expected a positive number"):
+            dora_export.verify(pair.base, pair.adapter, merged, budget=wrong)
 
 
 def test_int4_keeps_eight_bits_for_the_head_unless_asked_otherwise(exported, tmp_path):

@@ -1,5 +1,6 @@
 """torchtune's adapters and its exports to PEFT, held against what torchtune's models compute."""
 
+import json
 import shutil
 
 import numpy as np
@@ -258,8 +259,8 @@ BROKEN = {
         lambda t: t.update({f"{Q[1]}.lora_a.weight": torch.ones(2, 16),
                             f"{Q[1]}.lora_b.weight": torch.ones(16, 2)}), "ranks [2, 3]"),
     "a vision model": (
-        lambda t: t.update({"decoder.layers.0.attn.q_proj.lora_a.weight": torch.ones(3, 16)}),
-        "only adapters of attention"),
+        lambda t: t.update({"decoder.layers.0.layer.attn.q_proj.lora_a.weight":
+                            torch.ones(3, 16)}), "only adapters of attention"),
 }  # fmt: skip
 
 
@@ -273,16 +274,207 @@ def test_file_that_does_not_add_up_is_refused(case, tmp_path):
     assert reason in refused(base, file, tmp_path / "out", "--allow-pickle", "--alpha", "7")
 
 
-@pytest.mark.parametrize("alone_there", [True, False])
-def test_experts_are_refused_by_name_with_a_way_out(alone_there, tmp_path):
-    base, file = alone("lora", tmp_path)
-    experts = {f"layers.0.mlp.experts.lora_{part}_{factor}": torch.ones(2, 3, 4)
-               for part in ("gate", "up", "down") for factor in "ab"}  # fmt: skip
-    torch.save(experts if alone_there else torch.load(file) | experts, file)
-    said = refused(base, file, tmp_path / "out", "--allow-pickle", "--alpha", "7")
-    assert "LoRA on the experts of a mixture (6 tensors" in said
-    assert "Let torchtune merge it" in said
-    assert "save_adapter_weights_only: False" in said
+# --- Llama 4, whose experts have LoRA of their own; torchtune's code for it is on no registry
+
+E4, H4, I4, V4, R4, A4 = 3, 16, 24, 40, 3, 7.5
+SCALE4 = A4 / R4
+LINEARS4 = {  # torchtune's name -> Hugging Face's, (out, in)
+    **{f"attn.{t}": (f"self_attn.{h}", (n, H4)) for t, h, n in (
+        ("q_proj", "q_proj", 16), ("k_proj", "k_proj", 8), ("v_proj", "v_proj", 8),
+        ("output_proj", "o_proj", 16))},
+    **{f"mlp.shared_expert.{w}": (f"feed_forward.shared_expert.{h}", s) for w, h, s in (
+        ("w1", "gate_proj", (I4, H4)), ("w2", "down_proj", (H4, I4)), ("w3", "up_proj", (I4, H4)))},
+}  # fmt: skip
+
+
+def llama4(folder, dtype=torch.float32, dora=False, inner=I4):
+    """A base of transformers' class and a trained adapter in torchtune's names."""
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    torch.manual_seed(4)
+    config = Llama4TextConfig(
+        vocab_size=V4, hidden_size=H4, intermediate_size=inner, intermediate_size_mlp=20,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=4,
+        num_local_experts=E4, num_experts_per_tok=1, interleave_moe_layer_step=2,
+        tie_word_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = Llama4ForCausalLM(config)
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.2)
+    model.to(dtype).save_pretrained(folder / "base", save_original_format=True)
+    base, made = loaded(folder / "base"), {}
+    names = {f"decoder.layers.1.{t}": f"model.layers.1.{h}" for t, (h, _) in LINEARS4.items()}
+    names |= {
+        f"decoder.layers.0.mlp.{w}": f"model.layers.0.feed_forward.{h}"
+        for w, h in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj"))
+    }  # a dense layer's
+    names["decoder.output"] = "lm_head"
+    for theirs, ours in names.items():
+        out, into = base[f"{ours}.weight"].shape
+        made[f"{theirs}.lora_a.weight"] = torch.randn(R4, into) * 0.3
+        made[f"{theirs}.lora_b.weight"] = torch.randn(out, R4) * 0.3
+        if dora and "shared_expert" not in theirs:
+            norm = base[f"{ours}.weight"].float().norm(dim=1)
+            made[f"{theirs}.magnitude"] = norm * (0.6 + 0.8 * torch.rand(out))
+    for part, (into, out) in (("gate", (H4, inner)), ("up", (H4, inner)), ("down", (inner, H4))):
+        key = f"decoder.layers.1.mlp.experts.lora_{part}"
+        made[f"{key}_a"] = torch.randn(E4, into, R4) * 0.3
+        made[f"{key}_b"] = torch.randn(E4, R4, out) * 0.3
+    (folder / "adapter").mkdir()
+    torch.save(made, folder / "adapter/adapter_model.pt")
+    # written for Llama 4 too, though no weights are exported to PEFT
+    small.write_json(
+        folder / "adapter/adapter_config.json",
+        {"r": R4, "lora_alpha": A4, "target_modules": ["q_proj"], "peft_type": "LORA"},
+    )
+    return names, base, made
+
+
+def of_experts(x, W, a, b):
+    """_lora_tc_layer_forward: W is (in, out), a (in, rank), b (rank, out)."""
+    return x @ W + SCALE4 * ((x @ a) @ b)
+
+
+def halves_of(base, expert):
+    """Gate's, up's and down's weight of one expert, (in, out), as llama4_hf_to_tune takes them."""
+    block = "model.layers.1.feed_forward.experts"
+    gate, up = np.split(oracle.float64(base[f"{block}.gate_up_proj"])[expert], 2, axis=1)
+    return {"gate": gate, "up": up, "down": oracle.float64(base[f"{block}.down_proj"])[expert]}
+
+
+@pytest.mark.parametrize("inner", [I4, H4], ids=["", "square"])
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_llama4_experts_compute_what_torchtunes_do(dtype, dora, inner, tmp_path):
+    names, base, made = llama4(tmp_path, dtype, dora, inner)
+    written = merged(tmp_path / "base", tmp_path / OWN, tmp_path / "out", "--allow-pickle")
+    for expert in range(E4):
+        before, after = halves_of(base, expert), halves_of(written, expert)
+        for part, W in before.items():
+            a, b = (oracle.float64(made[f"decoder.layers.1.mlp.experts.lora_{part}_{side}"])
+                    for side in "ab")  # fmt: skip
+            want = of_experts(np.eye(len(W)), W, a[expert], b[expert])
+            got = torch.tensor(after[part]).to(dtype)
+            assert oracle.ulps(got, want) <= 1, (part, expert)
+            other = (expert + 1) % E4
+            for wrong in (W, W + A4 * (a[expert] @ b[expert]), W + SCALE4 * (a[other] @ b[other])):
+                assert oracle.ulps(got, wrong) > 10
+    for theirs, ours in names.items():
+        W = oracle.float64(base[f"{ours}.weight"])
+        a, b = (oracle.float64(made[f"{theirs}.lora_{side}.weight"]) for side in "ab")
+        m = made.get(f"{theirs}.magnitude")
+        right = oracle.lora(W, a, b, SCALE4) if m is None else oracle.dora(
+            W, a, b, oracle.float64(m), SCALE4)  # fmt: skip
+        assert oracle.ulps(written[f"{ours}.weight"], right) <= 1, ours
+    assert dora == any(n.endswith("magnitude") for n in made)
+    shown = inspected(tmp_path / OWN, "--allow-pickle", "--base", tmp_path / "base")
+    assert "fits" in shown
+    assert f"method       {'DoRA' if dora else 'LoRA'}" in shown
+
+
+def test_llama4_names_fit_the_whole_multimodal_checkpoint(tmp_path):
+    """As on the Hub: the text model inside, and the projection of images with LoRA as well."""
+    _, base, made = llama4(tmp_path)
+    config = json.loads((tmp_path / "base/config.json").read_text())
+    whole = {f"language_model.{n}": t for n, t in base.items()}
+    images = {"vision_model.vision_adapter.mlp.fc1": (12, 20), "multi_modal_projector.linear_1":
+              (H4, 12), "vision_model.vision_adapter.mlp.fc2": (12, 12)}  # fmt: skip
+    whole |= {f"{n}.weight": torch.randn(shape) * 0.2 for n, shape in images.items()}
+    small.write_json(tmp_path / "base/config.json", {
+        "model_type": "llama4", "architectures": ["Llama4ForConditionalGeneration"],
+        "text_config": config})  # fmt: skip
+    save_file(whole, tmp_path / "base/model.safetensors", {"format": "pt"})
+    for number, ours in ((0, "vision_model.vision_adapter.mlp.fc1"),
+                         (2, "vision_model.vision_adapter.mlp.fc2"),
+                         (4, "multi_modal_projector.linear_1")):  # fmt: skip
+        key, (out, into) = f"encoders.vision.projection.output.{number}", images[ours]
+        made[f"{key}.lora_a.weight"] = torch.randn(R4, into)
+        made[f"{key}.lora_b.weight"] = torch.randn(out, R4)
+        images[ours] = oracle.lora(*(oracle.float64(t) for t in (
+            whole[f"{ours}.weight"], made[f"{key}.lora_a.weight"], made[f"{key}.lora_b.weight"])),
+            SCALE4)  # fmt: skip
+    torch.save(made, tmp_path / OWN)
+    written = merged(tmp_path / "base", tmp_path / OWN, tmp_path / "out", "--allow-pickle")
+    for ours, exact in images.items():
+        assert distance(written[f"{ours}.weight"], exact) <= RELATIVE
+    text = {n.removeprefix("language_model."): t for n, t in written.items()}
+    for part, W in halves_of(base, 1).items():
+        a, b = (oracle.float64(made[f"decoder.layers.1.mlp.experts.lora_{part}_{side}"])
+                for side in "ab")  # fmt: skip
+        want = of_experts(np.eye(len(W)), W, a[1], b[1])
+        assert distance(torch.tensor(halves_of(text, 1)[part]), want) <= RELATIVE
+
+
+def test_llama4_model_computes_the_forward_written_from_torchtunes(tmp_path):
+    """The base's own experts with ``of_experts`` in the place of each product."""
+    from transformers import Llama4ForCausalLM
+
+    _, _, made = llama4(tmp_path)
+    only = {n: t for n, t in made.items() if ".experts." in n}
+    torch.save(only, tmp_path / OWN)
+    merged(tmp_path / "base", tmp_path / OWN, tmp_path / "out", "--allow-pickle")
+    model = Llama4ForCausalLM.from_pretrained(tmp_path / "base").double().eval()
+    block = model.model.layers[1].feed_forward.experts
+    own = {n.rpartition("lora_")[2]: t.double() for n, t in only.items()}
+
+    def adapted(hidden):
+        x, out = hidden.view(E4, -1, H4), []
+        for e in range(E4):
+            gate, up = block.gate_up_proj[e].chunk(2, dim=-1)
+            h = block.act_fn(of_experts(x[e], gate, own["gate_a"][e], own["gate_b"][e]))
+            h = h * of_experts(x[e], up, own["up_a"][e], own["up_b"][e])
+            out.append(of_experts(h, block.down_proj[e], own["down_a"][e], own["down_b"][e]))
+        return torch.stack(out).reshape(-1, H4)
+
+    tokens = torch.arange(14).reshape(2, 7) * 3 % V4
+    with torch.no_grad():
+        before = model(tokens).logits
+        block.forward = adapted
+        want = model(tokens).logits
+        got = Llama4ForCausalLM.from_pretrained(tmp_path / "out").double().eval()(tokens).logits
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+    assert (before - want).abs().max() > 1e-2 * want.abs().max()
+
+
+LLAMA4_BROKEN = {
+    "half of experts": (
+        lambda t: t.pop("decoder.layers.1.mlp.experts.lora_up_b"), "lora_b.weight missing"),
+    "other experts": (
+        lambda t: t.update({f"decoder.layers.1.mlp.experts.lora_up_{s}": torch.ones(*shape)
+                            for s, shape in (("a", (2, H4, R4)), ("b", (2, R4, I4)))}),
+        "the adapter has 2 experts, the base 3"),
+    "turned": (
+        lambda t: t.update({"decoder.layers.1.mlp.experts.lora_up_a": torch.ones(E4, R4, H4)}),
+        "expected lora_a (experts, in, rank)"),
+    "rank": (
+        lambda t: t.update({f"decoder.layers.1.mlp.experts.lora_up_{s}": torch.ones(*shape)
+                            for s, shape in (("a", (E4, H4, 2)), ("b", (E4, 2, I4)))}),
+        "ranks [2, 3]"),
+    "a fusion layer": (
+        lambda t: t.update({"decoder.layers.3.fusion_layer.attn.q_proj.lora_a.weight":
+                            torch.ones(R4, H4)}), "unknown tensor"),
+    "experts of another model": (
+        lambda t: t.update({"layers.1.mlp.experts.lora_up_a": torch.ones(E4, H4, R4)}),
+        "unknown tensor"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LLAMA4_BROKEN)
+def test_llama4_file_that_does_not_add_up_is_refused(case, tmp_path):
+    _, _, made = llama4(tmp_path)
+    change, reason = LLAMA4_BROKEN[case]
+    change(made)
+    torch.save(made, tmp_path / OWN)
+    assert reason in refused(tmp_path / "base", tmp_path / OWN, tmp_path / "out", "--allow-pickle")
+
+
+def test_llama4_names_on_another_model_are_refused(tmp_path):
+    llama4(tmp_path)
+    tensors = {n: t for n, t in torch.load(tmp_path / OWN).items() if "layers.1" not in n}
+    torch.save({n: t for n, t in tensors.items() if ".mlp." not in n}, tmp_path / OWN)
+    small.edit_json(tmp_path / "base/config.json", model_type="llama")
+    message = refused(tmp_path / "base", tmp_path / OWN, tmp_path / "out", "--allow-pickle")
+    assert "of torchtune's Llama 4, by the names in the adapter" in message
 
 
 def test_inspection_names_trainer_axis_and_evidence():

@@ -13,7 +13,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dora_export.adapters import peft_config, peft_methods, peft_parameters, torchtune
+from dora_export.adapters import (
+    peft_bare,
+    peft_config,
+    peft_methods,
+    peft_parameters,
+    torchtune,
+)
 from dora_export.adapters.config_files import CONFIG, config_of
 from dora_export.adapters.model import Adapter, ReadOptions
 from dora_export.adapters.peft_config import PeftConfig
@@ -74,8 +80,8 @@ class _Sorted:
 
 
 def matches(path: Path, options: ReadOptions) -> bool:
-    """Return whether ``path`` is a PEFT folder, or the weight file in one."""
-    return _config_path(path) is not None
+    """Return whether ``path`` is a PEFT folder, the weight file in one, or one without a config."""
+    return _config_path(path) is not None or _bare(path, options) is not None
 
 
 def read(path: Path, options: ReadOptions) -> Adapter:
@@ -85,18 +91,25 @@ def read(path: Path, options: ReadOptions) -> Adapter:
         InputError: The config or the weights are missing or malformed.
         AdapterError: A setting or a tensor that this tool does not reproduce; all are listed.
     """
-    config_path = _config_path(path)
-    if config_path is None:
+    config_path, bare = _config_path(path), _bare(path, options)
+    if config_path is None and bare is None:
         raise InputError(f"{path}: no {CONFIG}. Check that this is the adapter's folder.")
-    _refuse_options(config_path, options)
-    raw = read_json(config_path)
+    if bare is not None:
+        config_path = bare.with_name(CONFIG)  # for messages: it is not there
+    assert config_path is not None, "Bug: one of the two is there"
+    _refuse_options(config_path, options, bare=bare is not None)
+    if bare is None:
+        raw = read_json(config_path)
+    else:
+        stored = read_tensors(bare, allow_pickle=options.allow_pickle)
+        raw = peft_bare.settings(bare, stored, CONFIG, options)
     if str(method := raw.get("peft_type")) in peft_methods.METHODS:
         file = _weights(config_path.parent, options)
         stored = read_tensors(file, allow_pickle=options.allow_pickle)
         return peft_methods.read(path, config_path, raw, file, stored)
     peft_methods.refuse(config_path, str(method))
     config = peft_config.parse(config_path, raw, options)
-    weights = _weights(config_path.parent, options)
+    weights = bare or _weights(config_path.parent, options)
     tensors = read_tensors(weights, allow_pickle=options.allow_pickle)
     sorted_ = _sort(tensors, config)
     if "use_dora" not in raw and torchtune.is_export(raw):  # torchtune does not write it
@@ -105,6 +118,8 @@ def read(path: Path, options: ReadOptions) -> Adapter:
     pruned = _set_pruned_apart(sorted_)
     layers = {path: layer.parts for path, layer in sorted_.layers.items()}
     config = config.for_modules(config_path, [*layers, *peft_parameters.paths(layers, config)])
+    if bare is not None:
+        config = peft_bare.with_ranks(config, layers)
     modules, parameters = peft_parameters.split(config_path, layers, config, sorted_.problems)
     packed = peft_parameters.packing(config_path.parent, raw, options)
     updates = [u for module, parts in modules.items()
@@ -137,10 +152,12 @@ def read(path: Path, options: ReadOptions) -> Adapter:
         layer_replication=config.layer_replication,
         residual_init=None if config.recomputed else config.changed_base,
         doubtful_magnitudes=config.dora and options.magnitude_is_normalised is None,
-        doubts=_doubts(config),
-        square_io=config.fan_in_fan_out,
+        doubts=(*_doubts(config), *((peft_bare.DOUBT,) if bare is not None else ())),
+        square_io=None if bare is not None else config.fan_in_fan_out,
         square_experts_transposed=options.moe_transposed,
-        facts=_facts(config, updates, order) | _experts_facts(parameters, packed),
+        facts=_facts(config, updates, order)
+        | _experts_facts(parameters, packed)
+        | ({"trainer": f"PEFT; its {CONFIG} is missing"} if bare is not None else {}),
     )
 
 
@@ -155,6 +172,10 @@ def _as_said(update: Update, order: RowOrder | None, options: ReadOptions) -> Up
 
 def _config_path(path: Path) -> Path | None:
     return config_of(path, "peft", WEIGHTS)
+
+
+def _bare(path: Path, options: ReadOptions) -> Path | None:
+    return peft_bare.weights_of(path, CONFIG, WEIGHTS, options)
 
 
 def _means_all_layers(raw: Mapping[str, Any]) -> bool:
@@ -172,8 +193,8 @@ def _means_all_layers(raw: Mapping[str, Any]) -> bool:
     )
 
 
-def _refuse_options(config_path: Path, options: ReadOptions) -> None:
-    if options.alpha is not None:
+def _refuse_options(config_path: Path, options: ReadOptions, *, bare: bool) -> None:
+    if options.alpha is not None and not bare:
         raise AdapterError(f"{config_path}: lora_alpha is in this file. Leave --alpha out.")
     if options.axis == "in":
         raise AdapterError(

@@ -5,12 +5,19 @@ Per layer ``X``: ``X.lora_a.weight`` (r, in), ``X.lora_b.weight`` (out, r) and w
 eps. torchtune scales a layer's bias by ``m / ||N||`` as well (``scaled_bias``), which its own merge
 forgets. Names are torchtune's, and in q_proj and k_proj of some models so is
 the order of the rows (``row_orders.py``). The rank and alpha stand in an adapter_config.json that
-torchtune writes beside the file, for the models whose export to PEFT it supports.
+torchtune writes beside the file.
+
+Llama 4 (torchtune after 0.6.1) has names of its own behind ``decoder.``, and LoRA on the stacked
+experts of a mixture, without DoRA: ``experts.lora_gate_a`` (experts, in, r) and ``..._b``
+(experts, r, out), for gate, up and down: ``N[e] = W[e] + alpha / r * (a[e] b[e]).T``. The shared
+expert beside them has plain LoRA even where attention has DoRA.
 
 The export to PEFT that lies beside is read by ``peft``; ``export_order`` says how its rows lie.
 
 Source: github.com/pytorch/torchtune 0.6.1, torchtune/modules/peft/{lora,dora}.py,
-torchtune/models/convert_weights.py, torchtune/training/checkpointing/_checkpointer.py.
+torchtune/models/convert_weights.py, torchtune/training/checkpointing/_checkpointer.py; main at
+bd2a0fc, torchtune/modules/moe/experts.py (LoRAGroupedExperts), torchtune/models/llama4/
+_component_builders.py (lora_llama4_moe) and _convert_weights.py.
 """
 
 from __future__ import annotations
@@ -33,8 +40,7 @@ from dora_export.update import RowOrder, Update
 
 PART = re.compile(r"(?P<module>.+)\.(?P<part>lora_a\.weight|lora_b\.weight|magnitude)")
 SIGN = re.compile(r"(.+\.)?lora_[ab]\.weight")
-# Stacked experts of mixtures, after 0.6.1. Source: torchtune/modules/moe/experts.py.
-EXPERTS = re.compile(r"(.+\.)?experts\.lora_(gate|up|down)_[ab]")
+EXPERTS = re.compile(r"(?P<module>.+)\.lora_(?P<part>gate|up|down)_(?P<side>[ab])")
 LAYER = re.compile(r"layers\.(?P<number>\d+)\.(?P<module>.+)")
 # Source: torchtune/models/convert_weights.py, _FROM_HF.
 MODULES = {
@@ -46,6 +52,21 @@ MODULES = {
     "mlp.w2": "mlp.down_proj",
     "mlp.w3": "mlp.up_proj",
 }
+# Llama 4's. Source: torchtune/models/llama4/_convert_weights.py, _FROM_HF.
+LLAMA4 = "decoder."
+LLAMA4_MODULES = {
+    **{theirs: ours for theirs, ours in MODULES.items() if theirs.startswith("attn.")},
+    **{f"mlp.{between}{w}": f"feed_forward.{between}{ours.removeprefix('mlp.')}"
+       for between in ("", "shared_expert.")
+       for w, ours in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj"))},
+}  # fmt: skip
+LLAMA4_EXPERTS = "mlp.experts"
+LLAMA4_PROJECTION = {
+    "encoders.vision.projection.output.0": "vision_model.vision_adapter.mlp.fc1",
+    "encoders.vision.projection.output.2": "vision_model.vision_adapter.mlp.fc2",
+    "encoders.vision.projection.output.4": "multi_modal_projector.linear_1",
+}
+ALWAYS_PLAIN = (".feed_forward.experts.", ".feed_forward.shared_expert.")
 # All that torchtune's export to PEFT puts into a config (PEFT itself writes many more), with the
 # use_dora that has to be added by hand before PEFT loads it.
 EXPORTED = frozenset(
@@ -94,23 +115,17 @@ def read(path: Path, options: ReadOptions) -> Adapter:
     if options.axis == "in":
         raise AdapterError(f"{path}: torchtune has one magnitude per output. Leave --axis out.")
     tensors = read_tensors(file, allow_pickle=options.allow_pickle)
-    if experts := [name for name in tensors if EXPERTS.fullmatch(name)]:
-        raise AdapterError(
-            f"{file}: LoRA on the experts of a mixture ({len(experts)} tensors, first: "
-            f"'{shown(experts[0])}'), as torchtune trains it after 0.6.1, is not supported. Let "
-            "torchtune merge it: its recipes save the merged model with the adapter "
-            "(save_adapter_weights_only: False)."
-        )
     problems: list[str] = []
     layers = _layers(tensors, problems)
     rank = _rank(layers, problems)
     updates = [] if problems else list(_updates(layers, _alpha(file, rank, options)))
     dora = [u for u in updates if u.magnitude is not None]
-    if dora and len(dora) < len(updates):
-        plain = next(u for u in updates if u.magnitude is None)
+    able = [u for u in updates if not any(part in u.target for part in ALWAYS_PLAIN)]
+    plain = [u for u in able if u.magnitude is None]
+    if dora and plain:
         problems.append(
-            f"magnitude is missing for {len(updates) - len(dora)} of {len(updates)} layers "
-            f"(first: {shown(plain.target)}); refusing to merge them as plain LoRA"
+            f"magnitude is missing for {len(plain)} of {len(able)} layers "
+            f"(first: {shown(plain[0].target)}); refusing to merge them as plain LoRA"
         )
     if problems:
         raise AdapterError(
@@ -152,25 +167,50 @@ def _layers(
     """Return the layers by the target's name in Hugging Face's terms."""
     layers: dict[str, dict[str, TensorRef]] = defaultdict(dict)
     for key, ref in tensors.items():
-        match = PART.fullmatch(key)
-        target = _target(match["module"]) if match else None
-        if match is None or target is None:
+        place = _place(key)
+        if place is None:
             problems.append(
-                f"unknown tensor '{shown(key)}'; only adapters of attention, MLP and output "
-                "layers of text models are supported"
+                f"unknown tensor '{shown(key)}'; only adapters of attention, MLP, expert and "
+                "output layers of text models and Llama 4 are supported"
             )
         else:
-            layers[target][match["part"]] = ref
+            target, part = place
+            layers[target][part] = ref
     return layers
 
 
-def _target(module: str) -> str | None:
-    if module == "output":
-        return "lm_head.weight"
-    match = LAYER.fullmatch(module)
-    if match is None or match["module"] not in MODULES:
+def _place(key: str) -> tuple[str, str] | None:
+    """Return the target of a tensor and its part there, or None."""
+    if match := PART.fullmatch(key):
+        target, part = _target(match["module"]), match["part"]
+    elif match := EXPERTS.fullmatch(key):
+        target, part = _experts(match["module"], match["part"]), f"lora_{match['side']}.weight"
+    else:
         return None
-    return f"model.layers.{match['number']}.{MODULES[match['module']]}.weight"
+    return None if target is None else (target, part)
+
+
+def _target(module: str) -> str | None:
+    """Return the checkpoint's name of a layer's weight, or None."""
+    if module in LLAMA4_PROJECTION:
+        return f"{LLAMA4_PROJECTION[module]}.weight"
+    llama4 = module.startswith(LLAMA4)
+    start, modules = ("language_model.", LLAMA4_MODULES) if llama4 else ("", MODULES)
+    module = module.removeprefix(LLAMA4)
+    if module == "output":
+        return f"{start}lm_head.weight"
+    match = LAYER.fullmatch(module)
+    if match is None or match["module"] not in modules:
+        return None
+    return f"{start}model.layers.{match['number']}.{modules[match['module']]}.weight"
+
+
+def _experts(module: str, part: str) -> str | None:
+    """Return the name of all experts' gate, up or down, stacked, or None."""
+    match = LAYER.fullmatch(module.removeprefix(LLAMA4)) if module.startswith(LLAMA4) else None
+    if match is None or match["module"] != LLAMA4_EXPERTS:
+        return None
+    return f"language_model.model.layers.{match['number']}.feed_forward.experts.{part}_proj"
 
 
 def _rank(layers: Mapping[str, Mapping[str, TensorRef]], problems: list[str]) -> int:
@@ -182,6 +222,15 @@ def _rank(layers: Mapping[str, Mapping[str, TensorRef]], problems: list[str]) ->
             problems.append(f"{shown(target)}: {', '.join(missing)} missing")
             continue
         a, b, m = parts["lora_a.weight"], parts["lora_b.weight"], parts.get("magnitude")
+        if not target.endswith(".weight"):
+            if len(a.shape) != 3 or len(b.shape) != 3 or a.shape[::2] != b.shape[:2]:
+                problems.append(
+                    f"{shown(target)}: expected lora_a (experts, in, rank) and lora_b (experts, "
+                    f"rank, out), got {a.shape} and {b.shape}"
+                )
+            else:
+                ranks.add(a.shape[2])
+            continue
         if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
             problems.append(
                 f"{shown(target)}: expected lora_a (rank, in) and lora_b (out, rank), got "
@@ -225,6 +274,10 @@ def _alpha(file: Path, rank: int, options: ReadOptions) -> float:
 def _updates(layers: Mapping[str, Mapping[str, TensorRef]], alpha: float) -> Iterator[Update]:
     for target, parts in layers.items():
         a, b, m = parts["lora_a.weight"], parts["lora_b.weight"], parts.get("magnitude")
+        if not target.endswith(".weight"):
+            yield from _of_experts(target, a, b, alpha)
+            continue
+        llama4 = not target.startswith(("model.", "lm_head."))
         yield Update(
             target=target,
             kind="lora" if m is None else "dora",
@@ -234,6 +287,24 @@ def _updates(layers: Mapping[str, Mapping[str, TensorRef]], alpha: float) -> Ite
             scaling=alpha / a.shape[0],
             magnitude=None if m is None else Operand.plain(m),
             layout="oi",
-            row_order="torchtune",
+            row_order="torchtune-llama4" if llama4 else "torchtune",
             scales_bias=m is not None,
+        )
+
+
+def _of_experts(target: str, a: TensorRef, b: TensorRef, alpha: float) -> Iterator[Update]:
+    count, _, rank = a.shape
+    for expert in range(count):
+        first, second = (Operand.plain(t.rows(expert, expert + 1).reshaped(*t.shape[1:]))
+                         for t in (a, b))  # fmt: skip
+        yield Update(
+            target=target,
+            kind="lora",
+            source_keys=(a.name, b.name),
+            down=first.T,
+            up=second.T,
+            scaling=alpha / rank,
+            layout="io",  # as Llama 4's checkpoints hold experts, too
+            index=expert,
+            row_order="torchtune-llama4",
         )

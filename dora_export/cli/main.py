@@ -178,6 +178,9 @@ def merge(
     help="Text to run them on; implies --forward. Repeatable.",
 )
 @click.option(
+    "--budget", type=float, help="Largest relative difference of an ONNX graph, if quantised."
+)
+@click.option(
     "--html", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as a page."
 )
 @click.option("--force", is_flag=True, help="Let --html replace any file.")

@@ -2,31 +2,21 @@
 
 ``encoder_model.onnx`` gives the states of a source once; ``decoder_model.onnx`` reads the first
 tokens and gives a cache for each layer: its own keys and values (``decoder``) and those of the
-source (``encoder``); ``decoder_with_past_model.onnx`` takes that cache with one more token. The
+source (``encoder``); ``decoder_with_past_model.onnx`` takes that cache with more tokens. The
 names are those of github.com/huggingface/optimum-onnx, optimum/exporters/onnx/base.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from dora_export.verification.runner import Arrays, OnnxRuntime, Slot
+from dora_export.verification.together import ENCODER, FIRST, FURTHER, MASK, OWN, STATES
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from dora_export.onnx.wrappers import Axes, Part
-
-ENCODER, FIRST, FURTHER = (
-    "encoder_model.onnx", "decoder_model.onnx", "decoder_with_past_model.onnx"
-)  # fmt: skip
-OWN, STATES, MASK = "last_hidden_state", "encoder_hidden_states", "encoder_attention_mask"
-PREFILLED = 2  # tokens of a comparison that the first step reads; each further one is a step
 
 
 def parts(
@@ -94,9 +84,7 @@ def parts(
     outputs = ["logits", *(f"present.{n}" for n in cache)]
     first_inputs[STATES], first_axes[STATES] = states, state_axes
     further_inputs = {n: t for n, t in first_inputs.items() if n != STATES}
-    further_inputs["input_ids"] = ids[:, :1]
-    further_axes: dict[str, Axes] = {**first_axes, "input_ids": {0: BATCH}}
-    further_axes.pop(STATES)
+    further_axes = {n: a for n, a in first_axes.items() if n != STATES}
     for name, tensor in cache.items():
         own = ".decoder." in name
         shape = (*tensor.shape[:2], SIZES["past_sequence_length"], tensor.shape[3])
@@ -129,63 +117,3 @@ def _held(cache: Any) -> dict[str, Tensor]:
             found[f"{layer}.{side}.key"] = held.layers[layer].keys
             found[f"{layer}.{side}.value"] = held.layers[layer].values
     return found
-
-
-class Together:
-    """The three graphs run as the model is called: a source and a target in, all logits out.
-
-    The first tokens go through the first decoder graph, then each through the second with the
-    cache, so that what is compared with the model's one pass is what a user's loop computes.
-    """
-
-    def __init__(self, encoder: Path, first: Path, further: Path) -> None:
-        """Open the graphs.
-
-        Raises:
-            GraphUnusable: onnxruntime does not take one.
-        """
-        self._encoder, self._first, self._further = map(OnnxRuntime, (encoder, first, further))
-
-    @property
-    def inputs(self) -> Mapping[str, Slot]:
-        """The encoder's, and the decoder's tokens."""
-        return {**self._encoder.inputs, "decoder_input_ids": self._first.inputs["input_ids"]}
-
-    @property
-    def outputs(self) -> Sequence[str]:
-        """All logits and the encoder's states."""
-        return ["logits", f"encoder_{OWN}"]
-
-    @property
-    def precision(self) -> str | None:
-        """Coarsest floating-point type of the three; None: one is quantised."""
-        found = [one.precision for one in (self._encoder, self._first, self._further)]
-        order = ("BF16", "F16", "F32", "F64")
-        return None if None in found else next(p for p in order if p in found)
-
-    def run(self, values: Arrays) -> dict[str, NDArray[Any]]:
-        """Return the outputs by name.
-
-        Raises:
-            GraphUnusable: onnxruntime fails.
-        """
-        source = {n: values[n] for n in self._encoder.inputs}
-        states = self._encoder.run(source)[OWN]
-        ids = values["decoder_input_ids"]
-        cut = min(PREFILLED, ids.shape[1])
-        known = {STATES: states, MASK: values.get("attention_mask")}
-        given = {n: known[n] for n in self._first.inputs if n in known}
-        found = self._first.run({"input_ids": ids[:, :cut], **_arrays(given)})
-        logits = [found["logits"]]
-        cache = {n.replace("present", "past_key_values"): v for n, v in found.items()}
-        for position in range(cut, ids.shape[1]):
-            known = {**cache, MASK: values.get("attention_mask"),
-                     "input_ids": ids[:, position : position + 1]}  # fmt: skip
-            found = self._further.run(_arrays({n: known[n] for n in self._further.inputs}))
-            logits.append(found["logits"])
-            cache |= {n.replace("present", "past_key_values"): v for n, v in found.items()}
-        return {"logits": np.concatenate(logits, axis=1), f"encoder_{OWN}": states}
-
-
-def _arrays(values: Mapping[str, NDArray[Any] | None]) -> dict[str, NDArray[Any]]:
-    return {n: np.ascontiguousarray(v) for n, v in values.items() if v is not None}

@@ -20,6 +20,7 @@ from dora_export.onnx.model import (
 )
 from dora_export.verification.measured import LoadFailure, Unsupported, library_of
 from dora_export.verification.pooling import embedding
+from dora_export.verification.together import FIRST, FURTHER, MERGED
 from dora_export.writers.files import write_small
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def make(request: Request, folder: Path, *, whole: bool = False) -> Made:
     """
     import torch  # noqa: PLC0415 - as below: seconds to import
 
-    from dora_export.onnx import encoder_decoder, genai, pooling, tasks  # noqa: PLC0415
+    from dora_export.onnx import genai, pooling, tasks  # noqa: PLC0415
     from dora_export.verification import models  # noqa: PLC0415
 
     options = request.options
@@ -131,6 +132,9 @@ def make(request: Request, folder: Path, *, whole: bool = False) -> Made:
         name, data = graph_name(options, part.graph)
         request.on_stage(f"tracing {name} of {cls.name}, the longest part")
         said[name] = _written(request, folder, part, name, data, failures)
+    if options.layout == "transformers-js" and len(said) > 1:
+        request.on_stage("joining the decoders")
+        _join(request, said)
     name = next(iter(said))
     facts = {"task": task, "class": cls.name, "dtype": options.dtype, **said[name],
              "padding": "any", "fused": options.fuse,
@@ -143,18 +147,38 @@ def make(request: Request, folder: Path, *, whole: bool = False) -> Made:
         )
         write_small(request.folder / "genai_config.json", written)
 
-    def together(first: Path) -> encoder_decoder.Together:
-        return encoder_decoder.Together(*(request.folder / name for name in said))
-
     budget = BUDGETS.get(options.quantize or "")
     return Made(
         graphs=tuple(said),
         facts=facts,
         parity=(Parity(name, request.plan, outputs=main.compared, budget=budget,
-                       runner=together if len(said) > 1 else None,
                        cls=None if options.task is None else cls, derive=derive),),
         notes=tuple(dict.fromkeys(failures)),
     )  # fmt: skip
+
+
+def _join(request: Request, said: dict[str, Mapping[str, Any]]) -> None:
+    """Put the two decoders of an encoder-decoder into one graph, as transformers.js asks for it.
+
+    Args:
+        request: What is asked for.
+        said: What the manifest says of each graph; the two's are replaced.
+
+    Raises:
+        GraphError: They do not go together.
+    """
+    from dora_export.onnx import files, merged_decoder  # noqa: PLC0415
+
+    first, further = (graph_name(request.options, name)[0] for name in (FIRST, FURTHER))
+    name, data = graph_name(request.options, MERGED)
+    paths = [request.folder / one for one in (first, further)]
+    model = merged_decoder.merged(*paths)
+    files.write(model, request.folder / name, data)
+    for path in paths:
+        for file in path.parent.glob(f"{path.name}*"):
+            file.unlink()
+    facts, other = said.pop(first), said.pop(further)
+    said[name] = {**facts, **_graph_facts(model), "nodes": facts["nodes"] + other["nodes"]}
 
 
 def _written(
@@ -242,7 +266,11 @@ def _class(plan: Any, options: GraphOptions) -> Any:
 
 
 def _facts(model: Any, part: Any) -> Mapping[str, Any]:
-    """Return what the manifest says of a graph."""
+    """Return what the manifest says of a part's graph."""
+    return {**_graph_facts(model), **part.facts}
+
+
+def _graph_facts(model: Any) -> dict[str, Any]:
     graph = model.graph
 
     def described(values: Any) -> dict[str, Any]:
@@ -252,9 +280,8 @@ def _facts(model: Any, part: Any) -> Mapping[str, Any]:
     return {
         "opset": model.opset_imports.get("", 0),
         "ir": model.ir_version,
-        "operators": sorted({n.domain for n in graph if n.domain}),
+        "operators": sorted({n.domain for n in graph.all_nodes() if n.domain}),
         "nodes": len(graph),
         "inputs": described(graph.inputs),
         "outputs": described(graph.outputs),
-        **part.facts,
     }

@@ -82,6 +82,12 @@ FINDINGS: tuple[Meaning, ...] = (
             "The model was saved through a class that puts its own name before the base's tensor "
             "names, or takes it off. transformers reads both; other engines may not.",
             "Merge again with a tool that keeps the base's names if the engine needs them."),
+    Meaning("names-renamed", "ledger", "note", "tensor names are those of another version",
+            "The model was saved under the names that another version of transformers, or another "
+            "class for the same weights, gives them. Its loaders know both. Every tensor was "
+            "paired with the base's and compared.",
+            "Nothing for transformers; merge again with a tool that keeps the base's names if "
+            "another engine needs them."),
     Meaning("shape-differs", "ledger", "wrong", "a tensor has another shape",
             "The merged tensor has not the shape that base and adapter give it.",
             "Check that this is the base that was merged; merge again."),

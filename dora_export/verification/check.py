@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from dora_export.errors import VerifyError, listing, shown
 from dora_export.plan import Plan
+from dora_export.verification.base_names import under_base_names
 from dora_export.verification.catalog import FINDINGS
 from dora_export.verification.ledger import Source, check_ledger
 from dora_export.verification.model import Finding, Level, TensorResult, TierResult
 from dora_export.verification.oracle import check_oracle
-from dora_export.verification.subject import Subject, under_base_names
+from dora_export.verification.subject import Subject
 
 SEVERITIES = ("wrong", "unchecked", "warning", "note")
 ORDER = {m.code: i for i, m in enumerate(FINDINGS)}
@@ -60,7 +61,7 @@ def check(
         progress: Called with elements done and in all.
     """
     ledger, found = check_ledger(plan, subject, sources, threads=threads)
-    named = under_base_names(subject, [s.name for s in plan.steps])
+    named = under_base_names(subject, [s.name for s in plan.steps], plan.base.model_types)
     oracle, tensors, more = check_oracle(
         plan, named.tensors, level, threads=threads, progress=progress
     )

@@ -25,6 +25,7 @@ LINES = 24  # rows or columns that mistakes are tried on
 # that only leans its way leaves more.
 EXPLAINS = 0.1
 ALL_BUT_ROUNDING = 1e-3  # the same for lengths of lines, which rounding of factors changes too
+TOLD_ELEMENTS = 1 << 14  # that mistakes are tried on, where they could pass for rounding
 LEANING_ELEMENTS = 1 << 17  # at least a few lines; enough to see a thousandth of a part
 NEARER = 0.5  # share of the squared distance
 SWAP_LINES = 4  # lines that mix-ups are tried on
@@ -93,10 +94,12 @@ class Diagnosis(NamedTuple):
     Attributes:
         code: Of the catalog.
         what: What was found.
+        leans: No mistake that was tried explains it: it only leans where rounding does not.
     """
 
     code: str
     what: str
+    leans: bool = False
 
 
 class Candidate(NamedTuple):
@@ -111,6 +114,18 @@ class Candidate(NamedTuple):
     code: str
     what: str
     values: Floats
+
+
+class Rounding(NamedTuple):
+    """How an arithmetic seems to have rounded.
+
+    Attributes:
+        dtype: Its type, "F16" or "BF16".
+        recipe: Where it rounds.
+    """
+
+    dtype: str
+    recipe: coarse.Recipe
 
 
 Others = Callable[[], Iterable[tuple[str, Exact]]]
@@ -207,55 +222,50 @@ def hidden_mistake(
         others: Exact results of other regions of the same shape, by name, for mix-ups.
         arithmetic: Type whose rounding they could pass for, "F16" or "BF16".
     """
-    few = pick(lines)
+    length = exact.region.rows if exact.by_column else exact.region.columns
+    few = pick(lines, max(LINES, TOLD_ELEMENTS // max(1, length)))
     sample = take(exact, ref, few, arithmetic)
+    way = Rounding(arithmetic, coarse.fit(sample.terms, sample.merged, arithmetic, ref.dtype.name))
     known = _nearest(
-        sample, [*_formulas(sample), *_combinations(exact, few)], arithmetic=arithmetic
-    ) or _mixed_up(exact, ref, few, others, arithmetic)
+        sample, [*_formulas(sample), *_combinations(exact, few)], rounding=way
+    ) or _mixed_up(exact, ref, few, others, way)
     if known is not None:
         return known
-    length = exact.region.rows if exact.by_column else exact.region.columns
     several = pick(lines, max(LINES, LEANING_ELEMENTS // max(1, length)))
     many = take(exact, ref, several, arithmetic)
-    leaning = coarse.leaning(many.terms, many.merged, arithmetic, ref.dtype.name)
+    leaning = coarse.leaning(many.terms, many.merged, way.recipe, arithmetic, ref.dtype.name)
     if leaning is None:
         return None
-    found = diagnose(exact, ref, few, others)
-    return Diagnosis(found.code, f"{found.what}; {leaning}, which rounding to {arithmetic} is not")
+    found = diagnose(exact, ref, pick(lines), others)
+    what = f"{found.what}; {leaning}, which rounding to {arithmetic} is not"
+    return Diagnosis(found.code, what, leans=True)
 
 
 def in_coarse_arithmetic(exact: Exact, ref: TensorRef, lines: NDArray[np.int64]) -> bool:
     """Whether lines are far nearer to the right result rounded step by step as they are stored."""
     arithmetic = ref.dtype.name
     sample = take(exact, ref, pick(lines), arithmetic)
-    near = coarse.nearest(sample.terms, sample.merged, arithmetic, arithmetic)[1]
-    return near < NEARER * sample.distance(sample.exact)
+    recipe = coarse.fit(sample.terms, sample.merged, arithmetic, arithmetic)
+    near = coarse.cooked(sample.terms, recipe, arithmetic, arithmetic)
+    return sample.distance(near) < NEARER * sample.distance(sample.exact)
 
 
 def _nearest(
     sample: Sample,
     candidates: Iterable[Candidate],
     explains: float = EXPLAINS,
-    arithmetic: str | None = None,
+    rounding: Rounding | None = None,
 ) -> Diagnosis | None:
     limit = sample.distance(sample.exact)
-    if arithmetic is not None:
-        dtype = sample.dtype.name
-        limit = min(limit, coarse.nearest(sample.terms, sample.merged, arithmetic, dtype)[1])
+    if rounding is not None:
+        near = coarse.cooked(sample.terms, rounding.recipe, rounding.dtype, sample.dtype.name)
+        limit = min(limit, sample.distance(near))
     best, limit = None, explains * limit
     for candidate in candidates:
-        if arithmetic is not None and not _told_apart(sample, candidate, arithmetic):
-            continue
         distance = sample.distance(candidate.values)
         if np.isfinite(distance) and distance < limit:
             best, limit = Diagnosis(candidate.code, candidate.what), distance
     return best
-
-
-def _told_apart(sample: Sample, candidate: Candidate, arithmetic: str) -> bool:
-    """Whether a mistake changes the lines by more than one rounding of their elements does."""
-    change = float(np.linalg.norm(candidate.values - sample.exact))
-    return change > coarse.ROUNDOFF[arithmetic] * float(np.linalg.norm(sample.exact))
 
 
 def _formulas(sample: Sample) -> Iterator[Candidate]:
@@ -394,13 +404,14 @@ def _mixed_up(
     ref: TensorRef,
     lines: NDArray[np.int64],
     others: Others,
-    arithmetic: str | None = None,
+    rounding: Rounding | None = None,
 ) -> Diagnosis | None:
     """Return which other tensor's values, update or magnitudes are in here, or None."""
-    sample = take(exact, ref, pick(lines, SWAP_LINES), arithmetic)
+    dtype = None if rounding is None else rounding.dtype
+    sample = take(exact, ref, pick(lines, SWAP_LINES), dtype)
     if not sample.simple:
         return None
-    return _nearest(sample, _swaps(sample, exact, others), arithmetic=arithmetic)
+    return _nearest(sample, _swaps(sample, exact, others), rounding=rounding)
 
 
 def _swaps(sample: Sample, exact: Exact, others: Others) -> Iterator[Candidate]:

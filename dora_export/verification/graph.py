@@ -20,9 +20,10 @@ from dora_export.verification.forward import apart
 from dora_export.verification.measured import GraphMeasured, Progress, Unsupported, library_of
 from dora_export.verification.model import Finding, TierResult
 from dora_export.verification.parity import Compared, Distance, Tolerance, tolerance
-from dora_export.verification.runner import GraphUnusable, OnnxRuntime, Runner
+from dora_export.verification.runner import GraphUnusable, Runner
 from dora_export.verification.script import Padding
 from dora_export.verification.stale import stale
+from dora_export.verification.together import graphs_of, opened
 
 if TYPE_CHECKING:
     from dora_export.verification.models import ModelClass
@@ -52,7 +53,8 @@ def check_graph(
 
     Args:
         plan: Base, adapter and what becomes of them.
-        graph: The ``.onnx`` file of the merged model.
+        graph: The ``.onnx`` file of the merged model; any of an encoder-decoder's, which lie
+            beside each other.
         runner: Runs it; None: onnxruntime on the CPU.
         outputs: Outputs that the graph is meant to have, beside a cache's; None: all the model's.
         budget: Largest difference allowed, relative to the largest expected value, in place of
@@ -77,7 +79,7 @@ def check_graph(
         measured = _measure(
             plan, graph, runner, outputs, budget, prompts, progress, padding, tokens, cls, derive
         )
-        held = stale(plan, graph) if own_runner else ()
+        held = [f for one in graphs_of(graph) for f in stale(plan, one)] if own_runner else []
         found = (*_judge(name, measured, budget), *held)
         figures = _figures(measured, budget) if measured.error else {}
     except GraphUnusable as why:
@@ -104,7 +106,7 @@ def _measure(
     library = library_of(plan.base.config)
     if importlib.util.find_spec(library) is None:
         raise Unsupported(library, "is not installed")
-    runner = runner or OnnxRuntime(graph)
+    runner = runner or opened(graph)
     if runner.precision is None and budget is None:
         raise GraphUnusable("graph-unsupported", "is quantised: no noise floor, so give a budget")
     from dora_export.verification import named  # noqa: PLC0415 - torch takes a second to import

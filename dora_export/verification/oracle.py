@@ -40,7 +40,10 @@ from dora_export.verification.model import Finding, Level, Status, TensorResult,
 from dora_export.verification.parallel import each
 from dora_export.verification.values import Floats
 
-SAMPLES = 16  # rows or columns per changed region at level "fast"
+SAMPLES = 16  # rows or columns per changed region at level "fast", at least
+MOST_SAMPLED = 1 << 17  # elements of them, where a small update takes more to be told
+ONE_ROUNDING = 0.21  # standard deviation over the value, in units of its type's 2**-FRACTION
+SCALING_TOLD = 0.03  # standard deviation of the factor on B A that sampled rows leave open
 # Unit roundoff of the arithmetic that a merge may have used; none is told finer than float32.
 ROUNDOFF = {"F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
 # Roundings of one merged element: product, scaling, sum, norm, division, two factors, storage.
@@ -281,6 +284,10 @@ def _measure(exact: Exact, ref: TensorRef, level: Level, name: str) -> tuple[Mea
         exact = exact.with_factors()  # only where other norms run along rows: all of it is read
         lines = _sampled(region.rows, seed)
         base, values = exact.rows(lines)
+        more = _enough(base, exact.product(lines, slice(None)), ref.dtype)
+        if more > len(lines):
+            lines = _sampled(region.rows, seed, more)
+            base, values = exact.rows(lines)
         merged = read_rows(ref, region, lines)
         tally = _Tally(exact, ref.dtype, lines)
         tally.add(slice(0, len(lines)), base, values, merged)
@@ -295,11 +302,25 @@ def _measure(exact: Exact, ref: TensorRef, level: Level, name: str) -> tuple[Mea
     return tally.measurement(), exact
 
 
-def _sampled(count: int, seed: int) -> NDArray[np.int64]:
+def _sampled(count: int, seed: int, samples: int = SAMPLES) -> NDArray[np.int64]:
     """Return some of ``count`` lines, each once, sorted; the same for the same seed."""
-    if count <= SAMPLES:
+    if count <= samples:
         return np.arange(count)
-    return np.sort(np.random.default_rng(seed).choice(count, SAMPLES, replace=False))
+    return np.sort(np.random.default_rng(seed).choice(count, samples, replace=False))
+
+
+def _enough(base: Floats, product: Floats | None, dtype: DType) -> int:
+    """Return how many lines tell the scaling of a small product in spite of rounding.
+
+    Rounding each element once leaves, of the product's factor, a standard deviation of
+    ``rounding / (size sqrt(elements))``.
+    """
+    size = 0.0 if product is None else float(np.linalg.norm(product))
+    if not size:
+        return len(base)
+    error = ONE_ROUNDING * 2.0 ** -FRACTION[dtype.name] * float(np.linalg.norm(base)) / size
+    elements: float = min((error / SCALING_TOLD) ** 2, MOST_SAMPLED)
+    return math.ceil(elements / max(1.0, float(base.shape[1])))
 
 
 class _Tally:
@@ -378,7 +399,10 @@ class _Tally:
             factor = after / np.where(before == 0, np.inf, before)
             terms *= factor if self.exact.by_column else factor[:, None]
         terms += np.abs(values)
-        np.maximum(terms, 2.0 ** SMALLEST[self.dtype.name], out=terms)
+        smallest_normal = 2.0 ** (SMALLEST[self.dtype.name] + FRACTION[self.dtype.name])
+        # errors shrink no further; those of a product grow with its scaling
+        scalings = (abs(p.change.scaling) for p in self.exact.parts if p.factors)
+        np.maximum(terms, max((1.0, *scalings)) * smallest_normal, out=terms)
         excess = np.abs(gap)
         unit *= 0.5 * 2.0 ** -FRACTION[self.dtype.name]
         excess -= unit
@@ -432,7 +456,7 @@ def _judge(
         return None, [Finding(found.code, place, found.what)]
     if arithmetic != "F32":
         # Within rounding on the whole, but a small mistake could hide in it.
-        hidden = diagnose.hidden_mistake(exact, ref, measured.lines, others, arithmetic)
+        arithmetic, hidden = _hidden(exact, ref, measured.lines, others, arithmetic)
         if hidden is not None:
             return None, [Finding(hidden.code, place, hidden.what)]
     elif _is_coarse(exact, ref, measured, others):
@@ -441,6 +465,25 @@ def _judge(
     if len(odd):
         return None, [_odd_lines(exact, ref, measured, place, odd, others)]
     return ("" if _is_exact(measured) else arithmetic), []
+
+
+def _hidden(
+    exact: Exact,
+    ref: TensorRef,
+    lines: NDArray[np.int64],
+    others: diagnose.Others,
+    arithmetic: str,
+) -> tuple[str, diagnose.Diagnosis | None]:
+    """Return the arithmetic that lines may come from, and what is wrong if from none.
+
+    Few roundings to bfloat16, such as of W alone, look like many to float16.
+    """
+    first = diagnose.hidden_mistake(exact, ref, lines, others, arithmetic)
+    if first is None or not first.leans or arithmetic != "F16" or ref.dtype.name == "F16":
+        return arithmetic, first
+    if diagnose.hidden_mistake(exact, ref, lines, others, "BF16") is None:
+        return "BF16", None
+    return arithmetic, first
 
 
 def _is_coarse(

@@ -7,7 +7,7 @@ for, so everything that can be read is read and the rest is told.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,6 @@ INDEX = "model.safetensors.index.json"
 WHOLE = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors",
          "diffusion_pytorch_model.bin")  # fmt: skip
 NUMBERED = re.compile(r"-\d{5}-of-\d{5}\.")
-# Wrappers whose names no loader strips.
-WRAPPERS = ("base_model", "module", "_orig_mod", "_fsdp_wrapped_module", "_forward_module")
-HEAD_LEAVES = ("lm_head", "embed_out", "score", "classifier", "qa_outputs", "cls")
 
 
 @dataclass(frozen=True)
@@ -66,6 +63,9 @@ class Subject:
         maker: Who wrote it, as far as its files say, e.g. "dora-export 0.1.0".
         prefix: What was taken off (or, with a leading "-", put in front of) its tensor names to get
             the base's; empty: nothing.
+        renaming: How its tensor names became the base's by a convention, for people; empty: they
+            did not.
+        stored_names: Base's name -> the model's own, where they differ.
         problems: What was found wrong on opening it.
         parts: For a pipeline: folder -> the model in it, its tensors under their own names. All
             other fields are about the pipeline, whose tensors and files have the folder in front.
@@ -82,6 +82,8 @@ class Subject:
     manifest: Mapping[str, Any] | None = None
     maker: str = "another tool"
     prefix: str = ""
+    renaming: str = ""
+    stored_names: Mapping[str, str] = field(default_factory=dict)
     problems: tuple[Finding, ...] = ()
     parts: Mapping[str, Subject] = field(default_factory=dict)
 
@@ -138,11 +140,11 @@ def _open_pipeline(path: Path, allow_pickle: bool) -> Subject:
             at = "." if found.where in own.tensors else "/"
             where = part if found.where == part else f"{part}{at}{found.where}"
             opening.found(found.code, where, found.what)
-    subject = _joined(opening.subject(), parts)
+    subject = joined(opening.subject(), parts)
     return replace(subject, maker=_maker(subject.manifest, index, subject.files))
 
 
-def _joined(subject: Subject, parts: Mapping[str, Subject]) -> Subject:
+def joined(subject: Subject, parts: Mapping[str, Subject]) -> Subject:
     """Return a pipeline with the tensors and files of its models."""
     return replace(
         subject,
@@ -157,56 +159,10 @@ def _joined(subject: Subject, parts: Mapping[str, Subject]) -> Subject:
     )
 
 
-def under_base_names(subject: Subject, names: Collection[str]) -> Subject:
-    """Return the model with its tensors under the base's names, if one prefix is the difference.
-
-    Model classes save "transformer.h.0..." where the base's file says "h.0...", or the reverse, and
-    loaders take both. The prefix is one name, no wrapper's, and all tensors but heads have it.
-
-    Args:
-        subject: The merged model.
-        names: Names that the merged model should have.
-    """
-    if subject.parts:
-        own = {
-            part: under_base_names(
-                found, [n.removeprefix(f"{part}.") for n in names if n.startswith(f"{part}.")]
-            )
-            for part, found in subject.parts.items()
-        }
-        return _joined(subject, own)
-    if subject.prefix or not subject.tensors:
-        return subject
-    expected = set(names)
-    strange = [n for n in subject.tensors if n not in expected]
-    prefixes = {n.partition(".")[0] + "." for n in strange}
-    prefixes |= {"-" + n.partition(".")[0] + "." for n in expected - subject.tensors.keys()}
-    for prefix in sorted(prefixes):
-        if prefix.strip("-.") in WRAPPERS:
-            continue
-        renamed = {_without(n, prefix): ref for n, ref in subject.tensors.items()}
-        fits = sum(n in expected for n in renamed)
-        heads = [n for n in subject.tensors if _is_head(n)]
-        whole = all(_without(n, prefix) != n for n in subject.tensors if n not in heads)
-        if whole and len(renamed) == len(subject.tensors) and 2 * fits > len(renamed):
-            return replace(subject, tensors=renamed, prefix=prefix)
-    return subject
-
-
 def clause(error: InputError, path: Path) -> str:
     """Return what an error says is wrong, without the place and the advice."""
     text = str(error).removeprefix(f"{path}: ")
     return re.split(r"\.\s+(?=[A-Z])", text)[0].rstrip(".")
-
-
-def _without(name: str, prefix: str) -> str:
-    if _is_head(name):
-        return name
-    return prefix[1:] + name if prefix.startswith("-") else name.removeprefix(prefix)
-
-
-def _is_head(name: str) -> bool:
-    return name.partition(".")[0] in HEAD_LEAVES
 
 
 class _Opening:

@@ -164,6 +164,11 @@ def _names(book: _Book) -> None:
             sign = "without" if model.prefix.startswith("-") else "with"
             book.found("names-prefixed", model.path.name,
                        f"{sign} '{shown(model.prefix.lstrip('-'))}' in front")  # fmt: skip
+        if model.renaming:
+            others = [n for n in model.tensors if model.stored_names.get(n, n) != n]
+            example = f"{shown(model.stored_names[others[0]])} is the base's {shown(others[0])}"
+            what = f"{len(others)} tensors, {model.renaming}: {example}"
+            book.found("names-renamed", model.path.name, what)
     book.figures |= {
         "tensors_expected": len(book.steps),
         "tensors_found": len(subject.tensors),
@@ -181,7 +186,7 @@ def _lost_with_a_file(subject: Subject, name: str) -> bool:
         return part in subject.parts and _lost_with_a_file(subject.parts[part], own)
     if not subject.broken or not subject.places:
         return bool(subject.broken)
-    return subject.places.get(name) in subject.broken
+    return subject.places.get(subject.stored_names.get(name, name)) in subject.broken
 
 
 def _stored_twin(book: _Book, name: str) -> str | None:
