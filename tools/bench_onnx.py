@@ -11,9 +11,8 @@ what is not in DIR yet and times, in turn, round by round:
 
 The builder is given the merged weights in float32, never the adapter: it drops magnitudes silently.
 It is run with the Python that runs this: ``pip install onnxruntime-genai`` there first (beside the
-project's own environment if that must not change). ``--quality`` compares predictions instead, since
-int4 has its price. ``--only WORD;...`` times what has one of the
-words in its name; everything at once takes 6 GB.
+project's own environment if that must not change). ``--only WORD;...`` times what has one of the
+words in its name; everything at once takes 6 GB. ``--quality`` compares predictions instead.
 """
 
 from __future__ import annotations
