@@ -3,9 +3,9 @@
 ``tools/bench_onnx.py --base BASE --adapter ADAPTER --work DIR [--rounds 5] [--json FILE]`` exports
 what is not in DIR yet and times, in turn, round by round:
 
-- prefill latency of a prompt and decoding speed of our graphs (fp32, fp32 fused for one sequence,
-  int4) and of the builder's (fp32, int4; where onnxruntime-genai is installed), in onnxruntime with
-  the cache fed back;
+- prefill latency of a prompt and decoding speed of our graphs (fp32 and int4; as traced, fused, and
+  fused for one sequence, which brings GroupQueryAttention as in the builder's) and of the builder's
+  (fp32, int4; where onnxruntime-genai is installed), in onnxruntime with the cache fed back;
 - torch eager, merged and unmerged (PEFT's active adapter);
 - a traced graph of the unmerged model, whose norms are computed anew in every step.
 
@@ -33,6 +33,17 @@ from typing import Any
 import numpy as np
 
 PROMPT, TOKENS = 64, 32  # tokens of the prompt, and written behind it
+RATIOS = (
+    ("ours, fp32", "builder, fp32"),
+    ("ours, fp32 fused", "builder, fp32"),
+    ("ours, fp32 fused, one sequence", "builder, fp32"),
+    ("ours, int4", "builder, int4"),
+    ("ours, int4 fused", "builder, int4"),
+    ("ours, int4 fused, one sequence", "builder, int4"),
+    ("unmerged DoRA, fp32", "ours, fp32"),
+    ("torch eager, merged", "ours, fp32"),
+    ("torch eager, unmerged", "torch eager, merged"),
+)
 Turn = Callable[[], tuple[float, float]]  # seconds of the prefill, and of all steps behind it
 
 
@@ -107,8 +118,10 @@ def make_graphs(base: Path, adapter: Path, work: Path) -> dict[str, Path]:
 
     kinds = {
         "ours, fp32": GraphOptions(),
+        "ours, fp32 fused": GraphOptions(fuse="cpu"),
         "ours, fp32 fused, one sequence": GraphOptions(fuse="cpu", batch=1),
         "ours, int4": GraphOptions(quantize="int4"),
+        "ours, int4 fused": GraphOptions(quantize="int4", fuse="cpu"),
         "ours, int4 fused, one sequence": GraphOptions(quantize="int4", fuse="cpu", batch=1),
     }
     found = {}
@@ -207,6 +220,20 @@ def peak_memory(base: Path, adapter: Path, work: Path) -> None:
           "python and torch take about 250 MB whatever the model")  # fmt: skip
 
 
+def print_ratio(seconds: dict[str, list[tuple[float, float]]], over: str, under: str) -> None:
+    """Print how much longer one takes than another, round by round; nothing if one is missing."""
+    if over not in seconds or under not in seconds:
+        return
+    pairs = list(zip(seconds[over], seconds[under], strict=True))
+    said = []
+    for position, what in enumerate(("prefill", "token")):
+        ratios = [a[position] / b[position] for a, b in pairs]
+        said.append(
+            f"{what} {statistics.median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f})"
+        )
+    print(f"{over} / {under}: {', '.join(said)}")
+
+
 def main() -> int:
     """Print the table; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -245,6 +272,8 @@ def main() -> int:
               f"{f'{min(prefill):.1f} - {max(prefill):.1f}':>15} {statistics.median(step):>13.2f} "
               f"{f'{min(step):.2f} - {max(step):.2f}':>13} "
               f"{1000 / statistics.median(step):>9.1f}")  # fmt: skip
+    for over, under in RATIOS:
+        print_ratio(seconds, over, under)
     if given.json:
         given.json.write_text(json.dumps(rows, indent=2))
     return 0
