@@ -429,6 +429,13 @@ def test_figures_of_the_same_kind_stand_in_one_table(pages):
     assert "prompt 1 1, 5" in text
 
 
+def test_an_object_alone_of_its_kind_is_a_pair():
+    tier = TierResult("oracle", True, "", figures={"tensors": {"exact": 2, "wrong": 0}, "ulp": 0.5})
+    html = page(reports.right(tiers=(tier,)))
+    assert "tensors exact 2, wrong 0" in Page(html).text
+    assert "Figures of the oracle tier" not in html
+
+
 # --- the file
 
 
