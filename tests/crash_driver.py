@@ -14,6 +14,7 @@ slow        Seconds that each write of weights takes longer.
 count_to    File to write the number of events into when the run has ended.
 hold_at     Name of a step to stop at, after making the file ``hold_at``'s ``held``.
 held        That file; the run goes on when it is gone.
+heard       File to make when SIGINT or SIGTERM has been heard.
 """
 
 import json
@@ -184,6 +185,8 @@ def run(plan, words):
             return real(*args)
 
         os.pwrite = pwrite
+    if "heard" in plan:
+        tell_when_interrupted(Path(plan["heard"]))
     if "hold_at" in plan:
         STEPS[plan["hold_at"]](Hooks(plan.get("visit", 1), lambda: hold(Path(plan["held"]))))
     if "step" in plan:
@@ -196,6 +199,17 @@ def run(plan, words):
     finally:
         if "count_to" in plan:
             Path(plan["count_to"]).write_text(str(seen[0]))
+
+
+def tell_when_interrupted(heard):
+    real = signal.default_int_handler
+
+    def handler(number, frame):
+        heard.touch()
+        real(number, frame)
+
+    signal.default_int_handler = handler  # which the command line takes for SIGTERM
+    signal.signal(signal.SIGINT, handler)
 
 
 def hold(held):

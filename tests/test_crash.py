@@ -214,7 +214,9 @@ def test_killed_again_and_again_at_numbered_events_it_gets_there(place, tmp_path
             break
     assert killed >= 3
     if not kill.is_new():
-        assert kill.finish(threads=1).resumed_bytes > 0
+        # How much that is depends on the disk: what is synced in time is in the journal.
+        before = resumable_bytes(kill)
+        assert kill.finish(threads=1).resumed_bytes == before
 
 
 def test_killed_while_it_takes_over_it_still_has_what_was_there(place, tmp_path):

@@ -17,6 +17,7 @@ from tests import (
     test_merged_dora,
     test_nvlabs,
     test_small_trainers,
+    test_torchtune,
 )
 from tests.fixtures import MLX, TORCHTUNE
 from tests.trainers import inspected
@@ -92,6 +93,70 @@ def onetrainers_diffusers(folder):
     return folder / "lora.safetensors"
 
 
+def by_simpletuner(layout):
+    """A UNet's adapter as SimpleTuner names it, with the entries it adds."""
+
+    def make(folder):
+        own = {n.removeprefix("base_model.model."): t
+               for n, t in pipelines.adapter(pipelines.tensors()["unet"]).items()}  # fmt: skip
+        modules = {n.partition(".lora_")[0] for n in own}
+        tensors = {f"unet.{n}": t for n, t in own.items()}
+        if layout == "ComfyUI":
+            tensors = {f"diffusion_model.{n}": t for n, t in own.items()}
+            tensors |= {f"diffusion_model.{m}.alpha": torch.tensor(2.0) for m in modules}
+        if layout == "LyCORIS":
+            modules = lycoris_models.attach(lycoris_models.net(), "lokr", "out")
+            tensors = lycoris_models.state(modules, "lycoris")
+        said = (
+            {"lycoris_config": '{"algo": "lokr", "dora_wd": true}'} if layout == "LyCORIS" else {}
+        )
+        added = {"global_step": "9", "modelspec.implementation": "diffusers"}
+        save_file(tensors, folder / "pytorch_lora_weights.safetensors", said | added)
+        return folder
+
+    return make
+
+
+def of_peft(method, **settings):
+    """An adapter of one of PEFT's methods, trained on linear layers, by PEFT itself."""
+
+    def make(folder):
+        import peft
+
+        model = torch.nn.ModuleDict({"a": torch.nn.Linear(6, 8), "b": torch.nn.Linear(8, 8)})
+        config = getattr(peft, f"{method}Config")(target_modules=["a", "b"], **settings)
+        wrapped = peft.get_peft_model(model, config)
+        for name, parameter in wrapped.named_parameters():
+            if parameter.requires_grad and "magnitude" not in name:
+                parameter.data.normal_(0, 0.3)
+        wrapped.save_pretrained(folder / "adapter")
+        return folder / "adapter"
+
+    return make
+
+
+def bare_peft(folder):
+    (peft(folder) / "adapter_config.json").unlink()
+    return folder / "adapter"
+
+
+def divided(folder):
+    test_nvlabs.peft_divided(folder)
+    return folder / "adapter"
+
+
+def llama4(folder):
+    test_torchtune.llama4(folder, dora=True)
+    return folder / "adapter/adapter_model.pt"
+
+
+def by_onetrainer(folder):
+    base, made = test_lycoris_files.layers("in")
+    return test_lycoris_files.write(
+        folder, base, test_lycoris_files.named(made, "lora_transformer_"), {"ot_revision": "1"}
+    )[1]
+
+
 def peft(folder):
     return small.write_pair(folder)[1]
 
@@ -118,7 +183,21 @@ CASES = {
     "catid": (catid, "catid", {}),
     "qdora": (qdora, "qdora", {}),
     "linear": (linear_with_dora_merged, "linear-with-dora-merged", {"alpha": 4.0}),
-}
+    "SimpleTuner": (by_simpletuner("standard"), "diffusers", {}),
+    "SimpleTuner, for ComfyUI": (by_simpletuner("ComfyUI"), "diffusers", {}),
+    "SimpleTuner, LyCORIS": (by_simpletuner("LyCORIS"), "lycoris", {}),
+    "OneTrainer": (by_onetrainer, "lycoris", {}),
+    "torchtune, Llama 4": (llama4, "torchtune", {}),
+    "peft without its config": (bare_peft, "peft", {"alpha": 4.0}),
+    "TensorRT-LLM": (divided, "peft", {}),
+    "peft, rslora and patterns": (
+        of_peft("Lora", use_dora=True, use_rslora=True, rank_pattern={"b": 3}), "peft", {}),
+    "peft, AdaLoRA": (of_peft("AdaLora", total_step=9), "peft", {}),
+    "peft, LoHa": (of_peft("LoHa"), "peft", {}),
+    "peft, LoKr": (of_peft("LoKr"), "peft", {}),
+    "peft, OFT": (of_peft("OFT", oft_block_size=2, r=0), "peft", {}),
+    "peft, VeRA": (of_peft("Vera", r=2), "peft", {}),
+}  # fmt: skip
 
 
 # What inspection calls the trainer, as far as a file of the format can say.
@@ -127,6 +206,15 @@ TRAINERS = {
     "mlx": "mlx-lm", "nvlabs": "NVlabs/DoRA", "megatron": "Megatron-Bridge",
     "lycoris": "LyCORIS|kohya|ComfyUI", "catid": "catid/dora", "qdora": "fsdp_qlora",
     "linear-with-dora-merged": "LinearWithDoRAMerged",
+}  # fmt: skip
+# More of it, where a file says more.
+SAID = {
+    "SimpleTuner": "SimpleTuner", "SimpleTuner, for ComfyUI": "SimpleTuner",
+    "SimpleTuner, LyCORIS": "SimpleTuner, LyCORIS", "OneTrainer": "OneTrainer",
+    "torchtune export": "torchtune, exported to PEFT",
+    "peft without its config": "PEFT; its adapter_config.json is missing",
+    "peft, LoHa": "PEFT; merged by this tool's formula",
+    "peft, OFT": "PEFT; merged through PEFT's own layers",
 }  # fmt: skip
 
 
@@ -140,15 +228,30 @@ def test_exactly_one_format_matches(case, tmp_path):
     flags = [f"--{name}={value}" for name, value in options.items()]
     shown = inspected(path, "--allow-pickle", *flags)
     assert re.search(rf"format +{expected}\n", shown)
-    assert re.search(rf"trainer +.*{TRAINERS[expected]}", shown)
+    assert re.search(rf"trainer +.*{SAID.get(case, TRAINERS[expected])}", shown)
     # Which axis, and how that is known: by a name, a shape, or what the format always has.
     axis = re.search(r"axis +(out|in), by (the format: .+|the name .+|the shape of .+)", shown)
     assert (axis is not None) == (adapter.facts["method"] == "DoRA")
     assert axis is None or f"one per {axis[1]}put" in shown
 
 
-def test_every_format_of_a_trainer_has_a_case():
-    """Formats with fixtures of their own in this module; others bring their own cases."""
-    own = {"peft", "torchtune", "mlx", "nvlabs", "megatron", "catid", "qdora", "lycoris"}
-    own |= {"diffusers", "ai-toolkit"}
-    assert own <= {expected for _, expected, _ in CASES.values()} & {f.name for f in FORMATS}
+def test_every_format_has_a_case():
+    assert {expected for _, expected, _ in CASES.values()} == {f.name for f in FORMATS}
+
+
+def test_file_that_fits_two_formats_stops_with_both_and_the_option_that_decides(tmp_path):
+    """A model with layers of two classes; the reader that is named says what it makes of them."""
+    state = {f"first.{n}": t for n, t in test_small_trainers.model().state_dict().items()}
+    other = test_merged_dora.with_dora(test_merged_dora.plain()).state_dict()
+    save_file(state | {f"second.{n}": t for n, t in other.items()}, tmp_path / "both.safetensors")
+    result = small.run("inspect", tmp_path / "both.safetensors")
+    assert result.exit_code == 2
+    assert "fits ['catid', 'linear-with-dora-merged']" in result.stderr
+    assert "pass --adapter-format, one of:" in result.stderr
+    shown = inspected(
+        tmp_path / "both.safetensors", "--adapter-format", "linear-with-dora-merged", "--alpha", "4"
+    )
+    assert "format       linear-with-dora-merged" in shown
+    result = small.run("inspect", tmp_path / "both.safetensors", "--adapter-format", "catid")
+    assert result.exit_code == 2
+    assert "second.1: lora_A, lora_B, weight missing" in result.stderr

@@ -194,6 +194,20 @@ def dynamic(source, target, **options):
     quantize_dynamic(source, target, **options)
 
 
+def optimised(source, target, **options):
+    """As onnxruntime writes down what it runs: its operators in the place of three or four."""
+    plain = target.with_name(f"plain-{target.name}")
+    dynamic(source, plain, **options)
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3  # it warns that the graph is for this machine
+    settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    settings.optimized_model_filepath = str(target)
+    onnxruntime.InferenceSession(plain, settings, providers=["CPUExecutionProvider"])
+    kinds = {n.op_type for n in onnx.load(target).graph.node}
+    assert {"MatMulIntegerToFloat", "DynamicQuantizeMatMul"} <= kinds
+    assert "MatMulInteger" not in kinds
+
+
 def half(source, target):
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
@@ -210,6 +224,8 @@ WAYS = {
     "int8 per channel": (dynamic, {"per_channel": True}),
     "uint8 per channel": (dynamic, {"per_channel": True, "unsigned": True, "reduce_range": True}),
     "float16": (half, {}),
+    "int8, optimised": (optimised, {}),
+    "uint8 per channel, optimised": (optimised, {"per_channel": True, "unsigned": True}),
 }
 
 

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import diffusers
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -244,6 +245,14 @@ def test_decoders_in_one_graph_are_published_and_verified_by_any_of_the_graphs(n
     assert report.verdict == "wrong"
 
 
+def test_a_graph_of_one_sequence_takes_its_mask_all_the_same():
+    """A library that makes its own mask of ones for a single sequence leaves the input out."""
+    (part,) = tasks.parts(model_of("llama"), 1)
+    assert part.inputs["attention_mask"].shape == (1, 9)
+    assert part.axes["attention_mask"] == {1: "total_sequence_length"}
+    assert "batch_size" not in {a for axes in part.axes.values() for a in axes.values()}
+
+
 # --- mixtures of experts
 
 
@@ -343,14 +352,49 @@ def test_an_operator_of_onnxruntimes_own_passes_the_checker_and_a_wrong_one_does
 # --- diffusion
 
 
-def test_noise_is_made_up_for_unets_and_for_transformers_of_patches():
-    import diffusers
+def test_a_unets_height_and_width_vary_in_steps_that_its_halvings_ask_for():
+    cls, _, values = onnx_table.ARCHITECTURES["sd, unet"]
+    model = getattr(diffusers, cls)(**values).eval()
+    (part,) = tasks.parts(model)
+    assert part.axes["sample"] == {0: "batch_size", 2: "height", 3: "width"}
+    assert part.facts["multiples"] == part.steps == {"height": 2, "width": 2}
+    sides = part.inputs["sample"].shape[2:]
+    assert sides[0] != sides[1]  # equal ones are taken for the same
+    assert min(sides) >= 4  # a single step is taken for a constant
+    batches = inputs.batches(model, None, ())
+    assert {b.values["sample"].shape[2:] for b in batches} == {(8, 8), (10, 16)}
+    deep = {**values, "sample_size": 9}  # no whole number of steps: another path, of fixed size
+    (part,) = tasks.parts(getattr(diffusers, cls)(**deep).eval())
+    assert part.axes["sample"] == {0: "batch_size"}
+    assert (part.steps, part.facts) == ({}, {})
+    assert len(inputs.batches(getattr(diffusers, cls)(**deep).eval(), None, ())) == 2
 
+
+def test_an_axis_of_multiples_keeps_its_name_in_the_graph():
+    """Both exporters write it as a product; what is half as high keeps their symbol."""
+    x, y = (ir.Value(name=n, type=ir.TensorType(ir.DataType.FLOAT)) for n in "xy")
+    x.shape = ir.Shape(["s1", "2*s29"])
+    half, full = (ir.node("Identity", [v]) for v in (x, y))
+    half.outputs[0].shape, full.outputs[0].shape = ir.Shape(["s1", "s29"]), x.shape
+    full.replace_input_with(0, half.outputs[0])
+    graph = ir.Graph([x], [full.outputs[0]], nodes=[half, full], opset_imports={"": 20})
+    part = Part(nn.Identity(), {"x": torch.ones(2, 8)}, {"x": {0: "batch_size", 1: "height"}},
+                ["y"], steps={"height": 2})  # fmt: skip
+    engines._name(graph, part)
+    shapes = [[d if isinstance(d, int) else d.value for d in v.shape]
+              for v in (graph.inputs[0], half.outputs[0], graph.outputs[0])]  # fmt: skip
+    assert shapes == [["batch_size", "height"], ["batch_size", "s29"], ["batch_size", "height"]]
+    told = [engines._multiple(n, part.steps, n) for n in ("height", "batch_size")]
+    assert (str(told[0]), told[1]) == ("2*height_steps", "batch_size") or "Derived" in str(told[0])
+
+
+def test_noise_is_made_up_for_unets_and_for_transformers_of_patches():
     for name, main in (("sd, unet", "sample"), ("flux", "hidden_states")):
         cls, _, values = onnx_table.ARCHITECTURES[name]
         model = getattr(diffusers, cls)(**values).eval()
         batches = inputs.batches(model, None, [])
-        assert [len(b.values["timestep"]) for b in batches] == [3, 1]
+        assert [len(b.values["timestep"]) for b in batches] == [3, 1, 2][: 3 if main == "sample"
+                                                                         else 2]  # fmt: skip
         (part,) = tasks.parts(model)
         assert set(part.inputs) == set(batches[0].values)
         assert part.axes[main][0] == "batch_size"

@@ -379,6 +379,57 @@ def test_adapters_swap_on_a_quantised_graph(models, way):
             models.export(graph, [models.adapters[2]], "other", allow_missing=[D0, Q1])
 
 
+FUSED = {"y0": ("x0", Q0, True), "y2": ("x0", Q1, False), "y1": ("x1", D0, True),
+         "y3": ("x3", D1, False)}  # fmt: skip
+BIAS = np.linspace(-1, 1, 20).astype(np.float32)
+
+
+@pytest.mark.parametrize("way", ["int8", "uint8 per channel"])
+def test_adapters_swap_on_products_that_onnxruntime_has_fused(models, way):
+    """As it writes down an int8 graph that it has optimised: with and without a bias."""
+    W = values(models.base, np.float32)
+    nodes, stored = [], {"x_bias": BIAS[: W[f"{Q0}.weight"].shape[0]], "d_bias": BIAS[:12]}
+    for y, (x, module, bias) in FUSED.items():
+        stored[f"w_{y}"] = np.ascontiguousarray(W[f"{module}.weight"].T)
+        nodes.append(helper.make_node("MatMul", [x, f"w_{y}"], [f"p_{y}" if bias else y], y))
+        if bias:
+            name = "x_bias" if x == "x0" else "d_bias"
+            nodes.append(helper.make_node("Add", [f"p_{y}", name], [y]))
+    plain = quantised(save_graph(models.folder / "graph/model.onnx", models.base, nodes=nodes,
+                                 stored=stored), way)  # fmt: skip
+    graph = plain.with_name("optimised.onnx")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(graph)
+    onnxruntime.InferenceSession(plain, options)
+    kinds = [n.op_type for n in onnx.load(graph).graph.node]
+    assert kinds.count("MatMulIntegerToFloat") == kinds.count("DynamicQuantizeMatMul") == 2
+    models.export(graph, models.adapters[:1])
+    x = {n: v for n, v in models.inputs(np.float32).items() if n != "x2"}
+    own = onnxruntime.InferenceSession(graph)
+    before = dict(zip(FUSED, own.run(list(FUSED), x), strict=True))
+    session = dora_export.AdapterSession(models.folder / "out")
+    for name, got in session.run(x).items():
+        np.testing.assert_array_equal(got, before[name])  # without an adapter: to the last bit
+    tensors = load_file(models.folder / "pirate/adapter_model.safetensors")
+    expected = {}
+    for y, (name, module, bias) in FUSED.items():
+        parts = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+        A, B, m = (oracle.float64(tensors[f"{small.PREFIX}{module}.{part}"]) for part in parts)
+        scaling = small.ALPHA / small.RANK
+        f = m / np.linalg.norm(oracle.float64(models.base[f"{module}.weight"]) + scaling * B @ A,
+                               axis=1)  # fmt: skip
+        b = (BIAS[: len(m)] if bias else 0 * BIAS[: len(m)]).astype(np.float64)
+        product = before[y].astype(np.float64) - b
+        expected[y] = f * (product + scaling * (x[name].astype(np.float64) @ A.T) @ B.T) + b
+    found = session.run(x, "pirate")
+    assert distance(found, expected) < 2.0**-17
+    assert distance(found, before) > 0.1
+    with pytest.raises(GraphError, match=r"magnitudes per input.*MatMulIntegerToFloat"):
+        models.export(graph, [models.adapters[2]], "other")
+
+
 def test_an_integer_product_that_is_not_as_onnxruntime_writes_it_is_refused(models):
     stored = {"val_0": np.ascontiguousarray(values(models.base, np.float32)[f"{Q0}.weight"].T)}
     path = save_graph(

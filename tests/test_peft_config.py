@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 import dora_export
 from dora_export.adapters import peft_config, peft_methods
 from dora_export.errors import AdapterError, InputError, PlanError
+from tests import small
 
 IN, OUT, RANK = 12, 8, 4
 PREFIX = "base_model.model."
@@ -520,3 +521,28 @@ def test_file_of_the_folder_may_be_named_in_its_place(adapter, tmp_path, name):
     expected = adapter()
     found = dora_export.load_adapter(tmp_path / "adapter" / name)
     assert found.updates == expected.updates
+
+
+# --- what config and tensors say differently, without a contradiction
+
+
+@pytest.mark.parametrize(
+    ("fields", "doubt"),
+    [
+        ({"alpha_pattern": {"attn.q_proy": 3}}, "no layer takes its rank or alpha from "
+         "alpha_pattern 'attn.q_proy'"),
+        ({"rank_pattern": {"nothing": 3}}, "no layer takes its rank or alpha from rank_pattern"),
+        ({"alpha_pattern": {"q_proj": 5, "attn.q_proj": 5}}, "from alpha_pattern 'attn.q_proj'"),
+        ({"target_modules": ["q_proj", "down_proj", "gate_proj"]},
+         "target_modules names gate_proj, of which the file has no tensors"),
+        ({"target_modules": ["q_proj"]}, "layers that target_modules does not name: "
+         "model.layers.0.mlp.down_proj"),
+    ],
+)  # fmt: skip
+def test_doubt_is_told(tmp_path, fields, doubt):
+    base, folder = small.write_pair(tmp_path)
+    plain = dora_export.merge(base, folder, tmp_path / "out", dry_run=True).warnings
+    small.edit_json(folder / "adapter_config.json", **fields)
+    told = dora_export.merge(base, folder, tmp_path / "out", dry_run=True).warnings
+    assert len(told) == len(plain) + 1
+    assert doubt in " ".join(set(told) - set(plain))

@@ -192,7 +192,9 @@ def test_variants_that_peft_does_not_combine_are_refused(tmp_path):
 # AdaLoRA; PEFT warns of what it saved itself: empty tensors, and masks that are no patterns
 
 no_warning = pytest.mark.filterwarnings(
-    "ignore:.*have invalid shape", "ignore:.*rank_pattern keys did not match"
+    "ignore:.*have invalid shape",
+    "ignore:.*rank_pattern keys did not match",
+    "ignore:.*alpha_pattern keys did not match",
 )
 
 
@@ -429,3 +431,96 @@ def test_variants_of_training_merge_as_pefts_forward_computes(tmp_path, name):
     for path, weight in adapted(wrapped).items():
         assert_right(got[f"{path}.weight"], weight)
         assert is_wrong(got[f"{path}.weight"], oracle.float64(stored[f"{path}.weight"]))
+
+
+# Every setting that decides weights, over every kind of layer at once
+
+
+class Kinds(nn.Module):
+    """Each kind of layer that LoRA wraps, square and not, and a small MLP."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.square = nn.Linear(40, 24), nn.Linear(24, 24)
+        self.c_attn, self.c_proj = Conv1D(36, 24), Conv1D(24, 24)
+        self.table, self.conv1 = nn.Embedding(30, 16), nn.Conv1d(6, 8, 3)
+        self.conv2, self.conv3 = nn.Conv2d(8, 8, (3, 2)), nn.Conv3d(4, 6, 2)
+        self.mlp = nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 24, bias=False))
+
+
+MATRICES = ["wide", "square", "c_attn", "c_proj", "mlp.0", "mlp.2"]
+CONVOLUTIONS = ["conv1", "conv2", "conv3"]
+EVERY = [*MATRICES, *CONVOLUTIONS, "table"]
+BY_LAYER = {"rank_pattern": {"conv2": 2, "table": 6, "mlp.0": 3, "c_proj": 5},
+            "alpha_pattern": {"conv3": 9, "table": 2, "c_attn": 11}}  # fmt: skip
+WITH_BIAS = [n for n in (*MATRICES, *CONVOLUTIONS) if n != "mlp.2"]
+# Name -> (LoraConfig's settings, layers).
+SETTINGS = {
+    "plain": ({}, EVERY),
+    "dora": ({"use_dora": True}, EVERY),
+    "rslora": ({"use_rslora": True}, EVERY),
+    "rslora, dora": ({"use_rslora": True, "use_dora": True}, EVERY),
+    "patterns": (BY_LAYER, EVERY),
+    "patterns, dora, rslora": ({**BY_LAYER, "use_dora": True, "use_rslora": True}, EVERY),
+    "bias of B": ({"lora_bias": True}, WITH_BIAS),
+    "bias of B, rslora, patterns": ({"lora_bias": True, "use_rslora": True, **BY_LAYER}, WITH_BIAS),
+    "all biases": ({"bias": "all"}, EVERY),
+    "all biases, dora": ({"bias": "all", "use_dora": True}, EVERY),
+    "LoRA's biases, dora": ({"bias": "lora_only", "use_dora": True}, EVERY),
+    "gaussian, dora": ({"init_lora_weights": "gaussian", "use_dora": True}, EVERY),
+    "no init": ({"init_lora_weights": False}, EVERY),
+    "mica": ({"init_lora_weights": "mica"}, ["wide", "square", "mlp.0", "table"]),
+    "negative alpha": ({"lora_alpha": -5}, EVERY),
+}
+
+
+def made_of_kinds(folder, settings, layers):
+    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": layers, **settings})
+    wrapped = peft.get_peft_model(fresh(Kinds(), torch.float32), config)
+    models.save_base(folder / "base", wrapped.base_model.model)
+    torch.manual_seed(3)
+    for name, parameter in wrapped.named_parameters():
+        if "magnitude" in name:
+            parameter.data *= torch.empty_like(parameter).uniform_(0.6, 1.4)
+        elif "lora_" in name or (name.endswith("bias") and parameter.requires_grad):
+            parameter.data = torch.randn_like(parameter) * 0.2
+    wrapped.save_pretrained(folder / "adapter")
+    return folder / "base", folder / "adapter", wrapped.double().eval()
+
+
+# Those that other tests have for each kind of layer, and that others here include.
+SELDOM = ("plain", "dora", "rslora", "rslora, dora", "patterns", "bias of B", "all biases",
+          "gaussian, dora", "no init")  # fmt: skip
+
+
+@no_warning
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.nightly] if n in SELDOM else []) for n in SETTINGS],
+)
+def test_every_setting_over_every_kind_of_layer(name, tmp_path):
+    """What PEFT's forward multiplies by and adds, and what its merge_and_unload leaves."""
+    settings, layers = SETTINGS[name]
+    base, adapter, wrapped = made_of_kinds(tmp_path, settings, layers)
+    dora_export.merge(base, adapter, tmp_path / "out", threads=1)
+    got, stored = (load_file(tmp_path / f / "model.safetensors") for f in ("out", "base"))
+    exact = adapted(wrapped)
+    biases = {
+        f"{path}.bias": probe.bias(module, module.get_base_layer()).reshape(-1).detach()
+        for path, module in wrapped.base_model.model.named_modules()
+        if hasattr(module, "base_layer")
+        and getattr(module.get_base_layer(), "bias", None) is not None
+    }
+    unloaded = dict(wrapped.merge_and_unload().named_parameters())
+    assert exact.keys() == set(layers)
+    for path, weight in exact.items():
+        assert_right(got[f"{path}.weight"], weight)
+        assert_right(got[f"{path}.weight"], unloaded[f"{path}.weight"].detach().numpy())
+        assert is_wrong(got[f"{path}.weight"], oracle.float64(stored[f"{path}.weight"]))
+    changed = "bias" in settings or "lora_bias" in settings
+    for bias, value in biases.items():
+        assert_right(got[bias], value.numpy())
+        assert_right(got[bias], unloaded[bias].detach().numpy())
+        assert changed == is_wrong(got[bias], oracle.float64(stored[bias]))
+    rest = {n for n in stored if n not in biases and n.removesuffix(".weight") not in exact}
+    assert all(torch.equal(got[n], unloaded[n].float()) for n in rest)

@@ -32,20 +32,26 @@ def held(kill, plan, *options):
     """A run that stands still at a step; returns the process and the file that holds it."""
     file = kill.folder.parent / "held"
     process = kill.start(plan | {"held": str(file)}, *options)
+    wait_for(file, process)
+    return process, file
+
+
+def wait_for(file, process):
     end = time.monotonic() + 60
     while not file.exists():
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end, "the step was never reached"
+        assert time.monotonic() < end, "it never came so far"
         time.sleep(0.01)
-    return process, file
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_signal_keeps_the_work_and_says_how_to_go_on(place, tmp_path, sent):
     kill = Kill(place, tmp_path / "x")
-    process, file = held(kill, MIDDLE, "--threads", 1, "--block", 100_000)
+    heard = tmp_path / "heard"
+    plan = MIDDLE | {"heard": str(heard)}
+    process, file = held(kill, plan, "--threads", 1, "--block", 100_000)
     process.send_signal(sent)
-    time.sleep(1)  # the main thread may sleep for 0.2 s before it hears of it; the rest takes less
+    wait_for(heard, process)
     file.unlink()
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said

@@ -86,6 +86,12 @@ def read(path: Path, options: ReadOptions) -> Adapter:
         tensors=tensors,
         updates=tuple(u for layer in layers for u in layer.updates),
         naming="flat",
+        doubts=tuple(
+            f"no layer takes its rank or alpha from {', '.join(config.idle_patterns)} of "
+            f"{shown(component or 'the metadata')}"
+            for component, config in configs.items()
+            if config.idle_patterns
+        ),
         facts=_facts(layers, found, metadata, tensors),
     )
 

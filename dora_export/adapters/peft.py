@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -152,7 +152,7 @@ def read(path: Path, options: ReadOptions) -> Adapter:
         layer_replication=config.layer_replication,
         residual_init=None if config.recomputed else config.changed_base,
         doubtful_magnitudes=config.dora and options.magnitude_is_normalised is None,
-        doubts=(*_doubts(config), *((peft_bare.DOUBT,) if bare is not None else ())),
+        doubts=tuple(_doubts(config, raw, modules, parameters, bare=bare is not None)),
         square_io=None if bare is not None else config.fan_in_fan_out,
         square_experts_transposed=options.moe_transposed,
         facts=_facts(config, updates, order)
@@ -402,11 +402,45 @@ def _check_magnitudes(config: PeftConfig, found: _Sorted) -> None:
         )
 
 
-def _doubts(config: PeftConfig) -> tuple[str, ...]:
-    if config.group_size is None:
-        return ()
-    return ("QA-LoRA trains beside a base quantised by GPTQ: on this one, the merged model differs "
-            "from the trained one by that quantisation's error",)  # fmt: skip
+def _doubts(
+    config: PeftConfig,
+    raw: Mapping[str, Any],
+    modules: Mapping[str, peft_parameters.Parts],
+    parameters: Collection[str],
+    *,
+    bare: bool,
+) -> Iterator[str]:
+    """Yield what config and tensors leave open or say differently, without a contradiction."""
+    if bare:
+        yield peft_bare.DOUBT
+    if config.group_size is not None:
+        yield ("QA-LoRA trains beside a base quantised by GPTQ: on this one, the merged model "
+               "differs from the trained one by that quantisation's error")  # fmt: skip
+    if config.idle_patterns:
+        yield (
+            f"no layer takes its rank or alpha from {_few(config.idle_patterns)}; the layers meant "
+            "are merged with the values that the others have"
+        )
+    targets = raw.get("target_modules")
+    if not isinstance(targets, list):
+        return
+    layers = [*modules, *(path.rpartition(".")[0] for path in parameters)]
+    named = {t: [m for m in layers if f".{m}".endswith(f".{t}")] for t in map(str, targets)}
+    if absent := [shown(t) for t, found in named.items() if not found]:
+        yield (
+            f"target_modules names {_few(absent)}, of which the file has no tensors: the model had "
+            "no such layers, or they are lost"
+        )
+    known = {m for found in named.values() for m in found}
+    products = [m for m, parts in modules.items() if parts.keys() & {"A", "embedding_A"}]
+    if more := [shown(m) for m in products if m not in known]:
+        yield f"the file has layers that target_modules does not name: {_few(more)}"
+
+
+def _few(names: Sequence[str]) -> str:
+    """Return names as a list of at most three."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more}"
 
 
 def _facts(config: PeftConfig, updates: list[Update], order: RowOrder | None) -> dict[str, object]:

@@ -79,6 +79,7 @@ class PeftConfig:
         recomputed: What it left of the base is computed, instead of given as the base.
         ranks: Module path -> rank, once ``for_modules`` has held the patterns against the modules.
         alphas: Module path -> alpha, likewise.
+        idle_patterns: Patterns that give no module its rank or alpha, for people.
     """
 
     r: int
@@ -105,6 +106,7 @@ class PeftConfig:
     recomputed: bool = False
     ranks: Mapping[str, int] | None = None
     alphas: Mapping[str, float] | None = None
+    idle_patterns: tuple[str, ...] = ()
 
     def for_modules(self, path: Path, modules: Collection[str]) -> PeftConfig:
         """Return the config with the rank and alpha of each of these modules.
@@ -118,8 +120,18 @@ class PeftConfig:
         """
         ranks = first_matches(path, "rank_pattern", self.rank_pattern, modules)
         alphas = first_matches(path, "alpha_pattern", self.alpha_pattern, modules)
+        idle = [
+            f"{field} '{shown(key)}'"
+            for field, pattern, used in (
+                ("rank_pattern", self.rank_pattern, ranks),
+                ("alpha_pattern", self.alpha_pattern, alphas),
+            )
+            for key in pattern
+            if key not in used.values() and key not in modules
+        ]
         return replace(
             self,
+            idle_patterns=tuple(idle),
             # PEFT looks the module itself up where no pattern matches it.
             ranks={m: self.rank_pattern.get(ranks.get(m, m), self.r) for m in modules},
             alphas={m: self.alpha_pattern.get(alphas.get(m, m), self.alpha) for m in modules},

@@ -11,7 +11,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from typing import Any, Literal
 
@@ -99,7 +99,10 @@ def _is_mixture(model: Any) -> bool:
 
 
 def _by_torch(part: Part, opset: int | None) -> ir.Model:
-    shapes = tuple(dict(part.axes.get(name, {})) for name in part.inputs)
+    shapes = tuple(
+        {axis: _multiple(label, part.steps, label) for axis, label in
+         part.axes.get(name, {}).items()} for name in part.inputs
+    )  # fmt: skip
     program = torch.onnx.export(
         part.module, tuple(part.inputs.values()), dynamo=True, verbose=False, opset_version=opset,
         dynamic_shapes=(shapes,), input_names=[word(n) for n in part.inputs],
@@ -113,7 +116,10 @@ def _by_transformers(part: Part, opset: int | None) -> ir.Model:
     from transformers.exporters import OnnxConfig, OnnxExporter  # noqa: PLC0415 - an extra
 
     dynamic = torch.export.Dim.DYNAMIC
-    shapes = {word(n): dict.fromkeys(part.axes.get(n, {}), dynamic) for n in part.inputs}
+    shapes = {
+        word(n): {axis: _multiple(label, part.steps, dynamic) for axis, label in
+                  part.axes.get(n, {}).items()} for n in part.inputs
+    }  # fmt: skip
     config = OnnxConfig(dynamic_shapes=shapes, opset_version=opset)
     inputs = {word(n): tensor for n, tensor in part.inputs.items()}
     part.module.by_name = True  # type: ignore[assignment]
@@ -123,6 +129,12 @@ def _by_transformers(part: Part, opset: int | None) -> ir.Model:
         part.module.by_name = False  # type: ignore[assignment]
     found: ir.Model = model
     return found
+
+
+def _multiple(label: str, steps: Mapping[str, int], otherwise: Any) -> Any:
+    """Return what an exporter is told of an axis whose sizes are multiples of a number."""
+    step = steps.get(label, 1)
+    return otherwise if step == 1 else step * torch.export.Dim(f"{label}_steps")
 
 
 @contextmanager
@@ -193,6 +205,8 @@ def _dim(dim: Any, symbols: dict[str, str]) -> int | str | None:
         return int(dim)
     if dim.value is None:
         return None
+    if dim.value in symbols:  # a multiple of a symbol, as a whole
+        return symbols[dim.value]
     text = re.sub(r"\b[A-Za-z_]\w*\b", lambda m: symbols.get(m[0], m[0]), dim.value)
     sums = ("sequence_length + past_sequence_length", "past_sequence_length + sequence_length")
     return TOTAL if text in sums else text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,16 +14,18 @@ from dora_export.onnx import encoder_decoder
 from dora_export.onnx.model import GraphError
 from dora_export.onnx.wrappers import (
     BATCH,
+    HEIGHT,
     LENGTH,
     PATCHES,
     SIZES,
     TOTAL,
+    WIDTH,
     Axes,
     Part,
     cached,
     plain,
 )
-from dora_export.verification.inputs import vocabulary
+from dora_export.verification.inputs import size_step, vocabulary
 from dora_export.verification.measured import Unsupported
 
 # End of a class's name -> task. Names of tasks are those of the Hugging Face hub.
@@ -82,7 +85,7 @@ def parts(model: nn.Module, batch: int | None = None, *, whole: bool = False) ->
 
 def _fixed(part: Part) -> Part:
     axes = {n: {i: a for i, a in axes.items() if a != BATCH} for n, axes in part.axes.items()}
-    return Part(part.module, part.inputs, axes, part.outputs, part.compared, part.graph, part.facts)
+    return replace(part, axes=axes)
 
 
 def _parts(model: nn.Module, rows: int, *, whole: bool) -> list[Part]:
@@ -209,6 +212,7 @@ def _diffusion(model: nn.Module, takes: Mapping[str, Any], rows: int) -> Part:
     inputs: dict[str, Tensor]
     axes: dict[str, Axes]
     words = SIZES["encoder_sequence_length"]
+    steps: dict[str, int] = {}
     if channels is not None and "img_ids" in takes:  # patches in a row, as Flux takes them
         inputs = {"hidden_states": torch.randn(rows, SIZES[PATCHES], channels),
                   "timestep": torch.linspace(0.1, 0.9, rows),
@@ -227,6 +231,11 @@ def _diffusion(model: nn.Module, takes: Mapping[str, Any], rows: int) -> Part:
         inputs = {main: torch.randn(rows, channels, height, width),
                   "timestep": torch.tensor([10 * (i + 1) for i in range(rows)])}  # fmt: skip
         axes = {main: {0: BATCH}, "timestep": {0: BATCH}}
+        if (step := size_step(model)) is not None:
+            height = max(2 * step, height)
+            inputs[main] = torch.randn(rows, channels, height, height + step)
+            axes[main] = {0: BATCH, 2: HEIGHT, 3: WIDTH}
+            steps = {HEIGHT: step, WIDTH: step}
     states = config.get("cross_attention_dim") or config.get("joint_attention_dim")
     states = config.get("caption_channels") or states
     if "encoder_hidden_states" in takes and isinstance(states, int):
@@ -240,7 +249,9 @@ def _diffusion(model: nn.Module, takes: Mapping[str, Any], rows: int) -> Part:
         inputs["guidance"], axes["guidance"] = torch.full((rows,), 3.5), {0: BATCH}
     dtype = next(model.parameters()).dtype
     inputs = {n: t.to(dtype) if t.is_floating_point() else t for n, t in inputs.items()}
-    return plain(model, inputs, axes)
+    found = plain(model, inputs, axes)
+    facts = {"multiples": steps} if steps else {}
+    return replace(found, steps=steps, facts={**found.facts, **facts})
 
 
 def names(found: Sequence[Part]) -> list[str]:

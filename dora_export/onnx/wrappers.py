@@ -20,6 +20,7 @@ from dora_export.verification.script import output_name
 BATCH, LENGTH, PAST, TOTAL = (
     "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
 )  # fmt: skip
+HEIGHT, WIDTH = "height", "width"
 PATCHES = "packed_height_width"  # of an image, row by row
 SIZES = {PATCHES: 10, BATCH: 2, LENGTH: 4, PAST: 5, TOTAL: 9, "encoder_sequence_length": 7,
          "decoder_sequence_length": 3}  # fmt: skip
@@ -38,6 +39,7 @@ class Part:
         compared: Outputs that parity asks for beside a cache's; None: all the model's.
         graph: File name.
         facts: For the manifest.
+        steps: Name of an axis -> what all of its sizes are multiples of, where that is not 1.
     """
 
     module: nn.Module
@@ -47,6 +49,7 @@ class Part:
     compared: Sequence[str] | None = None
     graph: str = GRAPH
     facts: Mapping[str, Any] = field(default_factory=dict)
+    steps: Mapping[str, int] = field(default_factory=dict)
 
 
 class Flat(nn.Module):

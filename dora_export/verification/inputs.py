@@ -241,8 +241,28 @@ def _sound(config: Any, kind: str, make: torch.Generator) -> Tensor:
 def _diffusion(model: nn.Module, takes: set[str], make: torch.Generator) -> list[Batch]:
     """Return inputs of a diffusers UNet or transformer: noise, a time, and a text's states."""
     long, short = LENGTHS
-    return [Batch("noise", _noise(model, takes, 3, short, make)),
-            Batch("noise for one image", _noise(model, takes, 1, long, make))]  # fmt: skip
+    found = [Batch("noise", _noise(model, takes, 3, short, make)),
+             Batch("noise for one image", _noise(model, takes, 1, long, make))]  # fmt: skip
+    if (step := size_step(model)) is not None:
+        values = _noise(model, takes, 2, short, make)
+        _, channels, height, width = values["sample"].shape
+        values["sample"] = torch.randn(2, channels, height + step, 2 * width, generator=make)
+        found.append(Batch("noise of another size", values))
+    return found
+
+
+def size_step(model: Any) -> int | None:
+    """Return what height and width of a UNet's noise are multiples of; None: no such model.
+
+    None, too, where its config's own size is none. Other sizes take other paths through the model.
+    Source: diffusers, models/unets/unet_2d_condition.py, ``forward_upsample_size``.
+    """
+    doublings, side = getattr(model, "num_upsamplers", None), model.config.get("sample_size")
+    if not isinstance(doublings, int) or side is None:
+        return None
+    step: int = 2**doublings
+    sides = (side, side) if isinstance(side, int) else side
+    return step if all(n % step == 0 for n in sides) else None
 
 
 def _noise(

@@ -19,7 +19,7 @@ Arrays = Mapping[str, NDArray[Any]]
 
 # Operators that compute with rounded integers, beside those with "Quant" or "QLinear" in the name.
 MOST_SEQUENCES = 4  # that a graph that fails is tried with
-QUANTISED = ("MatMulNBits", "MatMulInteger", "ConvInteger", "QMoE")
+QUANTISED = ("MatMulNBits", "MatMulInteger", "MatMulIntegerToFloat", "ConvInteger", "QMoE")
 NUMPY_TYPES = {
     "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64,
     "tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_,
