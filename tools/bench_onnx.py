@@ -12,7 +12,7 @@ what is not in DIR yet and times, in turn, round by round:
 The builder is given the merged weights in float32, never the adapter: it drops magnitudes silently.
 It is run with the Python that runs this: ``pip install onnxruntime-genai`` there first (beside the
 project's own environment if that must not change). ``--only WORD;...`` times what has one of the
-words in its name; everything at once takes 6 GB.
+words in its name; everything at once takes 6 GB. ``--quality`` compares predictions instead.
 """
 
 from __future__ import annotations
@@ -47,30 +47,23 @@ RATIOS = (
 Turn = Callable[[], tuple[float, float]]  # seconds of the prefill, and of all steps behind it
 
 
-def of_graph(path: Path, threads: int) -> Turn:
-    """Return what times one graph with a cache; sessions are made once."""
-    import onnxruntime  # noqa: PLC0415 - seconds
+TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16,
+         "tensor(int64)": np.int64, "tensor(int32)": np.int32}  # fmt: skip
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 3
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    types = {"tensor(float)": np.float32, "tensor(float16)": np.float16,
-             "tensor(int64)": np.int64, "tensor(int32)": np.int32}  # fmt: skip
-    slots = {i.name: i for i in session.get_inputs()}
-    outputs = [o.name for o in session.get_outputs()]
 
-    def feed(ids: Any, seen: int, past: dict[str, Any]) -> dict[str, Any]:
-        values = {
-            "input_ids": ids,
-            "attention_mask": np.ones((1, seen), np.int64),
-            "position_ids": np.arange(seen - ids.shape[1], seen)[None],
-            **past,
-        }
-        return {n: values[n].astype(types[slot.type]) for n, slot in slots.items()}
+def values_of(slots: dict[str, Any], ids: Any, seen: int, past: dict[str, Any]) -> Any:
+    """Return the inputs of a graph: new tokens behind ``past``, ``seen`` of them in all."""
+    values = {
+        "input_ids": ids,
+        "attention_mask": np.ones((1, seen), np.int64),
+        "position_ids": np.arange(seen - ids.shape[1], seen)[None],
+        **past,
+    }
+    return {n: values[n].astype(TYPES[slot.type]) for n, slot in slots.items()}
 
-    def empty() -> dict[str, Any]:
-        return {n: np.zeros((1, slot.shape[1], 0, width(slot.shape[3])), np.float32)
-                for n, slot in slots.items() if n.startswith("past")}  # fmt: skip
+
+def empty(path: Path, slots: dict[str, Any]) -> dict[str, Any]:
+    """Return a cache of nothing."""
 
     def width(stated: int | str) -> int:
         if isinstance(stated, int):
@@ -79,19 +72,71 @@ def of_graph(path: Path, threads: int) -> Turn:
         config = json.loads((path.parent / "genai_config.json").read_text())
         return int(config["model"]["decoder"]["head_size"])
 
+    return {n: np.zeros((1, slot.shape[1], 0, width(slot.shape[3])), np.float32)
+            for n, slot in slots.items() if n.startswith("past")}  # fmt: skip
+
+
+def of_graph(path: Path, threads: int) -> Turn:
+    """Return what times one graph with a cache; sessions are made once."""
+    import onnxruntime  # noqa: PLC0415 - seconds
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    slots = {i.name: i for i in session.get_inputs()}
+    outputs = [o.name for o in session.get_outputs()]
+    none = empty(path, slots)
+
     def turn() -> tuple[float, float]:
         ids = np.arange(100, 100 + PROMPT)[None]
         started = time.perf_counter()
-        found = dict(zip(outputs, session.run(None, feed(ids, PROMPT, empty())), strict=True))
+        found = dict(
+            zip(outputs, session.run(None, values_of(slots, ids, PROMPT, none)), strict=True)
+        )
         prefilled = time.perf_counter()
         for step in range(TOKENS):
             token = found["logits"][:, -1:].argmax(-1)
-            past = {n: found[n.replace("past_key_values", "present")] for n in empty()}
-            values = feed(token, PROMPT + step + 1, past)
+            past = {n: found[n.replace("past_key_values", "present")] for n in none}
+            values = values_of(slots, token, PROMPT + step + 1, past)
             found = dict(zip(outputs, session.run(None, values), strict=True))
         return prefilled - started, time.perf_counter() - prefilled
 
     return turn
+
+
+TEXT = """The harbour was quiet when the ship came in. The captain walked down to the pier and
+asked where he could buy rope, bread and fresh water. Green plants use sunlight to make sugar from
+carbon dioxide and water. In 1969 two astronauts landed on the Moon, while a third stayed in orbit
+around it. To bake bread you need flour, water, salt and yeast; mix them, let the dough rise for an
+hour and bake it in a hot oven."""
+
+
+def print_quality(graphs: dict[str, Path], base: Path) -> None:
+    """Print how far each graph's predictions for a text are from those of our fp32 graph."""
+    from tokenizers import Tokenizer  # noqa: PLC0415 - not needed for timing
+
+    ids = np.array([Tokenizer.from_file(str(base / "tokenizer.json")).encode(TEXT).ids])
+    said = {name: log_probabilities(path, ids) for name, path in graphs.items()}
+    sure = said["ours, fp32"]
+    print(f"predictions for {ids.shape[1]} tokens of text, beside those of 'ours, fp32'")
+    for name, found in said.items():
+        far = float((np.exp(sure) * (sure - found)).sum(-1).mean())
+        same = float((sure.argmax(-1) == found.argmax(-1)).mean())
+        print(f"{name:<34} KL {far:.4f}, top-1 the same in {same:.1%}")
+
+
+def log_probabilities(path: Path, ids: Any) -> Any:
+    """Return the log-probabilities of a graph's predictions, float64, ``(tokens, vocabulary)``."""
+    import onnxruntime  # noqa: PLC0415 - seconds
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    slots = {i.name: i for i in session.get_inputs()}
+    logits = session.run(["logits"], values_of(slots, ids, ids.shape[1], empty(path, slots)))[0]
+    wide = logits[0].astype(np.float64)
+    wide -= wide.max(-1, keepdims=True)
+    return wide - np.log(np.exp(wide).sum(-1, keepdims=True))
 
 
 def of_torch(model: Any, threads: int) -> Turn:
@@ -244,6 +289,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", default="", help="words of names, joined by semicolons")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--quality", action="store_true", help="only compare predictions")
     parser.add_argument("--memory", action="store_true", help="only measure an export's memory")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -253,6 +299,9 @@ def main() -> int:
         return 0
     words = given.only.split(";") if given.only else []
     graphs = make_graphs(given.base, given.adapter, given.work)
+    if given.quality:
+        print_quality(graphs, given.base)
+        return 0
     timed = turns(graphs, given.base, given.adapter, given.work, given.threads, words)
     for turn in timed.values():
         turn()  # warm up
