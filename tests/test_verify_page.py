@@ -13,7 +13,7 @@ from dora_export.errors import OutputError
 from dora_export.verification.catalog import FINDINGS
 from dora_export.verification.grid import MAX_CELLS, arrange, place
 from dora_export.verification.markup import el, render
-from dora_export.verification.model import Finding, TensorResult
+from dora_export.verification.model import Finding, TensorResult, TierResult
 from dora_export.verification.page import page
 from dora_export.writers import page_file
 from tests import reports
