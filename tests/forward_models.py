@@ -43,7 +43,17 @@ class Pair:
         )
 
 
-def prepare(folder, model, dtype=torch.float32, *, seed=0, resize=0, names=(), **lora):
+def prepare(
+    folder,
+    model,
+    dtype=torch.float32,
+    *,
+    seed=0,
+    resize=0,
+    names=(),
+    method=peft.LoraConfig,
+    **lora,
+):
     """Save ``model`` as base, train a PEFT adapter on it, and save that.
 
     Args:
@@ -54,7 +64,8 @@ def prepare(folder, model, dtype=torch.float32, *, seed=0, resize=0, names=(), *
         resize: Tokens to add to the vocabulary before training.
         names: Pairs of (part of a name in the model, that part in its checkpoint), where
             transformers loads a parameter under another name than the file has.
-        **lora: LoraConfig's.
+        method: PEFT's config class.
+        **lora: Its settings; a LoraConfig has some of its own.
     """
     model = model.to(dtype).eval()
     model.save_pretrained(folder / "base")
@@ -65,7 +76,8 @@ def prepare(folder, model, dtype=torch.float32, *, seed=0, resize=0, names=(), *
         with torch.no_grad():
             model.get_input_embeddings().weight[VOCABULARY:].normal_(0, 0.5)
             model.get_output_embeddings().weight[VOCABULARY:].normal_(0, 0.5)
-    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 10, "use_dora": True, **lora})
+    own = {"r": 4, "lora_alpha": 10, "use_dora": True} if method is peft.LoraConfig else {}
+    config = method(**{**own, **lora})
     wrapped = peft.get_peft_model(model, config).eval()
     train(wrapped, seed)
     wrapped.save_pretrained(folder / "adapter")

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
@@ -19,9 +20,10 @@ from dora_export.adapters import ReadOptions, read_adapter
 from dora_export.checkpoints import open_checkpoint
 from dora_export.plan import Settings, Step, plan_merge
 from dora_export.tensors import DTYPES, HeldBytes, Operand, TensorRef
-from dora_export.update import Update
+from dora_export.update import Dense, Hadamard, Kronecker, Product, Update
 from dora_export.verification import inputs, models, unmerged
 from dora_export.verification.forward import check_forward, judge
+from dora_export.verification.hypotheses import mistaken
 from dora_export.verification.measured import Measured, Unsupported
 from dora_export.verification.reference import Reference, numbers
 from tests import oracle, rider_models
@@ -319,6 +321,104 @@ def test_every_use_and_axis_gives_what_the_merged_weight_would(kind, axis, part)
         for same in (parts, parts.measured()):  # float64's own norms are the float64 norms
             assert torch.allclose(same.compute(use, x), exact, rtol=0, atol=1e-12)
     assert (use.plain(x, base) - use.plain(x, torch.from_numpy(expected))).abs().max() > 0.1
+
+
+def delta_of(kind, out, inner, make):
+    """An update that is no plain product: its normal form and, by numpy, its values."""
+    if kind == "dense":
+        values = make.normal(size=(out, inner)) * 0.3
+        return Dense(Operand.plain(held("D", values))), values
+    if kind == "kronecker":
+        factors = make.normal(size=(2, 2)), make.normal(size=(out // 2, inner // 2))
+        return Kronecker(*(Operand.plain(held("K", f)) for f in factors)), np.kron(*factors)
+    rank = 2 if kind == "hadamard" else 4  # 4 times 4 is more than these matrices have
+    parts = [make.normal(size=s) for s in ((out, rank), (rank, inner)) * 2]
+    left, right, other, another = (Operand.plain(held("H", p)) for p in parts)
+    values = (parts[0] @ parts[1]) * (parts[2] @ parts[3])
+    return Hadamard(Product(left, right), Product(other, another)), values
+
+
+@pytest.mark.parametrize("axis", ["out", "in", None])
+@pytest.mark.parametrize("layer", SHAPES)
+@pytest.mark.parametrize("kind", ["hadamard", "hadamard of high rank", "kronecker", "dense"])
+def test_updates_that_are_no_product_give_what_the_merged_weight_would(kind, layer, axis):
+    torch.manual_seed(1)
+    make = np.random.default_rng(4)
+    shape = (10, 6) if layer == "embedding" else SHAPES[layer]
+    layout = "io" if layer in ("fan in", "embedding") else "oi"
+    W = make.normal(size=shape)
+    seen = W.T if layout == "io" else W.reshape(len(W), -1)
+    delta, values = delta_of(kind, *seen.shape, make)
+    m = make.uniform(0.5, 2, size=len(seen) if axis == "out" else shape[1 - (layout == "io")])
+    update = Update(
+        "w", "dora" if axis else "lora", (), delta=delta, scaling=0.7, axis=axis or "out",
+        magnitude=Operand.plain(held("m", m)) if axis else None, layout=layout,
+    )  # fmt: skip
+    step = Step("w", DTYPES["F64"], held("w", W), (update.change(shape),), status="merged")
+    new = seen + 0.7 * values
+    if axis == "out":
+        new *= (m / np.linalg.norm(new, axis=1))[:, None]
+    elif axis == "in":
+        V = new.reshape(len(new), len(m), -1)
+        new = (V * (m / np.sqrt((V * V).sum(axis=(0, 2))))[:, None]).reshape(new.shape)
+    merged = torch.from_numpy((new.T if layout == "io" else new.reshape(shape)).copy())
+    parts = unmerged.Parts("w", torch.from_numpy(W), unmerged.terms(step, Settings()))
+    use, x = use_of(layer, parts.base)
+    for same in (parts, parts.measured(), parts.to(torch.float64)):
+        assert torch.allclose(same.compute(use, x), use.plain(x, merged), rtol=0, atol=1e-11)
+    for mistake in ("half the scaling", *(["magnitudes dropped"] if axis else [])):
+        assert (mistaken(parts, mistake).compute(use, x) - use.plain(x, merged)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("axis", ["out", "in"])
+@pytest.mark.parametrize("layer", SHAPES)
+def test_magnitudes_that_were_divided_by_the_norm_are_factors(layer, axis):
+    torch.manual_seed(1)
+    make = np.random.default_rng(4)
+    layout = "io" if layer in ("fan in", "embedding") else "oi"
+    W = make.normal(size=SHAPES[layer])
+    seen = W.T if layout == "io" else W.reshape(len(W), -1)
+    A, B = make.normal(size=(2, seen.shape[1])), make.normal(size=(len(seen), 2))
+    channels = W.shape[1 - (layout == "io")]
+    m = make.uniform(0.5, 2, size=len(seen) if axis == "out" else channels)
+    update = Update("w", "dora", (), Operand.plain(held("A", A)), Operand.plain(held("B", B)), 0.7,
+                    Operand.plain(held("m", m)), axis, layout=layout,
+                    magnitude_is_factor=True)  # fmt: skip
+    step = Step("w", DTYPES["F64"], held("w", W), (update.change(W.shape),), status="merged")
+    V = (seen + 0.7 * B @ A).reshape(len(seen), channels, -1)
+    new = V * (m[:, None, None] if axis == "out" else m[:, None])
+    new = new.reshape(seen.shape)
+    merged = torch.from_numpy((new.T if layout == "io" else new.reshape(W.shape)).copy())
+    parts = unmerged.Parts("w", torch.from_numpy(W), unmerged.terms(step, Settings()))
+    use, x = use_of(layer, parts.base)
+    for same in (parts, parts.measured(), parts.to(torch.float64)):
+        assert torch.allclose(same.compute(use, x), use.plain(x, merged), rtol=0, atol=1e-12)
+    assert (mistaken(parts, "magnitudes dropped").compute(use, x) - use.plain(x, merged)
+            ).abs().max() > 0.1  # fmt: skip
+
+
+OTHER_METHODS = {  # PEFT keeps the scaling in float32, which holds 2.5
+    "loha": (peft.LoHaConfig, {"r": 4, "alpha": 10}),
+    "lokr": (peft.LoKrConfig, {"r": 4, "alpha": 10, "decompose_both": True}),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_METHODS)
+def test_hadamard_and_kronecker_adapters_run_unmerged(name, tmp_path):
+    method, settings = OTHER_METHODS[name]
+    pair = prepare(tmp_path, rider_models.llama(), method=method, **settings,
+                   target_modules=["q_proj", "down_proj"])  # fmt: skip
+    plan = pair.plan()
+    reference, batch = in_float64(pair, "llama")
+    ours = reference.outputs(batch)["logits"]
+    theirs = logits_of(pair.wrapped.double(), batch)
+    assert np.abs(ours - theirs).max() < 1e-12 * np.abs(theirs).max()
+    with reference.without_adapter():
+        assert np.abs(reference.outputs(batch)["logits"] - theirs).max() > 1e-2
+    result, findings = check(plan, merged(pair, tmp_path / "out"))
+    assert (findings, len(result.figures["layers"])) == ([], 4)
+    _, findings = check(plan, pair.base)
+    assert {"outputs-differ", "layer-differs"} <= set(codes(findings))
 
 
 @pytest.mark.parametrize("choice", ["zero", "keep-base"])

@@ -13,7 +13,7 @@ FLOORS = (
     "machine",
     "tensors inputs flat_names conventions expert_names",
     "cast update",
-    "storage refine residual scaled_bias peft_layers",
+    "storage refine residual scaled_bias unscaled_norm peft_layers",
     "fused",
     "arithmetic",
     "arithmetic_torch formula checkpoints",

@@ -1,11 +1,16 @@
-"""DoRA of ostris' ai-toolkit: kohya's names for A and B, ``.magnitude`` beside them.
+"""DoRA of ostris' ai-toolkit: kohya's or PEFT's names for A and B, ``.magnitude`` beside them.
 
-Per layer ``.lora_down.weight`` (r, in), ``.lora_up.weight`` (out, r), ``.magnitude`` (out):
-``W' = m V / ||V||`` with ``V = W + alpha / r * B A``, a norm per row, no eps. The trainer does not
-save alpha with DoRA (its ``register_buffer("alpha")`` is commented out), so ``--alpha`` says it.
+Per layer ``.lora_down.weight`` (r, in), ``.lora_up.weight`` (out, r), ``.magnitude`` (out). With
+alpha the rank ``W' = m V / ||V||``, ``V = W + B A``, a norm per row, no eps. Its norm leaves the
+scaling out, so with another alpha ``W' = m V / ||V|| + (alpha / r - 1) B A`` (``unscaled_norm``).
+
+Models whose files have PEFT's names (``.lora_A.weight``; all transformers) are trained with alpha
+the rank. For the others the trainer does not save alpha with DoRA (its
+``register_buffer("alpha")`` is commented out), so ``--alpha`` says it.
 
 Source: github.com/ostris/ai-toolkit, toolkit/models/DoRA.py (DoRAModule.apply_dora),
-toolkit/network_mixins.py (names on saving: "$$" stands for ".").
+toolkit/network_mixins.py (forward; get_state_dict for the names: "$$" stands for "."),
+toolkit/lora_special.py (peft_format).
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ from dora_export.adapters.model import Adapter, ReadOptions
 from dora_export.adapters.state_dict import needed_alpha, refuse_axis, tensors_of
 from dora_export.errors import AdapterError, listing, shown
 from dora_export.tensors import Operand, TensorRef
+from dora_export.unscaled_norm import UnscaledNorm
 from dora_export.update import Update
 
 PARTS = {
@@ -56,10 +62,7 @@ def read(path: Path, options: ReadOptions) -> Adapter:
     if problems:
         raise AdapterError(f"{path}: does not add up:{listing(sorted(problems))}")
     refuse_axis(path, options, "out", "ai-toolkit's DoRA")
-    stored = {m: number(parts["alpha"]) for m, parts in layers.items() if "alpha" in parts}
-    if stored and options.alpha is not None:
-        raise AdapterError(f"{path}: alpha is in the file. Leave --alpha out.")
-    alphas = {m: stored[m] if m in stored else needed_alpha(path, options) for m in layers}
+    alphas = _alphas(path, layers, options)
     updates = tuple(_update(m, parts, alphas[m]) for m, parts in layers.items())
     return Adapter(
         path=path,
@@ -74,10 +77,26 @@ def read(path: Path, options: ReadOptions) -> Adapter:
             "axis": "out, by the format: ai-toolkit takes the norm over dim 1",
             "rank": sorted({parts["down"].shape[0] for parts in layers.values()}),
             "alpha": sorted(set(alphas.values())),
-            "scaling": sorted({round(u.scaling, 6) for u in updates}),
+            "scaling": sorted(
+                {round(alphas[m] / parts["down"].shape[0], 6) for m, parts in layers.items()}
+            ),
             "magnitude": "one per output",
         },
     )
+
+
+def _alphas(
+    path: Path, layers: dict[str, dict[str, TensorRef]], options: ReadOptions
+) -> dict[str, float]:
+    """Return alpha of every layer: stored, the rank by PEFT's names, or as given."""
+    stored = {m: number(parts["alpha"]) for m, parts in layers.items() if "alpha" in parts}
+    by_names = {m: float(parts["down"].shape[0]) for m, parts in layers.items()
+                if parts["down"].name.endswith(".lora_A.weight")}  # fmt: skip
+    if options.alpha is not None and (stored or len(by_names) == len(layers)):
+        known = "in the file" if stored else "the rank in ai-toolkit's files of these names"
+        raise AdapterError(f"{path}: alpha is {known}. Leave --alpha out.")
+    known_ones = {**by_names, **stored}
+    return {m: known_ones[m] if m in known_ones else needed_alpha(path, options) for m in layers}
 
 
 def _problem(module: str, parts: dict[str, TensorRef]) -> str | None:
@@ -100,13 +119,16 @@ def _problem(module: str, parts: dict[str, TensorRef]) -> str | None:
 def _update(module: str, parts: dict[str, TensorRef], alpha: float) -> Update:
     a, b, m = parts["down"], parts["up"], parts["m"]
     keys = [parts[p].name for p in ("down", "up", "m", "alpha") if p in parts]
+    target, scaling = f"{module}.weight", alpha / a.shape[0]
+    if scaling != 1.0:
+        made = UnscaledNorm(Operand.vector(m), Operand.plain(a), Operand.plain(b), scaling)
+        return Update(target, "function", tuple(keys), function=made, layout="oi")
     return Update(
-        target=f"{module}.weight",
+        target=target,
         kind="dora",
         source_keys=tuple(keys),
         down=Operand.plain(a),
         up=Operand.plain(b),
-        scaling=alpha / a.shape[0],
         magnitude=Operand.vector(m),
         layout="oi",
     )

@@ -282,7 +282,7 @@ def leaning(terms: Terms, merged: Floats, recipe: Recipe, coarse: str, stored: s
         return f"all of it is scaled by {1 + whole:.5g}"
     left = gap - along[:, None] * right
     across, noise = _along(left.T, right.T)
-    if _beyond(across, u, noise).any():
+    if len(along) >= FEW_LINES and _beyond(across, u, noise).any():
         worst = across[np.argmax(np.abs(across))]
         return f"elements at one place of all lines are up to {1 + worst:.5g} times as large"
     return _of_update(terms, right, left, u) or _of_noise(terms, left, u)

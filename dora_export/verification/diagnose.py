@@ -27,7 +27,7 @@ EXPLAINS = 0.1
 ALL_BUT_ROUNDING = 1e-3  # the same for lengths of lines, which rounding of factors changes too
 TOLD_ELEMENTS = 1 << 14  # that mistakes are tried on, where they could pass for rounding
 LEANING_ELEMENTS = 1 << 17  # at least a few lines; enough to see a thousandth of a part
-NEARER = 0.5  # share of the squared distance
+FEWER = 0.5  # share of the elements that differ
 SWAP_LINES = 4  # lines that mix-ups are tried on
 MOST_OTHERS = 512  # tensors of the same shape that are tried for a mix-up
 SAME_LINE = 0.05  # distance of two lines that count as one, relative to their length
@@ -242,12 +242,14 @@ def hidden_mistake(
 
 
 def in_coarse_arithmetic(exact: Exact, ref: TensorRef, lines: NDArray[np.int64]) -> bool:
-    """Whether lines are far nearer to the right result rounded step by step as they are stored."""
+    """Whether far more elements of some lines are the right ones, rounded as they are stored."""
     arithmetic = ref.dtype.name
     sample = take(exact, ref, pick(lines), arithmetic)
     recipe = coarse.fit(sample.terms, sample.merged, arithmetic, arithmetic)
     near = coarse.cooked(sample.terms, recipe, arithmetic, arithmetic)
-    return sample.distance(near) < NEARER * sample.distance(sample.exact)
+    right = rounded(np.ascontiguousarray(sample.exact), sample.dtype)
+    # counted: of a few that differ, the largest would have all the say in a distance
+    return bool((sample.merged != near).sum() < FEWER * (sample.merged != right).sum())
 
 
 def _nearest(

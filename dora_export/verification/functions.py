@@ -2,7 +2,8 @@
 
 A PiSSA residual is W less its projection onto the leading eigenvectors of its Gram matrix; an OLoRA
 residual is W less what its first columns explain of it by least squares. A bias that goes through a
-layer's scaling is taken times that, with this module's own norms.
+layer's scaling is taken times that, with this module's own norms; ai-toolkit's weight is put
+together from the base's part and the product's.
 What PEFT's own merge made is held against PEFT's own forward of the unmerged layer: another code
 path, but the same author's, and no independent formula.
 Source: as ``dora_export/residual.py``; the formulas are other ones with the same result.
@@ -16,6 +17,7 @@ from dora_export.peft_layers import PeftLayer
 from dora_export.residual import Residual
 from dora_export.scaled_bias import ScaledBias
 from dora_export.tensors import DType, Operand
+from dora_export.unscaled_norm import UnscaledNorm
 from dora_export.update import Function
 from dora_export.verification.values import Floats, operand_values
 
@@ -35,6 +37,8 @@ def exact(function: Function, W: Floats, dtype: DType) -> Floats:
         return function.unmerged(W)
     if isinstance(function, ScaledBias):
         return _scaled(function, W)
+    if isinstance(function, UnscaledNorm):
+        return _unscaled_norm(function, W)
     assert isinstance(function, Residual), f"Bug: {type(function).__name__} has no second way"
     return _residual(function, W, dtype)
 
@@ -64,6 +68,16 @@ def _scaled(function: ScaledBias, bias: Floats) -> Floats:
                                  where=lengths != 0))  # fmt: skip
     scaled: Floats = bias * np.concatenate(factors)
     return scaled
+
+
+def _unscaled_norm(function: UnscaledNorm, W: Floats) -> Floats:
+    """Return what multiplies an input: the base's part and the product's, each times its factor."""
+    product = operand_values(function.up) @ operand_values(function.down)
+    lengths = np.linalg.norm(W + product, axis=1)
+    m = operand_values(function.magnitude).ravel()
+    factor = np.divide(m, lengths, out=np.zeros_like(lengths), where=lengths != 0)
+    parts: Floats = factor[:, None] * W + (factor + function.scaling - 1)[:, None] * product
+    return parts
 
 
 def _without_leading(W: Floats, rank: int) -> Floats:

@@ -30,7 +30,7 @@ def _without_magnitudes(term: Term) -> Term:
 def _scaled(factor: float) -> Callable[[Term], Term]:
     def change(term: Term) -> Term:
         scaled = replace(term, scaling=factor * term.scaling)
-        return scaled if term.left is not None else term
+        return scaled if term.adds else term
 
     return change
 

@@ -8,7 +8,7 @@ activation form, and from the base for what no cell is about.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,10 +19,10 @@ from torch.nn import functional as F  # noqa: N812 - the name that everyone give
 from dora_export.plan import Settings, Step
 from dora_export.verification.measured import Unsupported
 from dora_export.verification.unmerged import (
-    DESCRIPTIONS,
     FAN_IN,
     LINEAR,
     PRODUCTS,
+    ActivationForm,
     Call,
     Observer,
     Parts,
@@ -122,7 +122,7 @@ class _Memory:
     last: tuple[Use, Tensor] | None = None
 
 
-class UnmergedStack(Tensor):
+class UnmergedStack(ActivationForm):
     """A stack of experts' matrices; behaves as its base towards ``shape`` etc.
 
     Attributes:
@@ -153,21 +153,13 @@ class UnmergedStack(Tensor):
                 if not cell.uses:
                     cell.run(use, x)
 
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:  # the signature is torch's
+    def used(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Return one slice, or compute with all; refuse any other use."""
-        if func in DESCRIPTIONS:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        stack = next(a for a in args if isinstance(a, UnmergedStack))
         if func is Tensor.__getitem__ and _is_index(args[1]):
-            return _slice(stack, int(args[1]))
-        if func is torch.bmm and args[1] is stack:
-            return torch.stack([_slice(stack, i).run(FAN_IN, x) for i, x in enumerate(args[0])])
-        name = getattr(func, "__name__", str(func))
-        raise Unsupported(_name(stack), f"the model uses a stack of experts in torch's {name}()")
+            return _slice(self, int(args[1]))
+        if func is torch.bmm and args[1] is self:
+            return torch.stack([_slice(self, i).run(FAN_IN, x) for i, x in enumerate(args[0])])
+        raise self.unknown(_name(self), "a stack of experts", func)
 
 
 def _is_index(index: Any) -> bool:
@@ -189,7 +181,7 @@ def _slice(stack: UnmergedStack, index: int) -> UnmergedSlice:
     return found
 
 
-class UnmergedSlice(Tensor):
+class UnmergedSlice(ActivationForm):
     """One slice of an ``UnmergedStack``.
 
     Attributes:
@@ -214,23 +206,15 @@ class UnmergedSlice(Tensor):
             y[..., cell.outputs] = cell.run(use, x)
         return y
 
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:  # the signature is torch's
+    def used(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Compute a known use in activation form; refuse any other."""
-        given = dict(zip(("input", "weight", "bias"), args, strict=False)) | (kwargs or {})
-        if func in DESCRIPTIONS:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        weight = next(a for a in given.values() if isinstance(a, UnmergedSlice))
-        if func is F.linear and given["weight"] is weight:
-            y, bias = weight.run(LINEAR, given["input"]), given.get("bias")
+        given = {**dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
+        if func is F.linear and given["weight"] is self:
+            y, bias = self.run(LINEAR, given["input"]), given.get("bias")
             return y if bias is None else y + bias
-        if func in PRODUCTS and given["weight"] is weight:
-            return weight.run(FAN_IN, given["input"])
-        name = getattr(func, "__name__", str(func))
-        raise Unsupported(_name(weight.stack), f"the model uses an expert in torch's {name}()")
+        if func in PRODUCTS and given["weight"] is self:
+            return self.run(FAN_IN, given["input"])
+        raise self.unknown(_name(self.stack), "an expert", func)
 
 
 @dataclass

@@ -23,7 +23,7 @@ from torch.nn import functional as F  # noqa: N812 - the name that everyone give
 
 from dora_export.plan import Settings, Step
 from dora_export.tensors import Operand, TensorRef
-from dora_export.update import Change, Over, Product
+from dora_export.update import Change, Delta, Dense, Kronecker, Over, Product
 from dora_export.verification import functions
 from dora_export.verification.measured import Unsupported
 
@@ -58,6 +58,7 @@ class Norm:
         factor: ``m / (norm + eps)``, one per row of the weight (1 where the change is not), or one
             per column group; 0 where the norm is.
         kept: 1 for rows or columns that then keep the base's values, else 0; None: there are none.
+        given: The adapter stores the factor itself; there is no norm.
     """
 
     over: Over
@@ -67,6 +68,7 @@ class Norm:
     group: int
     factor: Tensor
     kept: Tensor | None
+    given: bool = False
 
     def to(self, dtype: torch.dtype) -> Norm:
         """Return the factors rounded to another precision."""
@@ -77,6 +79,8 @@ class Norm:
 
     def measured(self, V: Tensor) -> Norm:
         """Return the factors as the precision of ``V``, rows and columns, gives them."""
+        if self.given:
+            return self
         if self.over == "row":
             count = len(self.magnitude)
             norm = torch.linalg.vector_norm(V[self.first : self.first + count], dim=1)
@@ -94,7 +98,8 @@ class Term:
     Attributes:
         left: ``(rows, rank)``, or None.
         right: ``(rank, columns)``, or None.
-        scaling: Factor on ``left @ right``.
+        dense: What stands for ``left @ right``, of the weight's shape, or None.
+        scaling: Factor on either.
         norm: What the sum is multiplied by and divided by, or None.
         value: Values of the weight's shape that are added, or that replace it, or None.
         replaces: Whether ``value`` replaces.
@@ -105,6 +110,7 @@ class Term:
 
     left: Tensor | None = None
     right: Tensor | None = None
+    dense: Tensor | None = None
     scaling: float = 1.0
     norm: Norm | None = None
     value: Tensor | None = None
@@ -119,6 +125,7 @@ class Term:
             self,
             left=None if self.left is None else self.left.to(dtype),
             right=None if self.right is None else self.right.to(dtype),
+            dense=None if self.dense is None else self.dense.to(dtype),
             norm=None if self.norm is None else self.norm.to(dtype),
             value=None if self.value is None else self.value.to(dtype),
         )
@@ -128,9 +135,20 @@ class Term:
         if self.norm is None:
             return self
         V = W.reshape(W.shape[0], -1)
-        if self.left is not None and self.right is not None:
-            V = V + self.scaling * (self.left @ self.right)
+        if (product := self.product(0, len(V))) is not None:
+            V = V + self.scaling * product
         return replace(self, norm=self.norm.measured(V))
+
+    @property
+    def adds(self) -> bool:
+        """Whether there is a product, or what stands for it."""
+        return self.left is not None or self.dense is not None
+
+    def product(self, first: int, last: int) -> Tensor | None:
+        """Return some rows of the product, not scaled, or None without one."""
+        if self.left is not None and self.right is not None:
+            return self.left[first:last] @ self.right
+        return None if self.dense is None else self.dense[first:last].flatten(1)
 
 
 def terms(step: Step, settings: Settings) -> tuple[Term, ...]:
@@ -157,19 +175,42 @@ def _term(step: Step, position: int, settings: Settings) -> Term:
     if change.value is not None:
         value = _value(step, change)
         return _of(change, Term(value=value, replaces=change.kind != "add"))
-    left = right = norm = None
+    term = Term(scaling=change.scaling)
     if change.delta is not None:
-        if not isinstance(change.delta, Product):
-            kind = type(change.delta).__name__
-            raise Unsupported(step.name, f"its update is no low-rank product ({kind})")
-        left, right = _operand(change.delta.left), _operand(change.delta.right)
-    if change.magnitude_is_factor:
-        raise Unsupported(step.name, "its magnitudes were divided by the norm beforehand")
+        term = _added(change.delta, term)
+    norm = None
     if change.magnitude is not None:
-        norm = _norm(step, position, left, right, settings)
-    if left is not None:
-        left = _padded(left, first, rows, 0.0)
-    return _of(change, Term(left, right, change.scaling, norm))
+        norm = _norm(step, position, term, settings)
+    if term.left is not None:
+        term = replace(term, left=_padded(term.left, first, rows, 0.0))
+    if term.dense is not None:
+        term = replace(term, dense=_padded(term.dense, first, rows, 0.0).reshape(shape))
+    return _of(change, replace(term, norm=norm))
+
+
+def _added(delta: Delta, term: Term) -> Term:
+    """Return a term with an update's operands, float64: factors where they are of low rank.
+
+    ``(B1 A1) * (B2 A2)``, elementwise, is a product as well: its factors are all products of a
+    column of B1 with one of B2, and of a row of A1 with one of A2.
+    Source: Hyeon-Woo et al. 2022, arXiv:2108.06098, prop. 1 (LoHa); Horn and Johnson, Topics in
+    Matrix Analysis, lemma 5.1.4.
+    """
+    if isinstance(delta, Product):
+        return replace(term, left=_operand(delta.left), right=_operand(delta.right))
+    if isinstance(delta, Kronecker):
+        return replace(term, dense=torch.kron(_operand(delta.first), _operand(delta.second)))
+    if isinstance(delta, Dense):
+        return replace(term, dense=_operand(delta.matrix))
+    left, right = _operand(delta.first.left), _operand(delta.first.right)
+    other_left, other_right = _operand(delta.second.left), _operand(delta.second.right)
+    if left.shape[1] * other_left.shape[1] > min(delta.shape):
+        return replace(term, dense=(left @ right) * (other_left @ other_right))
+    return replace(
+        term,
+        left=(left[:, :, None] * other_left[:, None, :]).flatten(1),
+        right=(right[:, None, :] * other_right[None, :, :]).flatten(0, 1),
+    )
 
 
 def _of(change: Change, term: Term) -> Term:
@@ -177,9 +218,7 @@ def _of(change: Change, term: Term) -> Term:
     return replace(term, adapter=change.adapter, weight=change.weight, own_norm=change.own_norm)
 
 
-def _norm(
-    step: Step, position: int, left: Tensor | None, right: Tensor | None, settings: Settings
-) -> Norm:
+def _norm(step: Step, position: int, term: Term, settings: Settings) -> Norm:
     """Return a change's magnitude and norm, float64.
 
     Source: arXiv:2402.09353, eq. 5.
@@ -189,15 +228,18 @@ def _norm(
     assert change.over is not None, "Bug: a magnitude of neither rows nor columns"
     if change.over == "column" and change.rows != rows:
         raise Unsupported(step.name, "a part of it has norms across its rows")
-    m = _operand(change.magnitude)
-    length = _squares(step, position, left, right).sqrt()
+    m = _operand(change.magnitude).flatten()
+    first = change.start // change.columns
+    if change.magnitude_is_factor:
+        factor = _padded(m, first, rows, 1.0) if change.over == "row" else m
+        return Norm(change.over, m, change.eps, first, change.group, factor, None, given=True)
+    length = _squares(step, position, term).sqrt()
     zero = length == 0
     factor = torch.where(zero, 0.0, m / torch.where(zero, 1.0, length + change.eps))
     base_stays = zero & (m != 0) & (change.eps == 0)
     kept = None
     if settings.zero_norm == "keep-base" and bool(base_stays.any()):
         kept = base_stays.double()
-    first = change.start // change.columns
     if change.over == "row":
         factor = _padded(factor, first, rows, 1.0)
         kept = None if kept is None else _padded(kept, first, rows, 0.0)
@@ -266,8 +308,14 @@ def _value(step: Step, change: Change) -> Tensor:
     return _padded(factor * value, change.start // columns, rows, 0.0).reshape(step.shape)
 
 
-def _squares(step: Step, position: int, left: Tensor | None, right: Tensor | None) -> Tensor:
-    """Return the squares of the norms of ``W + s left right``: per row, or per column group."""
+def _squares(step: Step, position: int, term: Term) -> Tensor:
+    """Return the squares of the norms of ``W + s B A``: per row, or per column group.
+
+    Args:
+        step: The tensor.
+        position: Of the change with the norm.
+        term: What it adds, for the rows of the change alone.
+    """
     change = step.changes[position]
     by_row = change.over == "row"
     parts: list[Tensor] = []
@@ -275,8 +323,8 @@ def _squares(step: Step, position: int, left: Tensor | None, right: Tensor | Non
     for first in range(0, change.rows, block):
         last = min(first + block, change.rows)
         V = _before(step, position, first, last)
-        if left is not None and right is not None:
-            V = torch.addmm(V, left[first:last], right, alpha=change.scaling)
+        if (product := term.product(first, last)) is not None:
+            V = V + change.scaling * product
         parts.append((V * V).sum(dim=1 if by_row else 0))
     if by_row:
         return torch.cat(parts)
@@ -445,6 +493,8 @@ class Parts:
             y = self._after(count - 1, use, x)
             if term.left is not None and term.right is not None:
                 y = y + term.scaling * use.product(x, term.left, term.right)
+            elif term.dense is not None:
+                y = y + term.scaling * use.plain(x, term.dense)
             return y
 
         def base(x: Tensor) -> Tensor:
@@ -461,7 +511,36 @@ class Parts:
 Observer = Callable[[Parts, "Call", Tensor], None]
 
 
-class Unmerged(Tensor):
+class ActivationForm(Tensor):
+    """A weight that is more than its values: its known uses are computed in activation form."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:  # the signature is torch's
+        """Describe the weight as its values are, or compute a use of it."""
+        kwargs = kwargs or {}
+        if func in DESCRIPTIONS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        weight = next(a for a in (*args, *kwargs.values()) if isinstance(a, cls))
+        return weight.used(func, args, kwargs)
+
+    def used(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Return what a function of torch gives with this weight among its arguments.
+
+        Raises:
+            Unsupported: It is none of the known uses.
+        """
+        raise NotImplementedError
+
+    def unknown(self, name: str, what: str, func: Any) -> Unsupported:
+        """Return the refusal of a use that is not known."""
+        return Unsupported(name, f"the model uses {what} in torch's "
+                           f"{getattr(func, '__name__', str(func))}()")  # fmt: skip
+
+
+class Unmerged(ActivationForm):
     """A weight of which base and adapter stay apart; behaves as its base towards ``shape`` etc.
 
     Attributes:
@@ -481,19 +560,11 @@ class Unmerged(Tensor):
         weight.parts, weight.uses, weight.observer = parts, 0, None
         return weight
 
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:  # the signature is torch's
+    def used(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Compute a known use in activation form; refuse any other."""
-        kwargs = kwargs or {}
-        if func in DESCRIPTIONS:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        weight = next(a for a in (*args, *kwargs.values()) if isinstance(a, Unmerged))
-        if func in TRANSPOSITIONS and weight.ndim == 2:
-            return Transposed.of(weight)
-        return weight.run(_call(func, weight, args, kwargs))
+        if func in TRANSPOSITIONS and self.ndim == 2:
+            return Transposed.of(self)
+        return self.run(_call(func, self, args, kwargs))
 
     def run(self, call: Call) -> Tensor:
         """Return what a call gives with this weight, in activation form, and tell of it."""
@@ -504,7 +575,7 @@ class Unmerged(Tensor):
         return result
 
 
-class Transposed(Tensor):
+class Transposed(ActivationForm):
     """An ``Unmerged`` weight as its transpose: ``x @ W.T`` is ``linear(x, W)``.
 
     Attributes:
@@ -520,26 +591,16 @@ class Transposed(Tensor):
         turned.weight = weight
         return turned
 
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:  # the signature is torch's
+    def used(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Compute a known use in activation form; refuse any other."""
-        kwargs = kwargs or {}
-        if func in DESCRIPTIONS:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        turned = next(a for a in (*args, *kwargs.values()) if isinstance(a, Transposed))
-        weight = turned.weight
         if func in TRANSPOSITIONS:
-            return weight
-        if func in PRODUCTS and args[1] is turned:
-            return weight.run(Call(LINEAR, args[0]))
-        if func is F.linear and args[1] is turned:
+            return self.weight
+        if func in PRODUCTS and args[1] is self:
+            return self.weight.run(Call(LINEAR, args[0]))
+        if func is F.linear and args[1] is self:
             bias = args[2] if len(args) > 2 else kwargs.get("bias")
-            return weight.run(Call(FAN_IN, args[0], bias))
-        name = getattr(func, "__name__", str(func))
-        raise Unsupported(weight.parts.name, f"the model uses its transpose in torch's {name}()")
+            return self.weight.run(Call(FAN_IN, args[0], bias))
+        raise self.unknown(self.weight.parts.name, "its transpose", func)
 
 
 # What a model may ask of a weight without computing with it.
@@ -602,9 +663,8 @@ def _call(func: Any, weight: Unmerged, args: Any, kwargs: Any) -> Call:
         return Call(FAN_IN, args[0])
     arguments = SIGNATURES.get(func)
     if arguments is None:
-        name = getattr(func, "__name__", str(func))
-        raise Unsupported(weight.parts.name, f"the model uses it in torch's {name}()")
-    given = dict(zip(arguments, args, strict=False)) | kwargs
+        raise weight.unknown(weight.parts.name, "it", func)
+    given = {**dict(zip(arguments, args, strict=False)), **kwargs}
     if func is torch.addmm:
         plain = given.get("beta", 1) == 1 and given.get("alpha", 1) == 1
         if given["mat2"] is not weight or not plain:

@@ -1,0 +1,92 @@
+"""ai-toolkit's DoRA where alpha is not the rank: the norm is that of the unscaled ``W + B A``.
+
+Its forward adds the scaled low-rank output to the base's, and the magnitude's share of the unscaled
+sum: ``y = W x + s B A x + (m / ||W + B A|| - 1) (W + B A) x``. With s = 1 that is DoRA; else the
+weight it amounts to is ``m (W + B A) / ||W + B A|| + (s - 1) B A``.
+
+Source: github.com/ostris/ai-toolkit, toolkit/network_mixins.py (ToolkitModuleMixin.forward),
+toolkit/models/DoRA.py (apply_dora).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dora_export import cast
+from dora_export.errors import ArithmeticRefusal
+from dora_export.tensors import DType, Operand, TensorRef
+from dora_export.update import Layout
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class UnscaledNorm:
+    """``m (W + B A) / ||W + B A|| + (s - 1) B A``, one norm per output row.
+
+    Attributes:
+        magnitude: m, ``(out,)``.
+        down: A, ``(rank, in)``.
+        up: B, ``(out, rank)``.
+        scaling: s, dimensionless.
+    """
+
+    magnitude: Operand
+    down: Operand
+    up: Operand
+    scaling: float
+
+    @property
+    def what(self) -> str:
+        """One line for people."""
+        return "ai-toolkit's DoRA with alpha other than the rank makes a new weight"
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """Adapter tensors it reads."""
+        return (*self.magnitude.refs, *self.down.refs, *self.up.refs)
+
+    def misfit(self, shape: tuple[int, ...], layout: Layout) -> str | None:
+        """Return why it cannot apply to a tensor of ``shape``."""
+        expected = (self.up.shape[0], self.down.shape[1])
+        if shape == expected and layout == "oi":
+            return None
+        return f"base weight is {shape}, adapter has A {self.down.shape} and B {self.up.shape}"
+
+    def placed(self, shape: tuple[int, ...], layout: Layout) -> UnscaledNorm:
+        """Return it as it is: a linear layer has one layout."""
+        return self
+
+    def value(self, W: Floats, dtype: DType) -> Floats:
+        """Return the new weight.
+
+        Raises:
+            ArithmeticRefusal: A row of ``W + B A`` is zero although its magnitude is not.
+        """
+        product: Floats = _values(self.up) @ _values(self.down)
+        V = W + product
+        norms = np.sqrt(np.einsum("ij,ij->i", V, V))
+        m = _values(self.magnitude).ravel()
+        zero = norms == 0
+        if (undefined := np.flatnonzero(zero & (m != 0))).size:
+            raise ArithmeticRefusal(
+                f"||W + B A|| is zero in {undefined.size} rows (first: {undefined[0]}) whose "
+                "magnitude is not zero, so they have no direction to scale. Merge with ai-toolkit."
+            )
+        factor = np.where(zero, 0.0, m / np.where(zero, 1.0, norms))
+        V *= factor[:, None]
+        V += (self.scaling - 1) * product
+        return V
+
+    def working_bytes(self) -> int:
+        """Return the bytes of the product, of V, and of A and B."""
+        rows, columns = self.up.shape[0], self.down.shape[1]
+        return 8 * (4 * rows * columns + 2 * self.down.shape[0] * (rows + columns) + 4 * rows)
+
+
+def _values(operand: Operand) -> NDArray[Any]:
+    return operand.value(lambda ref: cast.widened(ref.raw(), ref.dtype, np.float64))
