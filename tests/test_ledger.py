@@ -476,7 +476,7 @@ def test_one_flipped_byte_is_found_and_placed(planted, monkeypatch, position, th
     element = (position % 960) // 2  # bfloat16, 40 rows of 12
     assert (finding.code, finding.where) == ("bytes-differ", EMBED)
     assert finding.what == (
-        f"1 of 480 elements (1 bytes), the first at [{element // 12}, {element % 12}]"
+        f"1 of 480 elements (1 byte), the first at [{element // 12}, {element % 12}]"
     )
 
 
@@ -672,6 +672,14 @@ def test_an_untied_head_left_out_is_wrong_though_it_was_equal(tmp_path):
 
 
 # --- names
+
+
+def test_an_untouched_merge_has_all_side_files_equal_the_config_too(planted):
+    model, merged = planted()
+    figures = model.check(merged)[0].figures
+    assert figures["side_files_equal"] == figures["side_files"] >= 4
+    edit("config.json", note="mine")(merged)
+    assert model.check(merged)[0].figures["side_files_equal"] == figures["side_files"] - 1
 
 
 def test_one_prefix_before_all_names_is_a_warning(planted):

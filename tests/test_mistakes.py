@@ -4,6 +4,7 @@ Each mistake is planted in a right merge with numpy and the safetensors library.
 """
 
 import copy
+import importlib.util
 import json
 import shutil
 import zlib
@@ -28,7 +29,7 @@ from tests.pairs import (
     scaled,
     with_scaling,
 )
-from tests.small import edit_json, edit_tensors
+from tests.small import edit_json, edit_tensors, run
 
 OTHER = Q.replace("1", "2")
 OTHER_EXPERT = EXPERT.replace("experts.2", "experts.3")
@@ -220,16 +221,68 @@ SHARDS = {
     "shard missing": (remove("model-00001-of-00002.safetensors"), "ledger", "file-missing",
                       "model-00001-of-00002.safetensors"),
 }  # fmt: skip
+# What is said of each, beside the title of its code: enough to know what was found, and where.
+WORDS = {
+    "one layer: not-applied": "the base's values",
+    "one layer: applied-twice": "merged onto the merged weight",
+    "one layer: sign-flipped": "m (W - s B A) / ||W - s B A||",
+    "one layer: norm-of-base": "m V / ||W||",
+    "one layer: magnitude-ignored": "V / ||V||",
+    "one layer: magnitude-initial": "||W|| V / ||V||",
+    "one layer: lora-for-dora": "W + s B A",
+    "one layer: factors-ignored": "m W / ||W||",
+    "one layer: strength-other": "strength 0.6 instead of 1",
+    "last layer not merged": "the base's values",
+    "alpha left out": "instead of 2.5 (alpha left out)",
+    "scaling of another rule": "instead of 2.5 (alpha, not divided by r)",
+    "scaling off by sqrt(r) in one layer": "instead of 2.5 (alpha/sqrt(r) for alpha/r)",
+    "norm on the other axis": "one norm and magnitude per stored column",
+    "magnitudes of another layer": f"the magnitudes of '{OTHER}.weight'",
+    "magnitudes of no layer": "of the right ones",
+    "experts swapped": f"the values of '{OTHER_EXPERT}.weight'",
+    "experts' updates in another order": f"the update of '{OTHER_EXPERT}.weight'",
+    "layers swapped": f"the values of '{OTHER}.weight'",
+    "rows in rotary order": "holds what belongs into row",
+    "square tensor transposed": "rows and columns are exchanged",
+    "all scaled": "1.05",
+    "noise": "of the weight's size",
+    "norm put before the sum": "of the update's",
+    "one row of B zeroed": "1 of 80 rows (7), factors-ignored: m W / ||W||",
+    "one column scaled": "of the weight's size",
+    "a block zeroed": "8 of 80 rows (8, 9, 10, 11, 12, 13, 14, 15)",
+    "one element doubled": "1 of 80 rows (3)",
+    "NaN": "1 element is NaN or infinite",
+    "infinity": "1 element is NaN or infinite",
+    "an exponent bit flipped": "1 of 80 rows (79)",
+    "one byte flipped": "1 of 48 elements (1 byte), the first at [4]",
+    "tensor missing": "F32 (80, 48)",
+    "tensor added": "F32 (3)",
+    "tensor transposed": "(48, 80), expected (80, 48)",
+    "tensor cast": "F16, expected F32",
+    "another base": "3 of 3 tensors that the adapter does not touch differ all over",
+    "head tied": "differs from the embedding: loaders overwrite it",
+    "vocabulary": "61, lm_head.weight has 60 rows",
+    "rotary base": "500000.0, expected 10000.0",
+    "dtype in the config": "float16, but the tensors are float32",
+    "no config": "not there",
+    "no tokenizer": "the base has it",
+    "index points to the wrong shard": "places it in model-00002-of-00002.safetensors, found in "
+                                       "model-00001-of-00002.safetensors",
+    "total_size": "the tensors have 79200 bytes",
+    "shard truncated": "its bytes end at 36288, the file has 36188",
+    "shard missing": "the index places 8 tensors in it",
+}  # fmt: skip
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-def check(pair, mistake, level):
+def check(pair, mistake, level, words=""):
     plant, tier, code, where = mistake
     plant(pair)
     report = api.verify(pair.folder / "base", pair.folder / "adapter", pair.merged, level=level)
     assert (report.verdict, report.exit_code) == ("wrong", 1)
     wrong = [f for f in report.findings if f.severity == "wrong"]
-    found = [f for f in wrong if (f.tier, f.code) == (tier, code) and where in f.where]
+    coded = [f for f in wrong if (f.tier, f.code) == (tier, code)]
+    found = [f for f in coded if where in f.where and words in f.what]
     assert found, [(f.tier, f.code, f.where, f.what) for f in wrong]
     return wrong
 
@@ -265,14 +318,15 @@ def right(tmp_path, pairs):
 
 
 def test_the_list_is_long_enough():
-    assert len(WHOLE) + len(PARTS) + len(FILES) + len(SHARDS) >= 40
+    assert len({**WHOLE, **PARTS, **FILES, **SHARDS}) >= 40
+    assert {**WHOLE, **PARTS, **FILES, **SHARDS}.keys() == WORDS.keys()
 
 
 @pytest.mark.parametrize("level", ["fast", "full"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", WHOLE)
 def test_mistake_about_a_whole_tensor(right, name, dtype, level):
-    wrong = check(right(dtype), WHOLE[name], level)
+    wrong = check(right(dtype), WHOLE[name], level, WORDS[name])
     assert {f.tier for f in wrong} == {"oracle"}
     assert len(wrong) == (2 if "swapped" in name else 1)
 
@@ -280,20 +334,20 @@ def test_mistake_about_a_whole_tensor(right, name, dtype, level):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", PARTS)
 def test_mistake_about_a_part_of_a_tensor(right, name, dtype):
-    wrong = check(right(dtype), PARTS[name], "full")
+    wrong = check(right(dtype), PARTS[name], "full", WORDS[name])
     assert len(wrong) == 1
 
 
 @pytest.mark.parametrize("level", ["fast", "full"])
 @pytest.mark.parametrize("name", FILES)
 def test_mistake_about_files(right, name, level):
-    check(right(torch.float32), FILES[name], level)
+    check(right(torch.float32), FILES[name], level, WORDS[name])
 
 
 @pytest.mark.parametrize("level", ["fast", "full"])
 @pytest.mark.parametrize("name", SHARDS)
 def test_mistake_about_shards(right, name, level):
-    check(right(torch.bfloat16, shards=True), SHARDS[name], level)
+    check(right(torch.bfloat16, shards=True), SHARDS[name], level, WORDS[name])
 
 
 @pytest.mark.parametrize("level", ["fast", "full"])
@@ -314,6 +368,19 @@ def test_what_cannot_be_checked_is_not_right(right, tmp_path, level):
     report = api.verify(tmp_path / "base", tmp_path / "adapter", pair.merged, level=level)
     assert (report.verdict, report.exit_code) == ("unchecked", 3)
     assert "quantised" in {f.code for f in report.findings}
+
+
+def test_the_command_ends_with_the_verdict(right, tmp_path, monkeypatch):
+    pair = right(torch.bfloat16)
+    args = ["verify", tmp_path / "base", tmp_path / "adapter", pair.merged, "--level", "fast"]
+    assert run(*args).exit_code == 0
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # no transformers
+    unchecked = run(*args, "--forward")
+    assert (unchecked.exit_code, "forward-extra" in unchecked.output) == (3, True)
+    monkeypatch.undo()
+    WHOLE["last layer not merged"][0](pair)
+    wrong = run(*args)
+    assert (wrong.exit_code, "not-applied" in wrong.output, LAST in wrong.output) == (1, True, True)
 
 
 def test_sampling_finds_mistakes_about_whole_tensors(right, tmp_path):

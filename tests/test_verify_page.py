@@ -13,7 +13,7 @@ from dora_export.errors import OutputError
 from dora_export.verification.catalog import FINDINGS
 from dora_export.verification.grid import MAX_CELLS, arrange, place
 from dora_export.verification.markup import el, render
-from dora_export.verification.model import Finding, TensorResult
+from dora_export.verification.model import Finding, TensorResult, TierResult
 from dora_export.verification.page import page
 from dora_export.writers import page_file
 from tests import reports
@@ -427,6 +427,13 @@ def test_figures_of_the_same_kind_stand_in_one_table(pages):
             "choices 42 1.00 3.10×10⁻⁶ 5.20×10⁻⁴ choices noise 42") in text  # fmt: skip
     assert "layers, the first 100 of 210 name excess error max error mean" in text
     assert "prompt 1 1, 5" in text
+
+
+def test_an_object_alone_of_its_kind_is_a_pair():
+    tier = TierResult("oracle", True, "", figures={"tensors": {"exact": 2, "wrong": 0}, "ulp": 0.5})
+    html = page(reports.right(tiers=(tier,)))
+    assert "tensors exact 2, wrong 0" in Page(html).text
+    assert "Figures of the oracle tier" not in html
 
 
 # --- the file

@@ -39,6 +39,7 @@ from dora_export.verification.exact import (
 from dora_export.verification.model import Finding, Level, Status, TensorResult, TierResult
 from dora_export.verification.parallel import each
 from dora_export.verification.values import Floats
+from dora_export.words import count
 
 SAMPLES = 16  # rows or columns per changed region at level "fast", at least
 MOST_SAMPLED = 1 << 17  # elements of them, where a small update takes more to be told
@@ -446,7 +447,9 @@ def _judge(
     The arithmetic is None where the region is wrong, and "" where it is exact.
     """
     if measured.not_finite:
-        what = f"{measured.not_finite} elements are NaN or infinite, the exact ones are not"
+        are = "is" if measured.not_finite == 1 else "are"
+        how_many = count(measured.not_finite, "element")
+        what = f"{how_many} {are} NaN or infinite where the exact ones are finite"
         return None, [Finding("not-finite", place, what)]
     limit = ROUNDINGS + 2 * math.sqrt(exact.rank)
     usual = float(np.median(measured.excess)) if len(measured.excess) else 0.0

@@ -95,9 +95,10 @@ def check_side_files(
     equal = 0
     template_told = False
     for name, source in sorted(sources.items()):
-        if name in configs:
-            continue
         path = subject.folder / name
+        if name in configs:
+            equal += path.is_file() and _same_bytes(path, source.path)
+            continue
         if path.is_file() and _same_bytes(path, source.path):
             equal += 1
             continue

@@ -139,6 +139,8 @@ def _codes(names: Sequence[str]) -> list[Element | str]:
 def figures(values: Mapping[str, Any], title: str = "Figures") -> list[Element]:
     """Return a tier's numbers: values as pairs, objects with the same keys as rows of one table.
 
+    An object that is alone with its keys is a pair too.
+
     Args:
         values: JSON-ready data of any depth.
         title: What they are about.
@@ -157,7 +159,12 @@ def figures(values: Mapping[str, Any], title: str = "Figures") -> list[Element]:
             content = _text(value)
             block = el("pre", content) if "\n" in content else content
             add(pairs, el("dt", _words(key)), el("dd", block))
-    tables = [_table(title, rows) for rows in alike.values()]
+    for rows in alike.values():
+        if len(rows) == 1:
+            of, *entries = rows[0].items()
+            said = ", ".join(f"{_words(k)} {_text(v)}" for k, v in entries)
+            add(pairs, el("dt", _text(of[1])), el("dd", said))
+    tables = [_table(title, rows) for rows in alike.values() if len(rows) > 1]
     return [*([pairs] if len(pairs) else []), *tables, *blocks]
 
 

@@ -22,6 +22,7 @@ from dora_export.verification.model import Finding
 from dora_export.verification.parallel import each
 from dora_export.verification.subject import Subject, clause
 from dora_export.verification.values import Floats, floats
+from dora_export.words import count
 
 CHUNK_ELEMENTS = 1 << 20  # compared at once
 CAST_ELEMENTS = 1 << 16  # the same where a cast takes several float64 arrays
@@ -472,7 +473,7 @@ def _report_values(
         if is_buffer(name, step.shape) and stored.dtype is not step.source.dtype:
             continue  # told as cast
         place = [int(i) for i in np.unravel_index(diff.first, step.shape)]
-        how = (f" ({diff.nbytes} bytes)" if stored.dtype is step.source.dtype
+        how = (f" ({count(diff.nbytes, 'byte')})" if stored.dtype is step.source.dtype
                else f" after the cast to {stored.dtype.name}")  # fmt: skip
         book.found("bytes-differ", name, f"{diff.elements} of {step.source.size} elements{how}, "
                    f"the first at {place}")  # fmt: skip
