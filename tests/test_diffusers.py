@@ -192,19 +192,6 @@ def test_bare_unet_names_fit_the_unets_folder(pair, tmp_path):
     assert np.abs(got - oracle.lora(W, A, B, 1.0)).max() < RELATIVE
 
 
-def test_simpletuners_spelling_gives_the_same_weights(pair, tmp_path):
-    tensors = {
-        f"{n}.weight" if n.endswith("lora_magnitude_vector") else n: t
-        for n, t in pair.tensors.items()
-    }
-    adapter = save(tmp_path / "lora", tensors, pair.metadata)
-    dora_export.merge(pair.base, adapter, tmp_path / "out")
-    for component in ("unet", "text_encoder"):
-        ours, theirs = (pair.weights(component, f) for f in (tmp_path / "out", pair.merged))
-        assert ours.read_bytes() == theirs.read_bytes()
-    assert "SimpleTuner or OneTrainer" in inspected(save(tmp_path / "without", tensors))
-
-
 # --- magnitudes per input, as OneTrainer's diffusers saver leaves them
 
 

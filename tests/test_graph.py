@@ -13,7 +13,10 @@ from torch import nn
 from transformers import DynamicCache
 
 import dora_export
+from dora_export.verification import graph as graph_tier
 from dora_export.verification.graph import check_graph
+from dora_export.verification.measured import GraphMeasured
+from dora_export.verification.parity import Compared, Distance
 from dora_export.verification.runner import OnnxRuntime, Slot
 from tests import rider_models
 from tests.forward_models import KINDS, change, prepare
@@ -190,6 +193,27 @@ def as_plain_lora(pair, out, folder):
 
     change(folder, edit)
     return folder
+
+
+def compared(largest, rms=1e-6):
+    """A thousand elements, the largest of which is 20."""
+    return Compared(Distance(1000, largest, 0.0, 1000 * rms**2, 20.0, 1000.0))
+
+
+@pytest.mark.parametrize(("error", "found"), [
+    (compared(1.5e-4), False),  # five times this layer's own noise, less than twice another's
+    (compared(1.7e-4), True),
+    (compared(1.5e-4, rms=2.1e-6), True),  # of many elements
+])  # fmt: skip
+def test_single_elements_of_a_cache_are_judged_by_the_noise_of_all_layers(error, found):
+    noise = {"present.0.key": compared(3e-5), "present.1.key": compared(8e-5)}
+    measured = GraphMeasured(storage="float32", unit=2.0**-24, noise=noise,
+                             error={"present.0.key": error})  # fmt: skip
+    assert bool(list(graph_tier._judge("g", measured, None))) == found
+    # what is no cache stands for itself
+    noise, error = {"logits": compared(3e-5), **noise}, {"logits": compared(7e-5)}
+    measured = GraphMeasured(storage="float32", unit=2.0**-24, noise=noise, error=error)
+    assert [f.code for f in graph_tier._judge("g", measured, None)] == ["graph-differs"]
 
 
 def test_a_graph_of_an_encoder_passes_and_wrong_ones_do_not(encoder, tmp_path):

@@ -342,9 +342,14 @@ def halves_of(base, expert):
     return {"gate": gate, "up": up, "down": oracle.float64(base[f"{block}.down_proj"])[expert]}
 
 
-@pytest.mark.parametrize("inner", [I4, H4], ids=["", "square"])
-@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+LLAMA4 = [
+    pytest.param(dtype, dora, inner, id=f"{dtype}-{'dora' if dora else 'lora'}-{inner}",
+                 marks=[] if dora == (inner == I4) else [pytest.mark.nightly])
+    for dtype in (torch.float32, torch.bfloat16) for dora in (False, True) for inner in (I4, H4)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtype", "dora", "inner"), LLAMA4)
 def test_llama4_experts_compute_what_torchtunes_do(dtype, dora, inner, tmp_path):
     names, base, made = llama4(tmp_path, dtype, dora, inner)
     written = merged(tmp_path / "base", tmp_path / OWN, tmp_path / "out", "--allow-pickle")

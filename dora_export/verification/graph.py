@@ -19,9 +19,9 @@ from dora_export.plan import Plan
 from dora_export.verification.forward import apart
 from dora_export.verification.measured import GraphMeasured, Progress, Unsupported, library_of
 from dora_export.verification.model import Finding, TierResult
-from dora_export.verification.parity import Compared, Distance, Tolerance, tolerance
+from dora_export.verification.parity import Compared, Distance, Tolerance, peak_of, tolerance
 from dora_export.verification.runner import GraphUnusable, Runner
-from dora_export.verification.script import Padding
+from dora_export.verification.script import PRESENT, Padding
 from dora_export.verification.stale import stale
 from dora_export.verification.together import graphs_of, opened
 
@@ -133,7 +133,10 @@ def _allowed(name: str, measured: GraphMeasured, budget: float | None) -> Tolera
     if budget is not None:
         bound = budget * measured.error[name].distance.scale
         return Tolerance(bound, bound)
-    return tolerance(measured.noise[name].distance, measured.unit)
+    peak = 0.0
+    if name.startswith(PRESENT):
+        peak = peak_of(n.distance for o, n in measured.noise.items() if o.startswith(PRESENT))
+    return tolerance(measured.noise[name].distance, measured.unit, peak)
 
 
 def _judge(name: str, measured: GraphMeasured, budget: float | None) -> Iterator[Finding]:

@@ -8,7 +8,7 @@ the choice they lead to (top-1). Everything is counted in float64, a chunk at a 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,18 +119,30 @@ class Tolerance:
         return max(_ratio(value, bound) for value, bound in pairs)
 
 
-def tolerance(noise: Distance, unit: float) -> Tolerance:
+def tolerance(noise: Distance, unit: float, peak: float = 0.0) -> Tolerance:
     """Return the tolerance that follows from a measured noise.
 
     Args:
         noise: Distance of the reference in storage precision from the same in high precision.
         unit: Unit roundoff of the storage precision, relative. Writing a result down in it rounds
             by up to this much, so the noise is never taken to be less, however lucky the values.
+        peak: How many times its root mean square the largest noise of such outputs is, see
+            ``peak_of``; 0: only this one's own.
     """
     return Tolerance(
-        ROOM * max(noise.largest, unit * noise.scale),
+        ROOM * max(noise.largest, unit * noise.scale, peak * noise.rms),
         ROOM * max(noise.rms, unit * noise.typical / math.sqrt(3)),  # of evenly spread roundings
     )
+
+
+def peak_of(noises: Iterable[Distance]) -> float:
+    """Return the most that a largest noise is of its root mean square, in any of some outputs.
+
+    A cache has a few elements far larger than the rest, whose roundings alone make the largest
+    noise of an output: that is one draw from a few, and the next may well be thrice as much. Many
+    layers have such elements, and together they tell how far roundings go.
+    """
+    return max((one.largest / one.rms for one in noises if one.finite and one.rms), default=0.0)
 
 
 def _ratio(value: float, bound: float) -> float:
