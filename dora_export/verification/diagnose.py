@@ -249,11 +249,17 @@ def in_coarse_arithmetic(exact: Exact, ref: TensorRef, lines: NDArray[np.int64])
     """
     arithmetic = ref.dtype.name
     sample = take(exact, ref, pick(lines), arithmetic)
-    recipe = coarse.fit(sample.terms, sample.merged, arithmetic, arithmetic)
-    near = coarse.cooked(sample.terms, recipe, arithmetic, arithmetic)
     right = rounded(np.ascontiguousarray(sample.exact), sample.dtype)
-    fewer = (sample.merged != near).sum() < NEARER * (sample.merged != right).sum()
-    return bool(fewer or sample.distance(near) < NEARER * sample.distance(right))
+
+    def near(counted: bool) -> Floats:
+        terms, merged = sample.terms, sample.merged
+        recipe = coarse.fit(terms, merged, arithmetic, arithmetic, counted=counted)
+        return coarse.cooked(terms, recipe, arithmetic, arithmetic)
+
+    if sample.distance(near(counted=False)) < NEARER * sample.distance(right):
+        return True
+    fewer = (sample.merged != near(counted=True)).sum()
+    return bool(fewer < NEARER * (sample.merged != right).sum())
 
 
 def _nearest(
