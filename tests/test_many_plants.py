@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from dora_export.verification.oracle import SAMPLES
 from tests import oracle
-from tests.plants import ARITHMETIC, SIZES, judge, mistakes, model
+from tests.plants import ARITHMETIC, judge, mistakes, model
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # A right merge in 16 bits may round a row's factor by this much (half a unit roundoff, at least):
@@ -41,7 +42,7 @@ def models(dtype, count):
     coarse = F16 if dtype is F16 else BF16
     for seed in range(SEEDS[dtype], SEEDS[dtype] + count):
         adapter = coarse if seed // 2 % 2 else F32
-        size = list(SIZES)[seed % 2]
+        size = ("trained", "weak")[seed % 2]
         yield model(seed, dtype, size, adapter=adapter, dora=seed % 4 != 3)
 
 
@@ -93,3 +94,18 @@ def test_no_right_merge_is_called_wrong(dtype, count):
     print(f"{dtype}: {sum(merged.values())} right merges, {dict(merged)}; called wrong {alarms}")
     assert alarms == []
     assert sum(merged.values()) >= 20 * count
+
+
+def test_more_rows_are_sampled_where_an_update_is_small():
+    """Half the scaling of an update that is 1 in 10,000 of the weight, in bfloat16."""
+    found, elements = [], []
+    for size in ("hardly any", "trained"):
+        layers, _ = model(1, BF16, size)
+        layers = [x for x in layers if x.W.shape[0] >= 256]
+        values = {x.name: x.merged(s=x.scaling / 2) for x in layers}
+        results, _ = judge(layers, values, BF16)
+        found += [t.status for t in results.values()]
+        elements.append([t.elements / t.shape[1] for t in results.values()])
+    assert set(found) == {"wrong"}
+    assert set(elements[1]) == {SAMPLES}
+    assert min(elements[0]) > 2 * SAMPLES

@@ -208,7 +208,7 @@ def _factors(terms: Terms) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def fit(terms: Terms, merged: Floats, coarse: str, stored: str) -> Recipe:
+def fit(terms: Terms, merged: Floats, coarse: str, stored: str, *, counted: bool = False) -> Recipe:
     """Return how merging in a coarse type may have rounded: what comes nearest to what is stored.
 
     Looked for in turn, the sum given the factor and the reverse, from both kinds of sum.
@@ -218,6 +218,7 @@ def fit(terms: Terms, merged: Floats, coarse: str, stored: str) -> Recipe:
         merged: What is stored.
         coarse: Type of the arithmetic, "F16" or "BF16".
         stored: Type of the stored values.
+        counted: Nearest is what has the fewest elements that differ, not the least distance.
     """
     if not terms.formula:
         return Recipe()
@@ -229,7 +230,9 @@ def fit(terms: Terms, merged: Floats, coarse: str, stored: str) -> Recipe:
 
     def distance(recipe: Recipe) -> float:
         if recipe not in distances:
-            distances[recipe] = float(np.square(few - kitchen.lines(recipe)).sum())
+            gap = few - kitchen.lines(recipe)
+            size = np.count_nonzero(gap) if counted else np.square(gap).sum()
+            distances[recipe] = float(size)
         return distances[recipe]
 
     coarse_base = np.array_equal(kitchen.rounded(kitchen.terms.base), kitchen.terms.base)

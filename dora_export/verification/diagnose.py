@@ -27,7 +27,7 @@ EXPLAINS = 0.1
 ALL_BUT_ROUNDING = 1e-3  # the same for lengths of lines, which rounding of factors changes too
 TOLD_ELEMENTS = 1 << 14  # that mistakes are tried on, where they could pass for rounding
 LEANING_ELEMENTS = 1 << 17  # at least a few lines; enough to see a thousandth of a part
-FEWER = 0.5  # share of the elements that differ
+NEARER = 0.5  # share of the squared distance, or of the elements that differ
 SWAP_LINES = 4  # lines that mix-ups are tried on
 MOST_OTHERS = 512  # tensors of the same shape that are tried for a mix-up
 SAME_LINE = 0.05  # distance of two lines that count as one, relative to their length
@@ -242,14 +242,24 @@ def hidden_mistake(
 
 
 def in_coarse_arithmetic(exact: Exact, ref: TensorRef, lines: NDArray[np.int64]) -> bool:
-    """Whether far more elements of some lines are the right ones, rounded as they are stored."""
+    """Whether lines are far nearer to the right result rounded step by step as they are stored.
+
+    By their distance, or by the elements that differ: of a few, the largest has all the say in a
+    distance.
+    """
     arithmetic = ref.dtype.name
     sample = take(exact, ref, pick(lines), arithmetic)
-    recipe = coarse.fit(sample.terms, sample.merged, arithmetic, arithmetic)
-    near = coarse.cooked(sample.terms, recipe, arithmetic, arithmetic)
     right = rounded(np.ascontiguousarray(sample.exact), sample.dtype)
-    # counted: of a few that differ, the largest would have all the say in a distance
-    return bool((sample.merged != near).sum() < FEWER * (sample.merged != right).sum())
+
+    def near(counted: bool) -> Floats:
+        terms, merged = sample.terms, sample.merged
+        recipe = coarse.fit(terms, merged, arithmetic, arithmetic, counted=counted)
+        return coarse.cooked(terms, recipe, arithmetic, arithmetic)
+
+    if sample.distance(near(counted=False)) < NEARER * sample.distance(right):
+        return True
+    fewer = (sample.merged != near(counted=True)).sum()
+    return bool(fewer < NEARER * (sample.merged != right).sum())
 
 
 def _nearest(
