@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dora_export import cast
-from dora_export.errors import ArithmeticRefusal
+from dora_export.errors import ArithmeticRefusal, shown
 from dora_export.tensors import DType, Operand, TensorRef
 from dora_export.update import Layout
 
@@ -52,6 +52,8 @@ class UnscaledNorm:
 
     def misfit(self, shape: tuple[int, ...], layout: Layout) -> str | None:
         """Return why it cannot apply to a tensor of ``shape``."""
+        if odd := [ref for ref in self.refs if not ref.dtype.mergeable]:
+            return f"'{shown(odd[0].name)}' is stored as {odd[0].dtype.name}, not a float"
         expected = (self.up.shape[0], self.down.shape[1])
         if shape == expected and layout == "oi":
             return None

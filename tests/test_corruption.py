@@ -291,8 +291,10 @@ def _change(held, name, second, how, detail):
         at = detail[0] % len(name)
         held[name[:at] + detail[1] + name[at + 1 :]] = held.pop(name)
     elif how == "shape":
+        tensor = tensor.reshape(1) if tensor.ndim == 0 else tensor
         held[name] = {
-            "turned": lambda t: t.T if t.ndim > 1 else t.flip(0), "shorter": lambda t: t[:-1],
+            "turned": lambda t: t.transpose(0, -1) if t.ndim > 1 else t.flip(0),
+            "shorter": lambda t: t[:-1],
             "longer": lambda t: torch.cat([t, t[:1]]), "flat": lambda t: t.reshape(-1),
             "wrapped": lambda t: t[None], "empty": lambda t: t[:0], "0-D": lambda t: t.sum(),
         }[detail](tensor)  # fmt: skip
@@ -356,3 +358,104 @@ def test_a_damaged_adapter_is_refused_or_merged_as_it_says(kind, what):
 @LONG
 def test_adapters_damaged_in_several_ways_are_refused_or_merged_as_they_say(kind, what):
     survives(kind, what)
+
+
+# --- single files of trainers, with what their metadata says
+
+
+@cache
+def single(kind):
+    """A base's folder, an adapter's tensors, its metadata, and the options that it needs."""
+    from tests import pipelines, test_aitoolkit, test_small_trainers, test_torchtune
+
+    folder = Path(tempfile.mkdtemp(prefix="single-"))
+    if kind == "qdora":
+        _, adapter, _ = test_small_trainers.write_qdora(folder, biases=["layers.0.q"])
+        return folder / "base", adapter, {}, {}
+    if kind == "torchtune":
+        _, _, adapter = test_torchtune.llama4(folder, dora=True)
+        return folder / "base", adapter, {}, {"alpha": 7.5}
+    if kind == "peft":
+        small.write_pair(folder, dtype=torch.float32)
+        return folder / "base", load_file(folder / "adapter" / WEIGHTS["peft"]), {}, {"alpha": 4.0}
+    base = pipelines.write(folder / "base", torch.float32)
+    if kind == "ai-toolkit":
+        return base, test_aitoolkit.adapter(), {}, {"alpha": 4.5}
+    own = {n.removeprefix(PREFIX): t
+           for n, t in pipelines.adapter(pipelines.tensors()["unet"]).items()}  # fmt: skip
+    said = {"r": 3, "lora_alpha": 5, "use_dora": True, "peft_type": "LORA"}
+    if kind == "diffusers":
+        said = {f"unet.{name}": value for name, value in said.items()}
+        tensors = {f"unet.{name}": t for name, t in own.items()}
+    elif kind == "ComfyUI":
+        tensors = {f"diffusion_model.{name}": t for name, t in own.items()}
+        modules = {name.partition(".lora_")[0] for name in own}
+        tensors |= {f"diffusion_model.{m}.alpha": torch.tensor(5.0) for m in modules}
+    else:
+        said = {"unet.peft_type": "LOHA", "unet.r": 3, "unet.alpha": 5}
+        tensors = {}
+        for name, (out, *inner) in pipelines.LAYERS.items():
+            columns = math.prod(inner)
+            for n in "12":
+                tensors[f"unet.{name}.hada_w{n}_a"] = torch.ones(out, 3)
+                tensors[f"unet.{name}.hada_w{n}_b"] = torch.ones(3, columns)
+    return base, tensors, said, {}
+
+
+SINGLE = ("qdora", "torchtune", "peft", "ai-toolkit", "diffusers", "ComfyUI", "LoHa")
+
+
+def single_survives(kind, what):
+    """Merge a damaged file: a refusal, or every tensor used; never another error."""
+    base, tensors, said, options = single(kind)
+    tensors, said = {n: t.clone() for n, t in tensors.items()}, dict(said)
+    for how, which, other, detail in what:
+        names = sorted(tensors)
+        if how in ("field", "scale") and said:
+            key = sorted(said)[which % len(said)]
+            said[key if other % 3 else f"unet.{detail[0]}"] = detail[1]
+        elif how in ("key", "drop", "copy", "swap", "shape", "dtype", "value") and names:
+            _change(tensors, names[which % len(names)], names[other % len(names)], how, detail)
+    metadata = {"lora_adapter_metadata": json.dumps(said)} if said else {}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "adapter.safetensors"
+        save_file({n: t.contiguous() for n, t in tensors.items()}, file, metadata)
+        try:
+            report = dora_export.merge(base, file, Path(folder) / "out", threads=1, **options)
+        except DoraExportError:
+            assert not (Path(folder) / "out").exists()
+            return "refused"
+        assert report.adapter_tensors_used == report.adapter_tensors == len(tensors)
+        return "merged"
+
+
+@pytest.mark.parametrize("kind", SINGLE)
+def test_the_undamaged_file_is_merged_whole(kind):
+    assert single_survives(kind, []) == "merged"
+
+
+FOUND = {
+    "LoHa's products of two sizes": ("LoHa", ("copy", 5, 3, None)),
+    "whole numbers for a factor": ("ai-toolkit", ("dtype", 0, 0, torch.int32)),
+}
+
+
+@pytest.mark.parametrize("case", FOUND)
+def test_damage_that_once_was_no_refusal(case):
+    kind, what = FOUND[case]
+    assert single_survives(kind, [what]) == "refused"
+
+
+@pytest.mark.parametrize("kind", SINGLE)
+@given(what=damage())
+@settings(QUICK, max_examples=15)
+def test_a_damaged_file_is_refused_or_used_whole(kind, what):
+    single_survives(kind, [what])
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("kind", SINGLE)
+@given(what=st.lists(damage(), min_size=1, max_size=3))
+@settings(LONG, max_examples=300)
+def test_files_damaged_in_several_ways_are_refused_or_used_whole(kind, what):
+    single_survives(kind, what)

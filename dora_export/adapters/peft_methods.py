@@ -292,6 +292,8 @@ def _loha(parts: Parts) -> Hadamard | str:
     first, second = (_loha_product(parts, i) for i in "12")
     if isinstance(first, str) or isinstance(second, str):
         return str(first if isinstance(first, str) else second)
+    if first.shape != second.shape:
+        return f"its two products are {first.shape} and {second.shape}"
     return Hadamard(first, second)
 
 
