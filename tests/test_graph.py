@@ -200,6 +200,17 @@ def compared(largest, rms=1e-6):
     return Compared(Distance(1000, largest, 0.0, 1000 * rms**2, 20.0, 1000.0))
 
 
+@pytest.mark.parametrize(("output", "error", "found"), [
+    ("present.0.key", compared(15.0, rms=2.0), False),
+    ("present.0.key", compared(15.0, rms=11.0), True),
+    ("logits", compared(9.0, rms=2.0), False),
+    ("logits", compared(15.0, rms=2.0), True),
+])  # fmt: skip
+def test_a_budget_is_for_what_a_model_says_and_for_a_cache_as_a_whole(output, error, found):
+    measured = GraphMeasured(storage="float32", unit=2.0**-24, noise={}, error={output: error})
+    assert [f.code for f in graph_tier._judge("g", measured, 0.5)] == ["graph-differs"] * found
+
+
 @pytest.mark.parametrize(("error", "found"), [
     (compared(1.5e-4), False),  # five times this layer's own noise, less than twice another's
     (compared(1.7e-4), True),
