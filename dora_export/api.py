@@ -266,7 +266,8 @@ def verify(
         forward: Run the model too, merged and unmerged (needs transformers).
         prompts: Texts for that; none: generated inputs.
         budget: Largest difference that a graph may have, relative to the largest expected value,
-            in place of the measured noise; quantised graphs need one.
+            in place of the measured noise; quantised graphs need one. Of a cache its root mean
+            square is held to it, not single elements.
         dtype: Type that all floating-point tensors should have; None: as the manifest says, else
             the base's. So for the next ones.
         strength: As in ``merge``.

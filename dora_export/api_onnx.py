@@ -92,7 +92,8 @@ def export_onnx(
         options: What kind of graph.
         verify: Hold the graph against the unmerged model.
         budget: Largest difference allowed, relative to the largest expected value, in place of the
-            measured noise of the graph's dtype.
+            measured noise of the graph's dtype. Of a cache its root mean square is held to it, not
+            single elements.
         prompts: Texts to run both on; none: generated inputs.
         allow_mismatch: Publish a graph that fails the comparison all the same.
         allow_merged_base: As in ``merge``; for ``into`` as well.
