@@ -28,6 +28,7 @@ from dora_export.engine import (
 from dora_export.errors import AdapterError, DoraExportError, PlanError
 from dora_export.flat_names import is_flat, prefix_of
 from dora_export.formula import ZeroNorm
+from dora_export.limits import FACTOR
 from dora_export.machine import faults_told, memory_told, require_space
 from dora_export.plan import Plan, Precision, Settings, plan_merge
 from dora_export.report import InspectReport, MergeReport
@@ -167,8 +168,8 @@ def merge(
     settings = Settings(
         dtype=_output_dtype(dtype),
         precision=_one_of("precision", precision, ("float32", "float64")),
-        strength=_finite("strength", strength),
-        weights=tuple(_finite("weight", weight) for weight in weights),
+        strength=_factor("strength", strength),
+        weights=tuple(_factor("weight", weight) for weight in weights),
         zero_norm=_one_of("zero_norm", zero_norm, ("refuse", "zero", "keep-base")),
         map_prefix=naming.parse_map_prefix(map_prefix),
         fan_in_fan_out=fan_in_fan_out,
@@ -299,8 +300,8 @@ def verify(
     subject = None if graph else open_subject(merged_path, allow_pickle=options.allow_pickle)
     given = {
         "dtype": _output_dtype(dtype),
-        "strength": None if strength is None else _finite("strength", strength),
-        "weights": tuple(_finite("weight", weight) for weight in weights) or None,
+        "strength": None if strength is None else _factor("strength", strength),
+        "weights": tuple(_factor("weight", weight) for weight in weights) or None,
         "zero_norm": zero_norm and _one_of("zero_norm", zero_norm, ("refuse", "zero", "keep-base")),
         "map_prefix": naming.parse_map_prefix(map_prefix) or None,
         "fan_in_fan_out": fan_in_fan_out,
@@ -591,9 +592,9 @@ def _positive(name: str, value: int | None) -> int | None:
     return value
 
 
-def _finite(name: str, value: float) -> float:
-    if not (isinstance(value, int | float) and abs(value) < float("inf")):
-        raise DoraExportError(f"--{name} {value}: expected a finite number.")
+def _factor(name: str, value: float) -> float:
+    if not (isinstance(value, int | float) and abs(value) <= FACTOR):
+        raise DoraExportError(f"--{name} {value}: expected a finite number, at most {FACTOR:,.0f}.")
     return float(value)
 
 

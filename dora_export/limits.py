@@ -29,6 +29,7 @@ JSON_DEPTH = 64  # configs go down to 6
 # --- numbers and patterns in configs ---
 
 RANK = 1_000_000  # no layer has as many rows
+FACTOR = 1_000_000.0  # of a product (alpha by rank), a strength, the weight of an adapter
 
 PATTERN_CHARS = 1_000  # of one regular expression
 PATTERN_SECONDS = 5.0  # for all patterns of one config on all modules

@@ -30,6 +30,7 @@ from dora_export.adapters.model import Adapter
 from dora_export.checkpoints.model import Checkpoint, WeightFile, prefix_of
 from dora_export.errors import PlanError, listing, shown
 from dora_export.formula import ZeroNorm
+from dora_export.limits import FACTOR
 from dora_export.storage.safetensors import header_bytes
 from dora_export.tensors import DType, TensorRef
 from dora_export.update import Change, Update
@@ -379,6 +380,10 @@ def _problems(
     replaced = [u.value for u in group if u.kind == "replace"]
     for adapter in dict.fromkeys(u.adapter for u in group):
         yield from _contradictions(name, [u for u in group if u.adapter == adapter])
+    beyond = [u.scaling for u in group if not abs(u.scaling) <= FACTOR]
+    if beyond:
+        # Whatever is compared with terms of that size is as good as equal.
+        yield f"{shown(name)}: scaling {beyond[0]:g}; at most {FACTOR:,.0f} is taken, check alpha"
     whole = [u.function.what for u in group if u.function is not None]
     if whole and len({u.adapter for u in group}) > 1:
         yield f"{shown(name)}: {whole[0]}, which has no meaning beside another adapter's update"

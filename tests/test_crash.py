@@ -121,7 +121,8 @@ class Kill:
 
     def finish(self, **options):
         """Run it again, undisturbed; return the report."""
-        if self.force and not (self.out / MARK).exists() and not self.is_new():
+        again = (self.folder / PARTIAL).exists()  # it was replacing what was as new already
+        if self.force and not (self.out / MARK).exists() and (again or not self.is_new()):
             options["force"] = True
         report = self.place.merge(self.out, **options)
         self.check_finished()

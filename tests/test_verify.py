@@ -52,10 +52,24 @@ def test_settings_come_from_the_manifest_and_the_user_wins(tmp_path, options):
     assert api.verify(base, adapter, tmp_path / "out", strength=0.9).verdict == "wrong"
 
 
+@pytest.mark.parametrize("dora", [True, False])
+def test_scaling_beside_which_every_error_is_small_is_refused(tmp_path, dora):
+    """Errors are judged by the size of the terms: beside 1e100 anything would be right."""
+    base, adapter = small.write_pair(tmp_path, dora=dora)
+    dora_export.merge(base, adapter, tmp_path / "out")
+    for alpha in (1e9, 1e100, 1e308):
+        small.edit_json(adapter / "adapter_config.json", lora_alpha=alpha)
+        with pytest.raises(dora_export.DoraExportError, match=r"scaling \S+; at most 1,000,000"):
+            api.verify(base, adapter, tmp_path / "out")
+    small.edit_json(adapter / "adapter_config.json", lora_alpha=1e6)
+    assert api.verify(base, adapter, tmp_path / "out").verdict == "wrong"
+
+
 def test_manifest_with_nonsense_is_refused_or_found(tmp_path):
     base, adapter = small.write_pair(tmp_path)
     dora_export.merge(base, adapter, tmp_path / "out")
-    for options in ({"strength": "much"}, {"dtype": 7}, {"zero_norm": []}, {"map_prefix": "a=b"}):
+    for options in ({"strength": "much"}, {"dtype": 7}, {"zero_norm": []}, {"map_prefix": "a=b"},
+                    {"strength": 1e308}, {"weights": [1e308]}):  # fmt: skip
         small.edit_json(tmp_path / "out" / "dora_export.json", options=options)
         with pytest.raises(dora_export.DoraExportError, match=r"dora_export\.json"):
             api.verify(base, adapter, tmp_path / "out")

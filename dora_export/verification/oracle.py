@@ -239,17 +239,19 @@ def _check_tensor(
         )
         return result, (Finding("quantised", step.name, what),)
     measured, findings, arithmetics = [], [], []
-    for region in regions(step):
-        if not region.changes:
-            continue  # between the changed parts of a tensor: _untouched() below
-        exact = Exact.open(step.source, region, settings)
-        measurement, exact = _measure(exact, ref, level, step.name)
-        arithmetic, found = _judge(
-            exact, ref, measurement, _place(step, region), families.others(step, region)
-        )
-        measured.append(measurement)
-        arithmetics.append(arithmetic)
-        findings += found
+    # A hostile config can make terms overflow: what is not finite then counts as wrong.
+    with np.errstate(over="ignore", invalid="ignore"):
+        for region in regions(step):
+            if not region.changes:
+                continue  # between the changed parts of a tensor: _untouched() below
+            exact = Exact.open(step.source, region, settings)
+            measurement, exact = _measure(exact, ref, level, step.name)
+            arithmetic, found = _judge(
+                exact, ref, measurement, _place(step, region), families.others(step, region)
+            )
+            measured.append(measurement)
+            arithmetics.append(arithmetic)
+            findings += found
     findings += _untouched(step, ref)
     return _result(step, ref, measured, arithmetics, findings), tuple(findings)
 
@@ -409,6 +411,7 @@ class _Tally:
         excess -= unit
         np.maximum(excess, 0.0, out=excess)
         excess /= terms
+        excess[~np.isfinite(terms)] = np.inf  # beyond float64: nothing is small beside that
         return np.nan_to_num(excess, copy=False, nan=np.inf)
 
     def measurement(self) -> Measurement:

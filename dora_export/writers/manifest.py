@@ -17,6 +17,7 @@ from dora_export._version import __version__
 from dora_export.checkpoints.folder import read_json
 from dora_export.engine import Resources
 from dora_export.errors import InputError, PlanError, shown
+from dora_export.limits import FACTOR
 from dora_export.naming import parse_map_prefix
 from dora_export.plan import Plan, Settings
 from dora_export.storage.json_file import is_number
@@ -88,6 +89,10 @@ def _words(value: Any) -> str:
     return str(getattr(value, "name", value))
 
 
+def _is_factor(value: Any) -> bool:
+    return is_number(value) and abs(value) <= FACTOR
+
+
 def _stored_settings(said: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the settings in a manifest that decide what the result is, or None if malformed."""
     dtype, strength = said.get("dtype"), said.get("strength", 1.0)
@@ -95,11 +100,11 @@ def _stored_settings(said: Mapping[str, Any]) -> dict[str, Any] | None:
     prefixes, weights = said.get("map_prefix", []), said.get("weights", [])
     sound = (
         (dtype is None or (isinstance(dtype, str) and dtype in DTYPES))
-        and is_number(strength)
+        and _is_factor(strength)
         and rule in ("refuse", "zero", "keep-base")
         and (layout is None or isinstance(layout, bool))
         and isinstance(weights, list)
-        and all(is_number(w) for w in weights)
+        and all(_is_factor(w) for w in weights)
         and isinstance(prefixes, list)
         and all(isinstance(p, str) and "=" in p for p in prefixes)
     )

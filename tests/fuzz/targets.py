@@ -32,7 +32,7 @@ from tests import small
 HERE = Path(__file__).parent
 CORPUS = HERE / "corpus"
 FIXTURES = HERE.parent / "fixtures"
-STYLES = re.compile("\x1b\\[(0|1|2|31|32|33)m")  # those of our own
+STYLES = re.compile("\x1b\\[(0|1|2|31|32|33|36)m")  # those of our own
 OUTPUTS = ("out", ".out.dora_export-partial", ".out.dora_export-replaced")
 
 
