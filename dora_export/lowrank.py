@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dora_export.errors import ArithmeticRefusal
 from dora_export.verification.exact import Exact
 from dora_export.verification.values import Floats
 
@@ -61,6 +62,9 @@ def nearest(exact: Exact, rank: int, seed: int = 0) -> LowRank:
         exact: The region.
         rank: Of the result; what exceeds the shorter side is filled with zeros.
         seed: Of the random directions.
+
+    Raises:
+        ArithmeticRefusal: The update is not finite.
     """
     exact = exact.with_factors()
     rows, columns = exact.region.rows, exact.region.columns
@@ -81,9 +85,17 @@ def _whole(exact: Exact, rank: int) -> tuple[Floats, Floats, Floats, float]:
     for block in exact.blocks(BLOCK_ELEMENTS):
         base, values = exact.rows(block)
         np.subtract(values, base, out=update[block])
+    _check_finite(update)
     size = float(np.linalg.norm(update))
     left, values, right = np.linalg.svd(update, full_matrices=False)
     return left[:, :rank], right[:rank], values[:rank], size
+
+
+def _check_finite(values: Floats) -> None:
+    if not np.isfinite(values).all():
+        raise ArithmeticRefusal(
+            "W' - W holds NaN or inf, and nothing is near to that. Check the base and the adapter."
+        )
 
 
 def _randomised(
@@ -93,6 +105,7 @@ def _randomised(
     directions = random.standard_normal((columns, rank + OVERSAMPLED))
     for _ in range(POWER):
         image, _ = _applied(exact, np.linalg.qr(directions)[0])
+        _check_finite(image)
         directions = _applied_transposed(exact, np.linalg.qr(image)[0])
     image, size = _applied(exact, np.linalg.qr(directions)[0])
     basis = np.linalg.qr(image)[0]

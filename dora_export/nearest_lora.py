@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from dora_export.adapter_writers import peft
 from dora_export.adapter_writers.model import is_embedding, module_of
-from dora_export.errors import AdapterError, listing, shown
+from dora_export.errors import AdapterError, ArithmeticRefusal, listing, shown
 from dora_export.lowrank import LowRank, nearest
 from dora_export.pieces import Region, regions
 from dora_export.plan import Plan, Step
@@ -117,7 +117,10 @@ def approximate(
     """
 
     def one(layer: Layer) -> LowRank:
-        return nearest(Exact.open(layer.step.source, layer.region, plan.settings), rank)
+        try:
+            return nearest(Exact.open(layer.step.source, layer.region, plan.settings), rank)
+        except ArithmeticRefusal as refusal:
+            raise ArithmeticRefusal(f"{shown(layer.step.name)}: {refusal}") from refusal
 
     rest = iter(chosen)
     while batch := list(islice(rest, threads or 4)):

@@ -1,13 +1,17 @@
 """The nearest plain LoRA, against numpy's full SVD of the oracle's update."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 
+import dora_export
 from dora_export import lowrank
+from dora_export.errors import ArithmeticRefusal
 from dora_export.pieces import regions
 from dora_export.verification.exact import Exact
-from tests import oracle
+from tests import oracle, small
 from tests.test_peft_parity import case
 
 
@@ -58,3 +62,15 @@ def test_rank_beyond_the_matrix_is_filled_with_zeros(tmp_path):
     assert (found.left.shape, found.right.shape) == ((20, 16), (16, 12))
     assert found.left @ found.right == pytest.approx(update, abs=1e-12)
     assert found.energy == pytest.approx(1.0)
+
+
+def test_base_that_holds_nan_is_refused_with_its_layer(tmp_path):
+    tensors = small.base_tensors(dtype=torch.float32)
+    name = next(n for n in tensors if n.endswith("q_proj.weight"))
+    tensors[name][3, 2] = torch.nan
+    base = small.write_base(tmp_path / "base", tensors)
+    parts = small.adapter_tensors(small.base_tensors(dtype=torch.float32), dora=True)
+    adapter = small.write_adapter(tmp_path / "adapter", parts, use_dora=True)
+    with pytest.raises(ArithmeticRefusal, match=rf"{re.escape(name)}: W' - W holds NaN or inf"):
+        dora_export.convert(adapter, "lora", tmp_path / "out", base=base, rank=2)
+    assert not (tmp_path / "out").exists()
