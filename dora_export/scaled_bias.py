@@ -72,7 +72,8 @@ class ScaledBias:
         Raises:
             ArithmeticRefusal: A row of V is zero although its magnitude is not.
         """
-        norms = np.concatenate([self._norms(first, last) for first, last in self._blocks()])
+        up, down = self.scaling * _values(self.up), _values(self.down)
+        norms = np.concatenate([self._norms(at, up, down) for at in self._blocks()])
         m = _values(self.magnitude).ravel()
         zero = norms == 0
         if (undefined := np.flatnonzero(zero & (m != 0) & (self.eps == 0))).size:
@@ -91,16 +92,16 @@ class ScaledBias:
         factors = 2 * (self.down.shape[0] * (rows + columns))
         return 8 * (3 * block + factors + 4 * rows)
 
-    def _blocks(self) -> Iterator[tuple[int, int]]:
+    def _blocks(self) -> Iterator[slice]:
         rows, columns = self.weight.shape
         step = max(1, BLOCK_ELEMENTS // columns)
-        return ((first, min(first + step, rows)) for first in range(0, rows, step))
+        return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
 
-    def _norms(self, first: int, last: int) -> Floats:
+    def _norms(self, rows: slice, up: Floats, down: Floats) -> Floats:
         columns = self.weight.shape[1]
-        raw = self.weight.raw(first * columns, last * columns)
+        raw = self.weight.raw(rows.start * columns, rows.stop * columns)
         V: Floats = cast.widened(raw, self.weight.dtype, np.float64).reshape(-1, columns)
-        V = V + self.scaling * (_values(self.up)[first:last] @ _values(self.down))
+        V = V + up[rows] @ down
         norms: Floats = np.sqrt(np.einsum("ij,ij->i", V, V))
         return norms
 
