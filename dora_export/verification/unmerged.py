@@ -529,10 +529,12 @@ class ActivationForm(Tensor):
     def used(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Return what a function of torch gives with this weight among its arguments.
 
+        Each kind of weight knows uses of its own; one that says none has none.
+
         Raises:
             Unsupported: It is none of the known uses.
         """
-        raise NotImplementedError
+        raise self.unknown(type(self).__name__, "a weight in activation form", func)
 
     def unknown(self, name: str, what: str, func: Any) -> Unsupported:
         """Return the refusal of a use that is not known."""
