@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dora_export.tensors import BF16, F16, F32, F64, DType
+from dora_export.tensors import BF16, F16, F32, F64, DType, Operand
 
 Array = NDArray[Any]
 
@@ -45,6 +45,16 @@ def widened(raw: Array, dtype: DType, precision: Any) -> Array:
     out = np.empty(raw.shape, precision)
     widen(raw, dtype, out)
     return out
+
+
+def operand_values(operand: Operand, precision: Any) -> Array:
+    """Read an adapter's tensors, widen them to ``precision`` and arrange them, contiguous.
+
+    Raises:
+        InputError: A file ends too early or cannot be read.
+    """
+    values = operand.value(lambda ref: widened(ref.raw(), ref.dtype, precision))
+    return np.ascontiguousarray(values)
 
 
 def narrow(values: Array, dtype: DType, raw: Array, work: Array) -> None:

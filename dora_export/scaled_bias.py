@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,9 +71,9 @@ class ScaledBias:
         Raises:
             ArithmeticRefusal: A row of V is zero although its magnitude is not.
         """
-        up, down = self.scaling * _values(self.up), _values(self.down)
-        norms = np.concatenate([self._norms(at, up, down) for at in self._blocks()])
-        m = _values(self.magnitude).ravel()
+        up, down = (cast.operand_values(o, np.float64) for o in (self.up, self.down))
+        norms = np.concatenate([self._norms(at, self.scaling * up, down) for at in self._blocks()])
+        m = cast.operand_values(self.magnitude, np.float64).ravel()
         zero = norms == 0
         if (undefined := np.flatnonzero(zero & (m != 0) & (self.eps == 0))).size:
             raise ArithmeticRefusal(
@@ -104,7 +103,3 @@ class ScaledBias:
         V = V + up[rows] @ down
         norms: Floats = np.sqrt(np.einsum("ij,ij->i", V, V))
         return norms
-
-
-def _values(operand: Operand) -> NDArray[Any]:
-    return operand.value(lambda ref: cast.widened(ref.raw(), ref.dtype, np.float64))

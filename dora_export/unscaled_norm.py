@@ -11,7 +11,6 @@ toolkit/models/DoRA.py (apply_dora).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,10 +68,11 @@ class UnscaledNorm:
         Raises:
             ArithmeticRefusal: A row of ``W + B A`` is zero although its magnitude is not.
         """
-        product: Floats = _values(self.up) @ _values(self.down)
+        up, down = (cast.operand_values(o, np.float64) for o in (self.up, self.down))
+        product: Floats = up @ down
         V = W + product
         norms = np.sqrt(np.einsum("ij,ij->i", V, V))
-        m = _values(self.magnitude).ravel()
+        m = cast.operand_values(self.magnitude, np.float64).ravel()
         zero = norms == 0
         if (undefined := np.flatnonzero(zero & (m != 0))).size:
             raise ArithmeticRefusal(
@@ -88,7 +88,3 @@ class UnscaledNorm:
         """Return the bytes of the product, of V, and of A and B."""
         rows, columns = self.up.shape[0], self.down.shape[1]
         return 8 * (4 * rows * columns + 2 * self.down.shape[0] * (rows + columns) + 4 * rows)
-
-
-def _values(operand: Operand) -> NDArray[Any]:
-    return operand.value(lambda ref: cast.widened(ref.raw(), ref.dtype, np.float64))

@@ -159,7 +159,9 @@ class Worker:
         wide = np.float64 if precision == "float64" else np.float32
         loaded = LoadedChange(change)
         if change.delta is not None:
-            first, *rest = (_values(o, _precision_of(o, wide)) for o in change.delta.operands)
+            first, *rest = (
+                cast.operand_values(o, _precision_of(o, wide)) for o in change.delta.operands
+            )
             if change.scaling != 1.0:
                 first = first * first.dtype.type(change.scaling) if _is_power_of_two(
                     change.scaling) else first.astype(np.float64) * change.scaling  # fmt: skip
@@ -170,13 +172,15 @@ class Worker:
                 product=product(first, *rest) if precision == "float32" else None,
             )
         if change.magnitude is not None:
-            m = _values(change.magnitude, np.float64)
+            m = cast.operand_values(change.magnitude, np.float64)
             loaded = replace(loaded, magnitude=ops.put(m))
             if change.magnitude_is_factor and change.over == "column":
                 loaded = _with_column_factor(ops, loaded, np.repeat(m, change.group))
         if change.kind == "rows":
             assert change.value is not None, "Bug: kind rows carries a value"
-            loaded = replace(loaded, value=ops.put(_values(Operand.matrix(change.value), wide)))
+            loaded = replace(
+                loaded, value=ops.put(cast.operand_values(Operand.matrix(change.value), wide))
+            )
         elif change.value is not None:
             loaded = replace(loaded, stored=change.value.raw)
         return loaded
@@ -204,7 +208,7 @@ class Worker:
         change = loaded.change
         grouped = squares.reshape(-1, change.group).sum(axis=1)
         assert change.magnitude is not None, "Bug: a norm without a magnitude"
-        magnitude = _values(change.magnitude, np.float64)
+        magnitude = cast.operand_values(change.magnitude, np.float64)
         scale, undefined = factor(np, magnitude, grouped, change.eps)
         if undefined.any() and self._settings.zero_norm == "refuse":
             raise _undefined(piece.step, "columns", np.flatnonzero(undefined))
@@ -427,12 +431,6 @@ def _with_column_factor(
     ops: Arithmetic, loaded: LoadedChange, scale: NDArray[np.float64]
 ) -> LoadedChange:
     return replace(loaded, column_factor=ops.as_working(ops.put(scale)), column_factor_host=scale)
-
-
-def _values(operand: Operand, precision: Any) -> NDArray[Any]:
-    """Read an adapter tensor, widen it and arrange it, contiguous."""
-    values = operand.value(lambda ref: cast.widened(ref.raw(), ref.dtype, precision))
-    return np.ascontiguousarray(values)
 
 
 def _precision_of(operand: Operand, at_least: Any) -> Any:

@@ -18,7 +18,7 @@ from dora_export.formula import factor
 from dora_export.onnx.model import GraphError
 from dora_export.onnx.slots import Slot
 from dora_export.plan import Plan, Step
-from dora_export.tensors import F16, Operand, TensorRef
+from dora_export.tensors import F16, TensorRef
 from dora_export.update import Change, Product
 
 Floats = NDArray[np.float64]
@@ -117,12 +117,12 @@ def swapped(step: Step, plan: Plan) -> Swapped:
     shape, strength = (change.rows, change.columns), settings.strength
     left, right = np.zeros((shape[0], 0)), np.zeros((0, shape[1]))
     if isinstance(change.delta, Product):
-        left = _values(change.delta.left) * change.scaling
-        right = _values(change.delta.right)
+        left = cast.operand_values(change.delta.left, np.float64) * change.scaling
+        right = cast.operand_values(change.delta.right, np.float64)
     if change.magnitude is None:
         return Swapped(left * strength, right)
     by_row = change.over == "row"
-    magnitude = _values(change.magnitude).reshape(-1)
+    magnitude = cast.operand_values(change.magnitude, np.float64).reshape(-1)
     if change.magnitude_is_factor:
         scale, undefined = magnitude, np.zeros(magnitude.shape, bool)
     else:
@@ -147,11 +147,6 @@ def swapped(step: Step, plan: Plan) -> Swapped:
     if by_row:
         return Swapped(left * inner[:, None], right, whole)
     return Swapped(left, right * inner, whole, "column")
-
-
-def _values(operand: Operand) -> Floats:
-    values = operand.value(lambda ref: cast.widened(ref.raw(), ref.dtype, np.float64))
-    return np.ascontiguousarray(values, np.float64)
 
 
 def _squares(source: TensorRef, left: Floats, right: Floats, *, by_row: bool) -> Floats:
