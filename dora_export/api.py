@@ -196,13 +196,14 @@ def merge(
     total = plan.output_bytes + side_files.side_bytes(beside)
     place.check_space(target, total, leftover)
     memory = memory_bound(plan, resources, tile_elements)
+    if not dry_run:
+        # the workers, the thread that syncs, and this one
+        require_space(memory + (resources.workers + 2) * THREAD_BYTES, "this merge")
     with memory_told(memory), inputs.held(stamps):
         check_adapter(plan)
         plan = replace(plan, warnings=(*plan.warnings, *refuse_implausible(plan)))
     checked, resumed = None, 0
     if not dry_run:
-        # the workers, the thread that syncs, and this one
-        require_space(memory + (resources.workers + 2) * THREAD_BYTES, "this merge")
         card = manifest.model_card(plan)
         with memory_told(memory), inputs.held(stamps):
             digests = adapter_digests(plan)
