@@ -4,6 +4,7 @@ import errno
 import fcntl
 import itertools
 import os
+import struct
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -225,6 +226,38 @@ def test_merged_rows_lie_as_in_their_file(tmp_path, device, monkeypatch):
 
 def merge(at, out, **options):
     return dora_export.merge(at / "base", at / "adapter", at / out, **options)
+
+
+# --- sharing blocks ---
+
+
+@pytest.mark.parametrize("apart", [0, 1], ids=["alike", "otherwise"])
+def test_copied_pages_are_shared_where_they_lie_alike(tmp_path, device, monkeypatch, apart):
+    """A file system that shares whole pages, as XFS does."""
+    source = tmp_path / "source"
+    source.write_bytes(CONTENT.tobytes())
+    asked = []
+
+    def ioctl(descriptor, code, request):
+        given, start, nbytes, offset = struct.unpack("=qQQQ", request)
+        assert code == 0x4020940D
+        assert start % PAGE == nbytes % PAGE == offset % PAGE == 0
+        asked.append((offset, offset + nbytes))
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        os.write(descriptor, os.pread(given, nbytes, start))
+
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
+    begin, stop = 5 * PAGE + 100, 80 * PAGE + 9
+    with FileSink(tmp_path, ["f"], [CONTENT.size]) as sink:
+        sink.write(0, 0, CONTENT[:begin])
+        device.past.clear()
+        sink.copy(0, begin, FileRange(source, begin - apart, stop - begin))
+        assert pages(device.past) & pages(asked) == set()
+        sink.write(0, stop, CONTENT[stop:])
+    expected = CONTENT.copy()
+    expected[begin:stop] = CONTENT[begin - apart : stop - apart]
+    assert (tmp_path / "f").read_bytes() == expected.tobytes()
+    assert asked == ([] if apart else [(6 * PAGE, 80 * PAGE)])
 
 
 # --- with this machine's own file systems ---

@@ -4,6 +4,8 @@ Output that must be on the disk before it is published gains nothing from the pa
 is copied into it, page by page at the cost of more system time than the merge itself takes, and
 still has to be written from there. Past it, the disk takes the bytes from where they were computed.
 What is in the cache already (the base) stays there.
+
+Where a file system lets files share blocks, a range that is only copied takes no write at all.
 """
 
 from __future__ import annotations
@@ -11,12 +13,19 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import struct
 import sys
+from contextlib import suppress
 from pathlib import Path
+
+from dora_export.paged import PAGE
+from dora_export.tensors import FileRange
 
 # statfs(2): ext2 to ext4, XFS, and what containers lay over them. Others (network file systems, and
 # those that compress or keep checksums) take such writes one round trip at a time, or not at all.
 FILE_SYSTEMS = {0xEF53: "ext4", 0x58465342: "xfs", 0x794C7630: "overlayfs"}
+
+FICLONERANGE = 0x4020940D  # linux/fs.h, as on all processors but MIPS, PowerPC and SPARC
 
 
 def pays(folder: Path) -> bool:
@@ -44,3 +53,28 @@ def opened(path: Path) -> int | None:
         if error.errno == errno.EINVAL:
             return None
         raise
+
+
+def share(source: FileRange, descriptor: int, offset: int) -> range:
+    """Let an output file share a source's whole pages, where the file system has that.
+
+    Args:
+        source: What is copied.
+        descriptor: The output file.
+        offset: Where in it the source's bytes go.
+
+    Returns:
+        Which of the source's bytes are in the output now: none, or its whole pages.
+    """
+    first = -offset % PAGE
+    nbytes = max(0, source.nbytes - first) // PAGE * PAGE
+    if nbytes == 0 or (source.start + first) % PAGE:
+        return range(0)
+    # An error says nothing of which file it is about: the caller copies, and meets it there.
+    with suppress(OSError), open(source.path, "rb", buffering=0) as file:
+        import fcntl  # noqa: PLC0415 - absent on Windows, where nothing is written past the cache
+
+        request = struct.pack("=qQQQ", file.fileno(), source.start + first, nbytes, offset + first)
+        fcntl.ioctl(descriptor, FICLONERANGE, request)
+        return range(first, first + nbytes)
+    return range(0)

@@ -257,14 +257,23 @@ class FileSink:
             descriptor = target.open()
         except OSError as error:
             raise refusal(target.path, error) from error
-        done = 0 if target.direct is not None else _kernel_copy(source, descriptor, offset)
-        while done < source.nbytes:
-            chunk = self._bounce(offset + done, source.nbytes - done)
-            source.read(done, chunk)
-            self._put(target, offset + done, chunk)
-            done += chunk.size
+        if target.direct is None:
+            done = _kernel_copy(source, descriptor, offset)
+            self._copy(target, offset, source, done, source.nbytes)
+        else:
+            shared = direct.share(source, descriptor, offset)
+            self._copy(target, offset, source, 0, shared.start)
+            self._copy(target, offset, source, shared.stop, source.nbytes)
         # Only now, in one go: a file is closed as soon as all of its bytes are said to be in.
         self._finish(target, offset, offset + source.nbytes)
+
+    def _copy(self, target: _File, offset: int, source: FileRange, start: int, stop: int) -> None:
+        """Read bytes ``[start, stop)`` of a source, and write them."""
+        while start < stop:
+            chunk = self._bounce(offset + start, stop - start)
+            source.read(start, chunk)
+            self._put(target, offset + start, chunk)
+            start += chunk.size
 
     def _put(self, target: _File, offset: int, data: NDArray[np.uint8]) -> None:
         """Put bytes into a file: whole pages past the page cache, where that pays."""
