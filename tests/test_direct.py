@@ -7,6 +7,7 @@ import os
 import struct
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -260,6 +261,19 @@ def test_copied_pages_are_shared_where_they_lie_alike(tmp_path, device, monkeypa
     assert asked == ([] if apart else [(6 * PAGE, 80 * PAGE)])
 
 
+def test_more_is_handed_over_at_once(tmp_path, device, monkeypatch):
+    """Where nothing has to stay within a cache; unless the user says how much."""
+    write_case(tmp_path, layers=2, out=1100, inputs=700)
+    monkeypatch.setattr(direct, "BLOCK_BYTES", 1_500_000)
+    reports = {
+        "direct": merge(tmp_path, "direct"),
+        "cached": merge(tmp_path, "cached", sync=False),
+        "said": merge(tmp_path, "said", block_bytes=1_000_000),
+    }
+    memory = {name: report.memory_bytes for name, report in reports.items()}
+    assert memory["said"] < memory["direct"] < memory["cached"]
+
+
 # --- with this machine's own file systems ---
 
 
@@ -274,8 +288,8 @@ def test_real_direct_writes_give_the_same_bytes(tmp_path, monkeypatch):
 
 
 def test_memory_and_kernel_file_systems_are_written_through_the_cache():
-    assert not direct.pays("/proc")
-    assert not direct.pays("/no/such/folder")
+    assert not direct.pays(Path("/proc"))
+    assert direct.pays(Path("/no/such/folder")) == direct.pays(Path("/"))
 
 
 def test_whole_pages_of_bytes_that_lie_otherwise_are_none():

@@ -25,13 +25,20 @@ from dora_export.tensors import FileRange
 # those that compress or keep checksums) take such writes one round trip at a time, or not at all.
 FILE_SYSTEMS = {0xEF53: "ext4", 0x58465342: "xfs", 0x794C7630: "overlayfs"}
 
+# What is best handed over at once: the disk has more to do in one go, and no cache to stay within.
+BLOCK_BYTES = 8 << 20
 FICLONERANGE = 0x4020940D  # linux/fs.h, as on all processors but MIPS, PowerPC and SPARC
 
 
 def pays(folder: Path) -> bool:
-    """Return whether a folder's files are written past the page cache with a gain."""
+    """Return whether files in a folder are written past the page cache with a gain.
+
+    Args:
+        folder: One that exists, or that will be made in the nearest one above it that does.
+    """
     if sys.platform != "linux" or not hasattr(os, "O_DIRECT"):
         return False
+    folder = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     status = (ctypes.c_long * 64)()  # struct statfs begins with f_type, and is smaller
     if ctypes.CDLL(None, use_errno=True).statfs(os.fsencode(folder), status) != 0:
         return False  # the first file that is made there will tell why
