@@ -47,7 +47,7 @@ from dora_export.verification.model import (
 )
 from dora_export.verification.plausible import doubts, refuse_implausible
 from dora_export.verification.subject import open_subject
-from dora_export.writers import identity, manifest, place, side_files
+from dora_export.writers import direct, identity, manifest, place, side_files
 from dora_export.writers.files import FileSink, write_small
 from dora_export.writers.identity import adapter_digests
 from dora_export.writers.ranges import Ranges
@@ -195,6 +195,8 @@ def merge(
     )
     total = plan.output_bytes + side_files.side_bytes(beside)
     place.check_space(target, total, leftover)
+    if block_bytes is None and resources.on_cpu and sync and direct.pays(target):
+        resources = replace(resources, block_bytes=direct.BLOCK_BYTES)
     memory = memory_bound(plan, resources, tile_elements)
     if not dry_run:
         # the workers, the thread that syncs, and this one

@@ -154,6 +154,9 @@ class Fallocate:
             return -1
         return self.real.fallocate64(*args)
 
+    def statfs(self, *args):
+        return self.real.statfs(*args)
+
 
 def below(at):
     """Whether a call is about the output, or what is hidden beside it."""
