@@ -308,11 +308,6 @@ def test_every_use_and_axis_gives_what_the_merged_weight_would(kind, axis, part)
     expected[slice(*part) if part else slice(None)] = (
         new.T if layout == "io" else new.reshape(sliced.shape)
     )
-    rows_normed = (axis == "out") == (layout == "oi")
-    if part and axis and not rows_normed:
-        with pytest.raises(Unsupported, match="across its rows"):
-            terms.terms(step, Settings())
-        return
     base = torch.from_numpy(W)
     use, x = use_of(kind, base)
     for strength in (1.0, 0.4):
