@@ -10,7 +10,7 @@ import dora_export
 PACKAGE = Path(dora_export.__file__).parent
 FLOORS = (
     "_version errors limits words unet_names flux_names",
-    "machine",
+    "machine paged",
     "tensors inputs flat_names conventions expert_names",
     "cast update",
     "storage refine residual scaled_bias unscaled_norm peft_layers",

@@ -73,7 +73,7 @@ def make(request: Request) -> Made:
     _check_options(request)
     refuse_merged(path, allow=request.allow_merged_base)
     check_adapter(plan)
-    refuse_implausible(plan)
+    doubts = refuse_implausible(plan)
     graph = open_graph(path)
     adapters = [file for adapter in plan.adapters for file in adapter.files]
     read = [path, *graph.data_files.values(), *plan.base.sources, *adapters]
@@ -103,8 +103,8 @@ def make(request: Request) -> Made:
         tiers=found.tiers,
         notes=(*_notes(matched), *known),
         digests=are,
-        warnings=tuple(f"not in the graph, as allowed: {shown(n)} ({w})"
-                       for n, w in matched.missing.items()),
+        warnings=(*doubts, *(f"not in the graph, as allowed: {shown(n)} ({w})"
+                             for n, w in matched.missing.items())),
     )  # fmt: skip
 
 

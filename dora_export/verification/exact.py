@@ -335,18 +335,13 @@ def _with_rows(
 
 def read_rows(ref: TensorRef, region: Region, rows: slice | NDArray[Any]) -> Floats:
     """Return stored rows of a region as float64."""
+    columns = region.columns
     if isinstance(rows, slice):
         first, last, _ = rows.indices(region.rows)
-        spans = [(first, last)]
+        raw = ref.raw(region.start + first * columns, region.start + last * columns)
     else:
-        spans = [(int(row), int(row) + 1) for row in rows]
-    parts = [
-        floats(ref.raw(region.start + a * region.columns, region.start + b * region.columns),
-               ref.dtype)
-        for a, b in spans
-    ]  # fmt: skip
-    found = parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.zeros(0)
-    return found.reshape(-1, region.columns)
+        raw = ref.raw_each([region.start + int(row) * columns for row in rows], columns)
+    return floats(raw, ref.dtype).reshape(-1, columns)
 
 
 def read_columns(ref: TensorRef, region: Region, columns: NDArray[Any]) -> Floats:
