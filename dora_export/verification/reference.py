@@ -23,15 +23,8 @@ from dora_export.verification.inputs import Batch
 from dora_export.verification.measured import LoadFailure, Unsupported
 from dora_export.verification.models import Loaded, ModelClass, Place
 from dora_export.verification.repeated import repeat_layers
-from dora_export.verification.unmerged import (
-    Observer,
-    Parts,
-    Term,
-    Unmerged,
-    stored,
-    terms,
-    values,
-)
+from dora_export.verification.terms import Term, stored, terms, values
+from dora_export.verification.unmerged import Observer, Parts, Unmerged
 
 # Tensor name -> its changes, or those of each of its slices.
 Numbers = Mapping[str, tuple[Term, ...] | Mapping[int, tuple[Term, ...]]]
@@ -80,8 +73,10 @@ def numbers(plan: Plan) -> Numbers:
 
 
 def _has_product(step: Step) -> bool:
+    # A bias that goes through its layer's scaling has other values, as one that was trained has.
+    is_matrix = len(step.shape) > 1
     return any(
-        c.delta is not None or c.magnitude is not None or c.function is not None
+        c.delta is not None or c.magnitude is not None or (c.function is not None and is_matrix)
         for c in step.changes
     )
 
@@ -182,8 +177,6 @@ class Reference:
     def _change_experts(self, step: Step, numbers: Numbers) -> None:
         """Give a tensor of experts its changes, in the parameter that holds it with others."""
         place = self.places[step.name]
-        if step.name not in numbers:
-            raise Unsupported(step.name, "experts of a stack are replaced by stored values")
         if place.path not in self._stacks.by_path:
             parameter = self.loaded.parameters()[place.path]
             stack = self._stacks.at(place.path, parameter)
@@ -192,8 +185,11 @@ class Reference:
         else:
             stack = self._stacks.by_path[place.path]
             parameter = next(base for path, base, _ in self._swaps if path == place.path)
-        base, changes = place.part(parameter), numbers[step.name]
-        if isinstance(changes, tuple):
+        base = place.part(parameter)
+        changes = numbers.get(step.name)
+        if changes is None:
+            cells = self._replaced(step, base, place)
+        elif isinstance(changes, tuple):
             assert place.index is not None, "Bug: a matrix in a stack has its slice"
             cell = mixture.Cell(
                 self._parts(step, base, changes), place.index, place.turned, place.outputs
@@ -207,6 +203,18 @@ class Reference:
         for cell in cells:
             stack.add_cell(cell)
         self.weights[step.name] = mixture.Cells(cells)
+
+    def _replaced(self, step: Step, base: Tensor, place: Place) -> list[mixture.Cell]:
+        """Return the cells of experts that stored values are put in the place of, or added to."""
+        new = values(step, self.plan.settings, torch.float64).to(self.precision)
+
+        def cell(index: int, base: Tensor, new: Tensor, own: int | None) -> mixture.Cell:
+            parts = Parts(step.name, base, (Term(value=new, replaces=True),), index=own)
+            return mixture.Cell(parts, index, place.turned, place.outputs)
+
+        if place.index is not None:
+            return [cell(place.index, base, new, None)]
+        return [cell(i, base[i], new[i], i) for i in range(len(new))]
 
     def reach(self) -> None:
         """Compute with all experts that no input was routed to, as with one that was."""
