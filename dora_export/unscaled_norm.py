@@ -43,7 +43,10 @@ class UnscaledNorm:
     @property
     def what(self) -> str:
         """One line for people."""
-        return "ai-toolkit's DoRA with alpha other than the rank makes a new weight"
+        return (
+            "ai-toolkit's norm leaves the scaling out where alpha is not the rank, which no other "
+            "format's does"
+        )
 
     @property
     def refs(self) -> tuple[TensorRef, ...]:
