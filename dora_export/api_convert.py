@@ -58,9 +58,11 @@ def convert(
     """Write an adapter in another format, or as the plain LoRA nearest to it.
 
     To a format: tensors are only rearranged, bit for bit, and the converted adapter merges to the
-    same bytes; what the format cannot hold exactly is refused by name. To "lora": for every layer
-    the product of rank ``rank`` nearest to ``W' - W`` in the Frobenius norm, in float32, as a PEFT
-    folder without magnitudes; the report says what each layer loses.
+    same bytes; what the format cannot hold exactly is refused by name. Biases of the base that the
+    adapter's trainer scales along go to PEFT as trained ones, rounded once.
+
+    To "lora": for every layer the product of rank ``rank`` nearest to ``W' - W`` in the Frobenius
+    norm, in float32, as a PEFT folder without magnitudes; the report says what each layer loses.
 
     Args:
         adapter: Folder, file or hub id; for "lora" also several, as in ``merge``.

@@ -23,13 +23,13 @@ from dora_export.formula import (
     UndefinedRows,
     add_delta,
     alone,
-    factor,
     merge_tile,
 )
 from dora_export.paged import PAGE, placed
 from dora_export.pieces import ColumnSquares, Copy, Merge, Region, regions
 from dora_export.plan import Precision, Settings, Step
 from dora_export.refine import product, recompute_cancelled
+from dora_export.row_factor import factor
 from dora_export.tensors import BF16, F32, F64, DType, FileRange, Operand
 from dora_export.update import Change, Product
 

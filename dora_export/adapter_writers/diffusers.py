@@ -22,6 +22,7 @@ from dora_export.adapter_writers.model import (
     alpha_of,
     check,
     is_embedding,
+    kind_problem,
     whole,
 )
 from dora_export.errors import shown
@@ -67,7 +68,7 @@ def _problems(source: Source, found: Sequence[Place], layers: Layers) -> Iterato
     for place, update in zip(found, source.updates, strict=True):
         name = shown(update.target)
         if update.kind not in ("lora", "dora"):
-            yield f"{name}: a change of kind {update.kind}"
+            yield kind_problem(update)
         elif is_embedding(update):
             yield f"{name}: an embedding"
         elif place.component is None or (place.flat is not None and source.base is None):

@@ -19,6 +19,7 @@ from dora_export.adapter_writers.model import (
     check,
     factors,
     is_embedding,
+    kind_problem,
     module_of,
     stored,
 )
@@ -75,7 +76,7 @@ def _problems(source: Source) -> Iterator[str]:
 def _problems_of(update: Update, source: Source) -> Iterator[str]:
     name, module = shown(update.target), module_of(update)
     if update.kind not in ("lora", "dora"):
-        yield f"{name}: a change of kind {update.kind}"
+        yield kind_problem(update)
     elif KNOWN.fullmatch(module) is None:
         yield f"{name}: what mlx-lm calls this layer is not known (model.layers.N..., lm_head)"
     elif update.down is not None and len(update.down.ref.shape) > 2:

@@ -343,11 +343,11 @@ class _Tally:
         columns: NDArray[np.int64] | None = None,
     ) -> None:
         self.exact, self.dtype, self.rows = exact, dtype, rows
-        self.columns = np.arange(exact.region.columns) if columns is None else columns
-        self.row_excess = np.zeros(len(rows))
-        self.column_excess = np.zeros(len(self.columns))
-        self.row_norm = np.zeros(len(rows))
-        self.column_norm = np.zeros(len(self.columns))
+        self.columns = slice(None) if columns is None else columns
+        count = exact.region.columns if columns is None else len(columns)
+        self.row_excess, self.row_norm = np.zeros(len(rows)), np.zeros(len(rows))
+        self.column_excess, self.column_norm = np.zeros(count), np.zeros(count)
+        self.sizes = exact.product_sizes(self.columns)
         self.max_ulp, self.misrounded, self.not_finite, self.elements = 0.0, 0, 0, 0
         self.error = self.ulps = self.size = self.update = 0.0
 
@@ -373,8 +373,8 @@ class _Tally:
                 np.maximum(self.column_excess, excess.max(axis=0), out=self.column_excess)
             else:
                 self.row_excess[rows.indices(len(self.rows))[0] + at] = excess.max(axis=1)
-            finite = np.isfinite(merged)
-            if not finite.all():
+            if not math.isfinite(worst):
+                finite = np.isfinite(merged)
                 self.not_finite += int((~finite & np.isfinite(values)).sum())
                 gap = np.where(finite, gap, 0.0)
                 worst = math.inf
@@ -396,7 +396,7 @@ class _Tally:
 
         That size is ``|f| (|W| + s ||B_i|| ||A_j||) + |W'|``.
         """
-        terms = np.abs(base) + self.exact.product_size(rows, self.columns)
+        terms = np.abs(base) + self.sizes.of(rows)
         part = next((p for p in self.exact.parts if p.magnitude is not None), None)
         if part is not None and part.factor is not None and len(self.exact.parts) == 1:
             terms *= np.abs(part.factor[self.columns])
@@ -427,7 +427,8 @@ class _Tally:
         group = part.change.group if part is not None and by_column else 1
         excess = self.column_excess.reshape(-1, group).max(axis=1) if by_column else self.row_excess
         squares = self.column_norm.reshape(-1, group).sum(axis=1) if by_column else self.row_norm
-        lines = self.columns[::group] // group if by_column else self.rows
+        columns = np.arange(self.exact.region.columns)[self.columns]
+        lines = columns[::group] // group if by_column else self.rows
         ratios = None
         if (
             part is not None
