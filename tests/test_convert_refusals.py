@@ -165,7 +165,15 @@ def test_reason_is_told(case, to, base):
     with pytest.raises(AdapterError) as refusal:
         write(to, updates, base, **fields)
     assert reason in str(refusal.value)
-    assert "Merge it instead" in str(refusal.value)
+    assert "\nMerge it instead" in str(refusal.value)
+
+
+def test_reason_of_many_layers_is_told_once(base):
+    layers = [product(f"model.layers.{i}.self_attn.q_proj.weight", m=True) for i in range(20)]
+    with pytest.raises(AdapterError) as refusal:
+        write("mlx", [replace(u, magnitude_is_factor=True) for u in layers], base)
+    assert "layers.0.self_attn.q_proj.weight and 19 more: its magnitudes" in str(refusal.value)
+    assert str(refusal.value).count("divided by the norm") == 1
 
 
 @pytest.mark.parametrize("to", EVERY)
@@ -196,6 +204,8 @@ def test_component_of_a_pipeline_has_to_be_known(base):
     plain = replace(base, config={})
     with pytest.raises(AdapterError, match="which component of a pipeline it is in is not said"):
         write("diffusers", [product()], plain)
+    with pytest.raises(AdapterError, match=r"(?s)does not tell whether .* not said.*\nPass --base"):
+        write("diffusers", [product()], None)
     for to in ("lycoris", "diffusers"):
         with pytest.raises(AdapterError, match=r"whether 'transformer\.' is a component.*--base"):
             write(to, [product("transformer.blocks.0.q.weight")], None)
@@ -213,6 +223,46 @@ def test_scaling_that_no_alpha_gives_is_refused(base):
     even = next(float(s) for s in scalings if s * 49 / 49 == s)
     config = write("peft", [product(rank=49, scaling=even)], base).config
     assert config["lora_alpha"] / config["r"] == even
+
+
+def test_config_of_peft_says_what_the_adapter_says(base):
+    """A rank or alpha of one layer is under its last name, or its path where others share that."""
+    layers = [product(f"model.layers.{i}.self_attn.q_proj.weight", rank=3 if i == 2 else R)
+              for i in range(3)]  # fmt: skip
+    layers += [product(O, 6, 8, scaling=2.5)]
+    config = write(
+        "peft", layers, base, square_io=True, ensure_weight_tying=True, **REPEATED
+    ).config
+    assert config["rank_pattern"] == {r"^model\.layers\.2\.self_attn\.q_proj": 3}
+    assert (config["r"], config["lora_alpha"]) == (R, 3)
+    assert config["alpha_pattern"] == {r"^model\.layers\.2\.self_attn\.q_proj": 4.5, "o_proj": 5}
+    assert (config["fan_in_fan_out"], config["ensure_weight_tying"]) == (True, True)
+    assert config["layer_replication"] == [[0, 1], [0, 1]]
+    own = write("peft", layers, base, format="mlx").config  # whose ties are its own affair
+    assert not own["ensure_weight_tying"]
+    assert own["layer_replication"] is None
+
+
+@pytest.mark.parametrize(("to", "format_"), [("peft", "mlx"), ("mlx", "peft")])
+def test_embeddings_lie_transposed_in_mlx(to, format_, base):
+    made = table(layout="oi" if format_ == "mlx" else "io")
+    stored = {t.name.rpartition(".")[2]: t for t in write(to, [made], base, format=format_).tensors}
+    one, two = ("lora_embedding_A", "lora_embedding_B") if to == "peft" else ("lora_a", "lora_b")
+    a, b = stored[one].raw(), stored[two].raw()
+    down, up = (o.value(TensorRef.raw) for o in (made.down, made.up))
+    if format_ == "mlx":  # up is (tokens, rank), as MLX's lora_a is
+        assert np.array_equal(a.reshape(stored[one].shape), up.T)
+        assert np.array_equal(b.reshape(stored[two].shape), down.T)
+    else:
+        assert np.array_equal(a.reshape(stored[one].shape), down.T)
+        assert np.array_equal(b.reshape(stored[two].shape), up.T)
+    same = {
+        t.name.rpartition(".")[2]: t for t in write(format_, [made], base, format=format_).tensors
+    }
+    own = ("lora_embedding_A", "lora_embedding_B") if format_ == "peft" else ("lora_a", "lora_b")
+    first, second = (down, up) if format_ == "peft" else (up, down)
+    assert np.array_equal(same[own[0]].raw().reshape(same[own[0]].shape), first)
+    assert np.array_equal(same[own[1]].raw().reshape(same[own[1]].shape), second)
 
 
 def test_bfloat16_factors_keep_their_type(base):
