@@ -311,7 +311,8 @@ def verify(
         "map_prefix": naming.parse_map_prefix(map_prefix) or None,
         "fan_in_fan_out": fan_in_fan_out,
     }
-    settings, notes = manifest.settings_of(subject.manifest if subject else None, given)
+    said = subject.manifest if subject else manifest.beside_graph(merged_path)
+    settings, notes = manifest.settings_of(said, given)
     plan, _ = _plan(base, adapter, options, settings)
     tiers: list[TierResult] = []
     findings: list[Finding] = []

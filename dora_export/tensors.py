@@ -183,6 +183,40 @@ class PickedColumns:
             done += taken
 
 
+@dataclass(frozen=True, eq=False)
+class JoinedBytes:
+    """Several stored tensors one after another, as if they were one."""
+
+    parts: tuple[FileRange | HeldBytes | PickedColumns | JoinedBytes, ...]
+
+    @property
+    def path(self) -> Path:
+        """File that holds the first of them."""
+        return self.parts[0].path
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes of all."""
+        return sum(part.nbytes for part in self.parts)
+
+    def read(self, start: int, out: Bytes) -> None:
+        """Fill ``out`` with the bytes from ``start`` of all of them.
+
+        Raises:
+            InputError: A file ends too early or cannot be read.
+        """
+        flat, done = out.reshape(-1), 0
+        for part in self.parts:
+            if start < part.nbytes and done < flat.size:
+                taken = min(part.nbytes - start, flat.size - done)
+                part.read(start, flat[done : done + taken])
+                done += taken
+            start = max(0, start - part.nbytes)
+
+
+Source = FileRange | HeldBytes | PickedColumns | JoinedBytes
+
+
 @dataclass(frozen=True, slots=True)
 class TensorRef:
     """A stored tensor: name, dtype and shape cost nothing; bytes are read on request.
@@ -199,7 +233,7 @@ class TensorRef:
     name: str
     dtype: DType
     shape: tuple[int, ...]
-    source: FileRange | HeldBytes | PickedColumns
+    source: Source
 
     @property
     def size(self) -> int:
@@ -234,7 +268,7 @@ class TensorRef:
         rows, columns = self.shape
         last = first + step * (count - 1)
         assert 0 <= first <= last < columns, f"Bug: column {last} of {self.shape}"
-        assert not isinstance(self.source, PickedColumns), "Bug: columns of picked columns"
+        assert isinstance(self.source, FileRange | HeldBytes), "Bug: columns of picked columns"
         picked = PickedColumns(self.source, self.dtype.itemsize, columns, first, step, count)
         return TensorRef(self.name, self.dtype, (rows, count), picked)
 

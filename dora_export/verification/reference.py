@@ -31,7 +31,9 @@ Numbers = Mapping[str, tuple[Term, ...] | Mapping[int, tuple[Term, ...]]]
 HIGHER = {"BF16": "F32", "F16": "F32", "F32": "F64", "F64": "F64"}
 
 
-def precisions(plan: Plan, computed: DType | None = None) -> tuple[DType, DType]:
+def precisions(
+    plan: Plan, computed: DType | None = None, merged_in: DType | None = None
+) -> tuple[DType, DType]:
     """Return the high precision that is exact enough, and the one whose noise may be there.
 
     The latter is the coarsest type that the merge rounds a weight to, or that a graph computes in.
@@ -40,10 +42,14 @@ def precisions(plan: Plan, computed: DType | None = None) -> tuple[DType, DType]
     Args:
         plan: The merge.
         computed: Type that the other side computes in, if not in the high precision.
+        merged_in: Type that its weights were rounded to, where that may be a finer one.
     """
     rounded = [s.dtype for s in plan.steps if s.dtype.mergeable and not s.copies_bytes]
-    rounded += [computed] if computed is not None else []
     coarsest = max(rounded, key=unit, default=DTYPES["F32"])
+    if merged_in is not None:
+        coarsest = min(coarsest, merged_in, key=unit)
+    if computed is not None:
+        coarsest = max(coarsest, computed, key=unit)
     high = DTYPES[HIGHER[coarsest.name]]
     return high, DTYPES["F32"] if coarsest.name == "F64" else coarsest
 
