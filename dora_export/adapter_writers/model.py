@@ -250,10 +250,10 @@ def alpha_of(update: Update) -> float:
     """
     rank, scaling = update.rank, update.scaling
     assert rank is not None, "Bug: check() has seen to it"
-    nearest = scaling * rank
-    for alpha in (nearest, np.nextafter(nearest, np.inf), np.nextafter(nearest, -np.inf)):
-        if float(alpha) / rank == scaling:
-            return float(alpha)
+    # Where the nearest alpha does not give it, no neighbour does: they are coarser than scalings.
+    alpha = scaling * rank
+    if alpha / rank == scaling:
+        return alpha
     raise AdapterError(
         f"{shown(update.target)}: no alpha gives the scaling {scaling!r} at rank {rank} exactly. "
         "Merge the adapter instead."
