@@ -57,7 +57,7 @@ class Overflowing(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("test", ["finite", "infinite"])
+@pytest.mark.parametrize("test", ["finite", pytest.param("infinite", marks=pytest.mark.nightly)])
 def test_states_are_clamped_in_float16_where_the_model_clamps_them(test, tmp_path):
     module = Overflowing(test)
     x = torch.ones(2, 3, dtype=torch.float16)
@@ -477,7 +477,7 @@ class Cropped(nn.Module):
         return (x[:, 0, ::2] + self.table[:, top : top + high]).squeeze(1)
 
 
-@pytest.mark.parametrize("rows", [8, 9])
+@pytest.mark.parametrize("rows", [8, pytest.param(9, marks=pytest.mark.nightly)])
 def test_crops_and_squeezes_are_torchs_at_every_size(rows, tmp_path):
     module = Cropped(rows)
     x = torch.randn(2, 1, 8, 3)
