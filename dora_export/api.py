@@ -45,9 +45,9 @@ from dora_export.verification.model import (
     TierResult,
     VerifyReport,
 )
-from dora_export.verification.plausible import refuse_implausible
+from dora_export.verification.plausible import doubts, refuse_implausible
 from dora_export.verification.subject import open_subject
-from dora_export.writers import identity, manifest, place, side_files
+from dora_export.writers import direct, identity, manifest, place, side_files
 from dora_export.writers.files import FileSink, write_small
 from dora_export.writers.identity import adapter_digests
 from dora_export.writers.ranges import Ranges
@@ -156,7 +156,8 @@ def merge(
             out later: a kill still finds ``output`` absent or whole, but a power failure within
             the next minute may leave a folder with damaged files, and a merge that was killed is
             not gone on with.
-        dry_run: Plan and check only; write nothing.
+        dry_run: Plan and check only, as far as that goes without writing: the adapter's values and
+            some lines of the base are read.
         progress: Called with bytes done and bytes in all, from worker threads.
         **reading: As in ``load_adapter``.
 
@@ -194,15 +195,19 @@ def merge(
     )
     total = plan.output_bytes + side_files.side_bytes(beside)
     place.check_space(target, total, leftover)
+    if block_bytes is None and resources.on_cpu and sync and direct.pays(target):
+        resources = replace(resources, block_bytes=direct.BLOCK_BYTES)
     memory = memory_bound(plan, resources, tile_elements)
-    checked, resumed = None, 0
     if not dry_run:
         # the workers, the thread that syncs, and this one
         require_space(memory + (resources.workers + 2) * THREAD_BYTES, "this merge")
+    with memory_told(memory), inputs.held(stamps):
+        check_adapter(plan)
+        plan = replace(plan, warnings=(*plan.warnings, *refuse_implausible(plan)))
+    checked, resumed = None, 0
+    if not dry_run:
         card = manifest.model_card(plan)
         with memory_told(memory), inputs.held(stamps):
-            check_adapter(plan)
-            refuse_implausible(plan)
             digests = adapter_digests(plan)
         job = identity.job(plan, resources, digests)
         with (
@@ -306,7 +311,8 @@ def verify(
         "map_prefix": naming.parse_map_prefix(map_prefix) or None,
         "fan_in_fan_out": fan_in_fan_out,
     }
-    settings, notes = manifest.settings_of(subject.manifest if subject else None, given)
+    said = subject.manifest if subject else manifest.beside_graph(merged_path)
+    settings, notes = manifest.settings_of(said, given)
     plan, _ = _plan(base, adapter, options, settings)
     tiers: list[TierResult] = []
     findings: list[Finding] = []
@@ -336,7 +342,7 @@ def verify(
         tiers=tuple(tiers),
         findings=in_order(tuple(findings)),
         tensors=tensors,
-        notes=(*notes, *plan.notes, *plan.warnings),
+        notes=(*notes, *plan.notes, *plan.warnings, *doubts(plan)),
         seconds=time.monotonic() - started,
         peak_rss_bytes=peak_rss(),
     )
@@ -355,7 +361,9 @@ def inspect(
     map_prefix: Iterable[str] = (),
     **reading: Unpack[Reading],
 ) -> InspectReport:
-    """Return what an adapter is and, with a base, whether and how it fits; reads no tensor.
+    """Return what an adapter is and, with a base, whether and how it fits.
+
+    Reads no tensor; with a base, some lines of those that DoRA changes.
 
     Args:
         adapter: Folder, file or hub id.
@@ -384,6 +392,7 @@ def inspect(
             *(f"'{k}' ignored: {why}" for k, why in found.ignored.items()),
             *ways_out(found),
         ),
+        warnings=found.doubts,
     )
     checkpoint = found.own_base
     if base is not None:
@@ -401,6 +410,7 @@ def _held_against(
     try:
         settings = Settings(map_prefix=naming.parse_map_prefix(map_prefix))
         plan = plan_merge(checkpoint, found, settings)
+        doubted = refuse_implausible(plan)
     except PlanError as error:
         return replace(report, base=checkpoint.path, fits=False, misfit=str(error))
     return replace(
@@ -409,7 +419,8 @@ def _held_against(
         fits=True,
         merged=sum(s.status not in ("unchanged", "cast") for s in plan.steps),
         output_bytes=plan.output_bytes,
-        notes=(*report.notes, *plan.notes, *plan.warnings),
+        notes=(*report.notes, *plan.notes),
+        warnings=(*plan.warnings, *doubted),
     )
 
 
@@ -419,7 +430,8 @@ def _module(update: Update) -> str:
         return prefix_of(module)  # a flattened path has no last segment
     parent, _, last = module.rpartition(".")
     # "to_out.0" rather than "0"
-    return f"{parent.rpartition('.')[2]}.{last}" if last.isdigit() else last or update.target
+    named = [part for part in (parent.rpartition(".")[2], last) if part]
+    return ".".join(named) if last.isdigit() else last or update.target
 
 
 def _plan(

@@ -58,9 +58,11 @@ def convert(
     """Write an adapter in another format, or as the plain LoRA nearest to it.
 
     To a format: tensors are only rearranged, bit for bit, and the converted adapter merges to the
-    same bytes; what the format cannot hold exactly is refused by name. To "lora": for every layer
-    the product of rank ``rank`` nearest to ``W' - W`` in the Frobenius norm, in float32, as a PEFT
-    folder without magnitudes; the report says what each layer loses.
+    same bytes; what the format cannot hold exactly is refused by name. Biases of the base that the
+    adapter's trainer scales along go to PEFT as trained ones, rounded once.
+
+    To "lora": for every layer the product of rank ``rank`` nearest to ``W' - W`` in the Frobenius
+    norm, in float32, as a PEFT folder without magnitudes; the report says what each layer loses.
 
     Args:
         adapter: Folder, file or hub id; for "lora" also several, as in ``merge``.
@@ -111,7 +113,7 @@ def _to_format(
     before = inputs.seen(path)
     found = read_adapter(path, options)
     writer = next(w for w in WRITERS if w.name == to)
-    source = _source(found, base, options, settings, needs_paths=writer.needs_paths)
+    source, warnings = _source(found, base, options, settings, needs_paths=writer.needs_paths)
     written = writer.write(source)
     nbytes = sum(t.dtype.itemsize * _size(t.shape) for t in written.tensors)
     tokenizer = side_files.tokenizer_of(found.folder) if found.folder else {}
@@ -141,14 +143,15 @@ def _to_format(
         files=tuple(sorted([*names, *tokenizer])),
         nbytes=nbytes,
         notes=written.notes,
+        warnings=warnings,
     )
 
 
 def _source(
     found: Adapter, base: api.PathLike | None, options: ReadOptions, settings: Settings,
     *, needs_paths: bool,
-) -> Source:  # fmt: skip
-    """Return the adapter with what the base decides about it."""
+) -> tuple[Source, tuple[str, ...]]:  # fmt: skip
+    """Return the adapter with what the base decides about it, and what is left to doubt."""
     checkpoint = found.own_base
     if base is not None:
         checkpoint = open_checkpoint(
@@ -159,8 +162,10 @@ def _source(
             raise AdapterError(
                 f"{found.path}: its names do not say where a module's name ends. Pass --base."
             )
-        return Source(found, found.updates, None)
+        return Source(found, found.updates, None), found.doubts
     plan = plan_merge(checkpoint, found, settings)  # refuses an adapter of another base
+    check_adapter(plan)
+    warnings = (*plan.warnings, *refuse_implausible(plan))
     if found.naming == "flat":
         _refuse_parts(plan, found)
     steps = {key: step.name for step in plan.steps for key in step.consumes}
@@ -169,9 +174,10 @@ def _source(
     here = [replace(u, target=names.get(u.target, u.target)) for u in found.updates]
     ordered = row_orders.with_row_orders(here, shapes, checkpoint)
     if found.naming == "flat":
-        return Source(found, ordered, checkpoint, {u.target: u.target for u in ordered})
+        whole = {u.target: u.target for u in ordered}
+        return Source(found, ordered, checkpoint, whole), warnings
     updates = tuple(_named(u, o.target) for u, o in zip(ordered, found.updates, strict=True))
-    return Source(found, updates, checkpoint, names)
+    return Source(found, updates, checkpoint, names), warnings
 
 
 def _refuse_parts(plan: Plan, found: Adapter) -> None:
@@ -211,7 +217,7 @@ def _to_lora(
     nbytes = sum(dtype.itemsize * _size(shape) for _, dtype, shape in entries)
     stamps = inputs.watch([*plan.base.sources, *plan.adapter_files], before)
     check_adapter(plan)
-    refuse_implausible(plan)
+    doubts = refuse_implausible(plan)
     losses: list[LayerLoss] = []
     weights = "adapter_model.safetensors"
     names = [weights, CONFIG, MANIFEST]
@@ -235,6 +241,7 @@ def _to_lora(
         layers=tuple(sorted(losses, key=lambda loss: loss.energy)),
         energy=nearest_lora.energy(losses),
         notes=plan.notes,
+        warnings=(*plan.warnings, *doubts),
     )
 
 

@@ -178,7 +178,9 @@ def export_onnx(
             seconds=time.monotonic() - started,
             peak_rss_bytes=api.peak_rss(),
             notes=(*plans[0].notes, *made.notes, *_left_behind(plans[0], into, sizes)),
-            warnings=(*plans[0].warnings, *made.warnings),
+            warnings=tuple(
+                dict.fromkeys((*(w for plan in plans for w in plan.warnings), *made.warnings))
+            ),
         )
         if found.verdict == "wrong" and not allow_mismatch:
             raise _mismatch(found)
@@ -255,11 +257,12 @@ def _make(
 
     trace.check(request)  # before minutes of work
     merged = request.folder / MERGED
+    doubts: tuple[str, ...] = ()
     if adapter is None:
         folder = _as_stored(request, merged)
     else:
         request.on_stage("merging")
-        api.merge(
+        report = api.merge(
             base, adapter, merged, dtype=request.options.dtype, strength=settings.strength,
             weights=settings.weights, zero_norm=settings.zero_norm,
             fan_in_fan_out=settings.fan_in_fan_out,
@@ -268,8 +271,10 @@ def _make(
             progress=request.progress, **reading,
         )  # fmt: skip
         folder = merged
+        doubts = tuple(w for w in report.warnings if w not in request.plan.warnings)
     try:
-        return trace.make(request, folder)
+        made = trace.make(request, folder)
+        return replace(made, warnings=(*made.warnings, *doubts))
     finally:
         shutil.rmtree(merged, ignore_errors=True)
 

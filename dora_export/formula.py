@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from dora_export import fused, refine
 from dora_export.arithmetic import Arithmetic, Array
+from dora_export.row_factor import factor
 from dora_export.tensors import DType
 from dora_export.update import Change, Dense, Hadamard, Kronecker, Product
 
@@ -114,25 +115,6 @@ def _add_kronecker(tile: Tile, first: Array, second: Array) -> None:
         part = second[top - block * height : bottom - block * height]
         values = tile.values[top - start : bottom - start]
         values += (first[block][None, :, None] * part[:, None, :]).reshape(values.shape)
-
-
-def factor(xp: Any, magnitude: Array, squares: Array, eps: float) -> tuple[Array, Array]:
-    """Return ``m / (sqrt(squares) + eps)`` in float64, and where it has no defined value.
-
-    A zero norm gives factor 0; if m is zero there as well, or eps is not, the row is zero indeed.
-
-    Args:
-        xp: numpy or torch.
-        magnitude: m, float64.
-        squares: Sums of squares, float64, same shape.
-        eps: Added to the norm, dimensionless.
-
-    Source: arXiv:2402.09353, eq. 5; eps as in LyCORIS, lycoris/modules/locon.py.
-    """
-    norm = xp.sqrt(squares)
-    zero = norm == 0
-    quotient = magnitude / xp.where(zero, 1.0, norm + eps)
-    return xp.where(zero, 0.0, quotient), zero & (magnitude != 0) & (eps == 0)
 
 
 def merge_tile(

@@ -26,8 +26,8 @@ def with_biases(updates: Iterable[Update], base: Mapping[str, TensorRef]) -> Ite
         bias = bias_of(update.target)
         if update.scales_bias and bias in base:
             yield update
-            if (scaled := _scaled(update, base)) is not None:
-                yield replace(update, kind="function", target=bias, function=scaled, layout="oi",
+            if (function := scaled(update, base)) is not None:
+                yield replace(update, kind="function", target=bias, function=function, layout="oi",
                               down=None, up=None, magnitude=None, scales_bias=False)  # fmt: skip
             continue
         if not isinstance(function, PeftLayer) or not update.target.endswith("weight"):
@@ -46,13 +46,11 @@ def bias_of(weight: str) -> str:
     return f"{weight.removesuffix('weight')}bias"
 
 
-def is_scaled(update: Update, base: Mapping[str, TensorRef]) -> bool:
-    """Return whether a bias that goes through a layer's scaling can be given its own value."""
-    return _scaled(update, base) is not None
+def scaled(update: Update, base: Mapping[str, TensorRef]) -> ScaledBias | None:
+    """Return what becomes of a bias that goes through its layer's scaling.
 
-
-def _scaled(update: Update, base: Mapping[str, TensorRef]) -> ScaledBias | None:
-    """Return what becomes of the bias; None for a part of a fused layer, which shares one."""
+    None for a part of a fused layer, which shares one.
+    """
     ref = base.get(update.target)
     part = update.index is not None or update.rows is not None
     if ref is None or len(ref.shape) != 2 or part or update.misfit(ref.shape) is not None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from dora_export.plan import OutputFile, Plan, Step
-from dora_export.tensors import FileRange, HeldBytes, PickedColumns
+from dora_export.tensors import FileRange, HeldBytes
 from dora_export.update import Change
 
 COPY_BYTES = 32 << 20  # of one copying piece: small enough to share the work and show progress
@@ -168,7 +168,7 @@ def _copies(position: int, file: OutputFile) -> Iterator[Copy]:
         source = step.source.source
         if not step.copies_bytes or not step.nbytes:
             continue
-        assert not isinstance(source, PickedColumns), "Bug: only operands are picked"
+        assert isinstance(source, FileRange | HeldBytes), "Bug: only operands are picked"
         if (
             run is not None
             and isinstance(source, FileRange)

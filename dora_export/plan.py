@@ -406,7 +406,7 @@ def _problems(
         )
     bias = layer_biases.bias_of(name)
     if bias in base.tensors and any(
-        u.scales_bias and not layer_biases.is_scaled(u, base.tensors) for u in group
+        u.scales_bias and layer_biases.scaled(u, base.tensors) is None for u in group
     ):
         yield (
             f"{shown(name)}: this trainer scales the layer's bias by m / ||V|| as well, and the "

@@ -116,7 +116,8 @@ class InspectReport:
         misfit: Why not, or None.
         merged: Base tensors that a merge would change, or None.
         output_bytes: Size after a merge, or None.
-        notes: Decisions and doubts worth knowing.
+        notes: Decisions worth knowing.
+        warnings: Doubts worth knowing.
     """
 
     path: Path
@@ -133,7 +134,8 @@ class InspectReport:
     misfit: str | None = None
     merged: int | None = None
     output_bytes: int | None = None
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready data."""
@@ -178,6 +180,7 @@ class ConvertReport:
         energy: Share of the squared norm of all updates together that is kept; None: exact.
         seconds: Wall time.
         notes: Decisions worth knowing.
+        warnings: Doubts worth knowing.
     """
 
     output: Path
@@ -193,6 +196,7 @@ class ConvertReport:
     energy: float | None = None
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def worst(self) -> LayerLoss | None:

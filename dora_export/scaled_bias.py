@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from dora_export import cast
 from dora_export.errors import ArithmeticRefusal
+from dora_export.row_factor import factor
 from dora_export.tensors import DType, Operand, TensorRef
 from dora_export.update import Layout
 
@@ -72,17 +73,18 @@ class ScaledBias:
             ArithmeticRefusal: A row of V is zero although its magnitude is not.
         """
         up, down = (cast.operand_values(o, np.float64) for o in (self.up, self.down))
-        norms = np.concatenate([self._norms(at, self.scaling * up, down) for at in self._blocks()])
+        scaled = self.scaling * up
+        squares = np.concatenate([self._squares(at, scaled, down) for at in self._blocks()])
         m = cast.operand_values(self.magnitude, np.float64).ravel()
-        zero = norms == 0
-        if (undefined := np.flatnonzero(zero & (m != 0) & (self.eps == 0))).size:
+        scale, without = factor(np, m, squares, self.eps)
+        if (undefined := np.flatnonzero(without)).size:
             raise ArithmeticRefusal(
                 f"||W + s B A|| is zero in {undefined.size} rows (first: {undefined[0]}) whose "
                 "magnitude is not zero, so their bias has no defined value. Merge with the "
                 "trainer's own tool."
             )
-        factor: Floats = np.where(zero, 0.0, m / np.where(zero, 1.0, norms + self.eps))
-        return W * factor
+        scaled_bias: Floats = W * scale
+        return scaled_bias
 
     def working_bytes(self) -> int:
         """Return the bytes of one block of the weight, of A and of B."""
@@ -96,10 +98,10 @@ class ScaledBias:
         step = max(1, BLOCK_ELEMENTS // columns)
         return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
 
-    def _norms(self, rows: slice, up: Floats, down: Floats) -> Floats:
+    def _squares(self, rows: slice, up: Floats, down: Floats) -> Floats:
         columns = self.weight.shape[1]
         raw = self.weight.raw(rows.start * columns, rows.stop * columns)
         V: Floats = cast.widened(raw, self.weight.dtype, np.float64).reshape(-1, columns)
         V = V + up[rows] @ down
-        norms: Floats = np.sqrt(np.einsum("ij,ij->i", V, V))
-        return norms
+        squares: Floats = np.einsum("ij,ij->i", V, V)
+        return squares

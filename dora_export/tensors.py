@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -86,24 +86,34 @@ class FileRange:
         Raises:
             InputError: The file ends too early or cannot be read.
         """
-        view = out.reshape(-1).data
-        offset, done = self.start + start, 0
+        self.read_each([start], out.reshape(1, -1))
+
+    def read_each(self, starts: Iterable[int], out: Bytes) -> None:
+        """Fill each row of ``out`` with the bytes from its start (relative to this range).
+
+        Raises:
+            InputError: The file ends too early or cannot be read.
+        """
+        done, offset = 0, self.start
         try:
-            # A handle per read: no shared state, and hundreds of shards need no open-file limit.
+            # A handle per call: no shared state, and hundreds of shards need no open-file limit.
             with open(self.path, "rb", buffering=0) as file:
-                file.seek(offset)
-                while done < len(view) and (got := file.readinto(view[done:])):
-                    done += got
+                for start, row in zip(starts, out, strict=True):
+                    view, done, offset = row.data, 0, self.start + start
+                    file.seek(offset)
+                    while done < len(view) and (got := file.readinto(view[done:])):
+                        done += got
+                    if done < len(view):
+                        raise InputError(
+                            f"{self.path}: ends at byte {offset + done}, expected "
+                            f"{offset + len(view)}. The file is truncated or changed while it was "
+                            "read; copy it again."
+                        )
         except OSError as error:
             raise InputError(
                 f"{self.path}: cannot be read at byte {offset + done}: {error.strerror}. "
                 f"{advice(error, 'Check the disk or copy the file again.')}"
             ) from error
-        if done < len(view):
-            raise InputError(
-                f"{self.path}: ends at byte {offset + done}, expected {offset + len(view)}. "
-                "The file is truncated or changed while it was read; copy it again."
-            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,6 +183,40 @@ class PickedColumns:
             done += taken
 
 
+@dataclass(frozen=True, eq=False)
+class JoinedBytes:
+    """Several stored tensors one after another, as if they were one."""
+
+    parts: tuple[FileRange | HeldBytes | PickedColumns | JoinedBytes, ...]
+
+    @property
+    def path(self) -> Path:
+        """File that holds the first of them."""
+        return self.parts[0].path
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes of all."""
+        return sum(part.nbytes for part in self.parts)
+
+    def read(self, start: int, out: Bytes) -> None:
+        """Fill ``out`` with the bytes from ``start`` of all of them.
+
+        Raises:
+            InputError: A file ends too early or cannot be read.
+        """
+        flat, done = out.reshape(-1), 0
+        for part in self.parts:
+            if start < part.nbytes and done < flat.size:
+                taken = min(part.nbytes - start, flat.size - done)
+                part.read(start, flat[done : done + taken])
+                done += taken
+            start = max(0, start - part.nbytes)
+
+
+Source = FileRange | HeldBytes | PickedColumns | JoinedBytes
+
+
 @dataclass(frozen=True, slots=True)
 class TensorRef:
     """A stored tensor: name, dtype and shape cost nothing; bytes are read on request.
@@ -189,7 +233,7 @@ class TensorRef:
     name: str
     dtype: DType
     shape: tuple[int, ...]
-    source: FileRange | HeldBytes | PickedColumns
+    source: Source
 
     @property
     def size(self) -> int:
@@ -224,7 +268,7 @@ class TensorRef:
         rows, columns = self.shape
         last = first + step * (count - 1)
         assert 0 <= first <= last < columns, f"Bug: column {last} of {self.shape}"
-        assert not isinstance(self.source, PickedColumns), "Bug: columns of picked columns"
+        assert isinstance(self.source, FileRange | HeldBytes), "Bug: columns of picked columns"
         picked = PickedColumns(self.source, self.dtype.itemsize, columns, first, step, count)
         return TensorRef(self.name, self.dtype, (rows, count), picked)
 
@@ -238,6 +282,17 @@ class TensorRef:
         stop = self.size if stop is None else stop
         out = np.empty((stop - start) * self.dtype.itemsize, np.uint8)
         self.source.read(start * self.dtype.itemsize, out)
+        return out.view(self.dtype.raw)
+
+    def raw_each(self, starts: Sequence[int], count: int) -> NDArray[Any]:
+        """Return ``count`` elements from each start, as a new matrix of ``dtype.raw``."""
+        itemsize = self.dtype.itemsize
+        out = np.empty((len(starts), count * itemsize), np.uint8)
+        if isinstance(self.source, FileRange):
+            self.source.read_each((start * itemsize for start in starts), out)
+        else:
+            for start, row in zip(starts, out, strict=True):
+                self.source.read(start * itemsize, row)
         return out.view(self.dtype.raw)
 
 

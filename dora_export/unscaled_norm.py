@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from dora_export import cast
 from dora_export.errors import ArithmeticRefusal, shown
+from dora_export.row_factor import factor
 from dora_export.tensors import DType, Operand, TensorRef
 from dora_export.update import Layout
 
@@ -42,7 +43,10 @@ class UnscaledNorm:
     @property
     def what(self) -> str:
         """One line for people."""
-        return "ai-toolkit's DoRA with alpha other than the rank makes a new weight"
+        return (
+            "ai-toolkit's norm leaves the scaling out where alpha is not the rank, which no other "
+            "format's does"
+        )
 
     @property
     def refs(self) -> tuple[TensorRef, ...]:
@@ -71,16 +75,14 @@ class UnscaledNorm:
         up, down = (cast.operand_values(o, np.float64) for o in (self.up, self.down))
         product: Floats = up @ down
         V = W + product
-        norms = np.sqrt(np.einsum("ij,ij->i", V, V))
         m = cast.operand_values(self.magnitude, np.float64).ravel()
-        zero = norms == 0
-        if (undefined := np.flatnonzero(zero & (m != 0))).size:
+        scale, without = factor(np, m, np.einsum("ij,ij->i", V, V), eps=0.0)
+        if (undefined := np.flatnonzero(without)).size:
             raise ArithmeticRefusal(
                 f"||W + B A|| is zero in {undefined.size} rows (first: {undefined[0]}) whose "
                 "magnitude is not zero, so they have no direction to scale. Merge with ai-toolkit."
             )
-        factor = np.where(zero, 0.0, m / np.where(zero, 1.0, norms))
-        V *= factor[:, None]
+        V *= scale[:, None]
         V += (self.scaling - 1) * product
         return V
 

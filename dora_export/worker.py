@@ -23,12 +23,13 @@ from dora_export.formula import (
     UndefinedRows,
     add_delta,
     alone,
-    factor,
     merge_tile,
 )
+from dora_export.paged import PAGE, placed
 from dora_export.pieces import ColumnSquares, Copy, Merge, Region, regions
 from dora_export.plan import Precision, Settings, Step
 from dora_export.refine import product, recompute_cancelled
+from dora_export.row_factor import factor
 from dora_export.tensors import BF16, F32, F64, DType, FileRange, Operand
 from dora_export.update import Change, Product
 
@@ -221,8 +222,7 @@ class Worker:
     def merge(self, piece: Merge, changes: list[LoadedChange]) -> None:
         """Merge the piece's rows and hand their bytes to the sink."""
         self._lane(piece.step)  # its library gives the buffers
-        out = self._buffer("_written", piece.nbytes).view(piece.step.dtype.raw)
-        out = out.reshape(piece.last_row - piece.first_row, piece.region.columns)
+        out = self._out(piece)
         compiled = bool(changes) and changes[0].kernel is not None
         for block in self._blocks(piece.step, piece.region, piece.first_row, piece.last_row):
             written = out[block.first_row - piece.first_row :][: block.raw.shape[0]]
@@ -231,6 +231,13 @@ class Worker:
             else:
                 self._merge_tiles(piece, block, changes, written)
         self._sink.write(piece.file, piece.offset, out.view(np.uint8))
+
+    def _out(self, piece: Merge) -> NDArray[Any]:
+        """Return where the piece's rows are put together: as they lie in the file's pages."""
+        offset = piece.offset if piece.offset % piece.step.dtype.itemsize == 0 else 0
+        buffer = self._buffer("_written", piece.nbytes + PAGE)
+        out = placed(buffer, offset, piece.nbytes).view(piece.step.dtype.raw)
+        return out.reshape(piece.last_row - piece.first_row, piece.region.columns)
 
     def _merge_tiles(
         self, piece: Merge, block: _Block, changes: list[LoadedChange], written: NDArray[Any]

@@ -31,6 +31,7 @@ from dora_export.writers import files, journal, side_files, staging
 from dora_export.writers.staging import MARK
 
 PARTIAL, REPLACED = ".dora_export-partial", ".dora_export-replaced"
+PAGE = 4096
 TRACKED = ("mkdir", "open", "write", "pwrite", "copy_file_range", "ftruncate", "fsync", "rename",
            "unlink", "rmdir")  # fmt: skip
 
@@ -78,11 +79,17 @@ class Hooks:
 
         def call(descriptor, data, *rest):
             if fits(descriptor, data, *rest) and self.reached():
-                real(descriptor, data[: len(data) // 2], *rest)
+                real(descriptor, half(data), *rest)
                 self.act()
             return real(descriptor, data, *rest)
 
         setattr(os, name, call)
+
+
+def half(data):
+    """Half of what is written; whole pages of whole pages, which may go past the page cache."""
+    count = len(data) // 2
+    return data[: count if len(data) % PAGE else count // PAGE * PAGE]
 
 
 def named(path, end):
@@ -159,7 +166,7 @@ def kill_at_event(number, when):
             if mine and when == "before":
                 die()
             if mine and when == "half" and name in ("write", "pwrite"):
-                real(args[0], args[1][: len(args[1]) // 2], *args[2:])
+                real(args[0], half(args[1]), *args[2:])
                 die()
             result = real(*args, **options)
             if mine:

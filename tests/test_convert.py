@@ -19,7 +19,7 @@ import dora_export
 from dora_export.adapter_writers import WRITERS
 from dora_export.api_convert import TARGETS, convert
 from dora_export.errors import AdapterError, DoraExportError, OutputError
-from tests import oracle, peft_models, small
+from tests import oracle, peft_models, pipelines, small, test_aitoolkit, test_small_trainers
 from tests.fixtures import MLX, TORCHTUNE
 from tests.peft_models import ZOO, Zoo
 from tests.trainers import loaded
@@ -189,6 +189,18 @@ def test_embedding_of_mlx_is_pefts_transposed(tmp_path):
     assert torch.equal(stored[f"{key}B"], b.T)
 
 
+def test_what_rides_along_goes_along_to_peft(tmp_path):
+    base, adapter = peft_pair(tmp_path)
+    with_saved_module(adapter)
+    convert(adapter, "peft", tmp_path / "again", base=base)
+    config = json.loads((tmp_path / "again/adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["model.embed_tokens"]
+    dora_export.merge(base, adapter, tmp_path / "one")
+    dora_export.merge(base, tmp_path / "again", tmp_path / "two", verify="full")
+    one, two = (tmp_path / n / "model.safetensors" for n in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+
+
 def test_tokenizer_goes_along(tmp_path):
     _, adapter = peft_pair(tmp_path)
     (adapter / "tokenizer.json").write_text("{}")
@@ -234,8 +246,9 @@ def unchanged(adapter):
 
 
 REFUSALS = {
-    "modules_to_save into MLX": ("mlx", with_saved_module, {}, "embed_tokens.*kind replace"),
-    "modules_to_save into torchtune": ("torchtune", with_saved_module, {}, "kind replace"),
+    "modules_to_save into MLX": (
+        "mlx", with_saved_module, {}, "embed_tokens.weight: a whole copy of it"),
+    "modules_to_save into torchtune": ("torchtune", with_saved_module, {}, "a whole copy of it"),
     "scalings into MLX": ("mlx", with_ranks, {}, "differ in scaling, MLX has one"),
     "scalings into torchtune": ("torchtune", with_ranks, {}, "differ in scaling"),
     "divided magnitudes": (
@@ -248,16 +261,26 @@ def test_what_a_format_cannot_hold_is_refused(tmp_path, case):
     to, change, options, remedy = REFUSALS[case]
     base, adapter = peft_pair(tmp_path)
     change(adapter)
-    with pytest.raises(AdapterError, match=rf"(?s){remedy}.*--to lora --rank R --base BASE"):
+    out = {"merge": tmp_path / "merged", "lora": tmp_path / "lora"}
+    with pytest.raises(AdapterError, match=f"(?s){remedy}.*\nMerge it instead") as refusal:
         convert(adapter, to, tmp_path / "out", base=base, **options)
     assert not (tmp_path / "out").exists()
+    # What the message names as the way out is one.
+    dora_export.merge(base, adapter, out["merge"], **options)
+    if "--to lora --rank R --base BASE" in str(refusal.value):
+        convert(adapter, "lora", out["lora"], base=base, rank=2, **options)
+    else:
+        with pytest.raises(AdapterError, match="a plain LoRA cannot hold all of this"):
+            convert(adapter, "lora", out["lora"], base=base, rank=2, **options)
 
 
 def test_embedding_magnitudes_differ_between_mlx_and_peft(tmp_path):
     with pytest.raises(AdapterError, match="one magnitude per token, PEFT has one per dimension"):
         convert(MLX / "dora" / "adapter", "peft", tmp_path / "out")
     made = made_by_peft(tmp_path, use_dora=True)
-    with pytest.raises(AdapterError, match=r"(?s)differ in rank.*conv1.*not known"):
+    with pytest.raises(
+        AdapterError, match=r"(?s)differ in rank.*cancelled.weight and 6 more: .*not known"
+    ):
         convert(made.adapter, "mlx", tmp_path / "out")
 
 
@@ -278,7 +301,10 @@ def test_torchtune_needs_the_base_and_layers_without_biases(tmp_path):
     base, adapter = peft_pair(tmp_path, bias=True)
     with pytest.raises(AdapterError, match="Pass --base"):
         convert(adapter, "torchtune", tmp_path / "out")
-    with pytest.raises(AdapterError, match="scales the layer's bias as well; the base has one"):
+    with pytest.raises(
+        AdapterError,
+        match=r"torchtune scales the layer's bias .* trainer does not, and the base has one",
+    ):
         convert(adapter, "torchtune", tmp_path / "out", base=base)
     small.edit_json(base / "config.json", model_type="strange")
     plain = peft_pair(tmp_path / "plain")
@@ -289,7 +315,8 @@ def test_torchtune_needs_the_base_and_layers_without_biases(tmp_path):
 
 def test_torchtunes_rows_need_the_base(tmp_path):
     own = TORCHTUNE / "lora" / "adapter" / "adapter_model.pt"
-    with pytest.raises(AdapterError, match="order of its rows depends on the base; pass --base"):
+    told = r"(?s)q_proj.weight and \d more: the order of its rows .* pass --base.*\nPass --base\.$"
+    with pytest.raises(AdapterError, match=told):
         convert(own, "peft", tmp_path / "out", allow_pickle=True)
 
 
@@ -341,6 +368,93 @@ def test_nothing_is_overwritten(tmp_path):
 def test_every_target_is_named_by_the_command(tmp_path):
     assert (*(w.name for w in WRITERS), "lora") == TARGETS
     assert all(name in small.run("convert", "--help").output for name in TARGETS)
+
+
+# --- biases that a trainer scales along, and norms that leave the scaling out
+
+
+class Trained(torch.nn.Module):
+    """Layers named as test_small_trainers' QDoRA names them, for PEFT to wrap."""
+
+    def __init__(self, state):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.ModuleDict()])
+        for layer, (out, inner) in test_small_trainers.SHAPES.items():
+            bias = f"{layer}.bias" in state
+            self.layers[0][layer.removeprefix("layers.0.")] = torch.nn.Linear(inner, out, bias)
+        self.load_state_dict(state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_scaled_biases_go_to_peft_as_trained_ones(tmp_path, dtype, recwarn):
+    biases = ["layers.0.q", "layers.0.up"]
+    state, adapter, _ = test_small_trainers.write_qdora(tmp_path, dtype, biases=biases)
+    base, own, _ = test_small_trainers.qdora_paths(tmp_path)
+    report = convert(own, "peft", tmp_path / "peft", base=base)
+    assert "those of 2 layers go along scaled" in report.notes[0]
+    dora_export.merge(base, own, tmp_path / "one")
+    dora_export.merge(base, tmp_path / "peft", tmp_path / "two", verify="full")
+    one, two = (tmp_path / n / "model.safetensors" for n in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+    if dtype is not torch.float32:
+        return
+    model = peft.PeftModel.from_pretrained(Trained(state), tmp_path / "peft").eval()
+    assert not [w for w in recwarn if "missing adapter keys" in str(w.message)]
+    for layer, (_, inner) in test_small_trainers.SHAPES.items():
+        x = torch.randn(5, inner)
+        names = ("dora_layer.lora_A.weight", "dora_layer.lora_B.weight",
+                 "magnitude_layer.magnitude")  # fmt: skip
+        stored = (state[f"{layer}.weight"], *(adapter[f"{layer}.{n}"] for n in names))
+        terms = map(oracle.float64, stored)
+        b = oracle.float64(state[f"{layer}.bias"]) if layer in biases else 0.0
+        want = test_small_trainers.qdora_forward(oracle.float64(x), *terms, b)
+        with torch.no_grad():
+            got = oracle.float64(model.base_model.model.get_submodule(layer)(x))
+        assert np.abs(got - want).max() <= 2e-6 * np.abs(want).max()
+
+
+def test_scaled_biases_are_refused_where_a_format_holds_none_and_peft_is_named(tmp_path):
+    test_small_trainers.write_qdora(tmp_path, biases=["layers.0.q"])
+    base, own, _ = test_small_trainers.qdora_paths(tmp_path)
+    with pytest.raises(
+        AdapterError,
+        match=r"(?s)layers\.0\.down\.weight and 2 more: its trainer scales .*\nPass --base\.$",
+    ):
+        convert(own, "peft", tmp_path / "out")
+    reason = (
+        r"layers\.0\.q\.weight: its trainer scales the layer's bias .* the base has one, and the "
+        r"{} format holds none; PEFT's does \(--to peft\)\s.*Merge it instead\.$"
+    )
+    for to, name in (("mlx", "MLX"), ("lycoris", "LyCORIS"), ("diffusers", "diffusers")):
+        with pytest.raises(AdapterError, match="(?s)" + reason.format(name)):
+            convert(own, to, tmp_path / "out", base=base)
+    assert not (tmp_path / "out").exists()
+
+
+def test_torchtunes_biases_stay_torchtunes_and_become_pefts(tmp_path):
+    base, own = (TORCHTUNE / "qwen2-dora" / n for n in ("base", "adapter/adapter_model.pt"))
+    convert(own, "torchtune", tmp_path / "again", base=base, allow_pickle=True)
+    back = torch.load(tmp_path / "again" / "adapter_model.pt", weights_only=True)
+    assert same(back, torch.load(own, weights_only=True))
+    convert(own, "peft", tmp_path / "peft", base=base, allow_pickle=True)
+    assert json.loads((tmp_path / "peft/adapter_config.json").read_text())["bias"] == "lora_only"
+    dora_export.merge(base, own, tmp_path / "one", allow_pickle=True)
+    dora_export.merge(base, tmp_path / "peft", tmp_path / "two", verify="full")
+    one, two = (tmp_path / n / "model.safetensors" for n in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_ai_toolkits_unscaled_norm_has_no_place_and_the_way_out_is_one(tmp_path):
+    base = pipelines.write(tmp_path / "base", torch.float32)
+    own = test_aitoolkit.write(tmp_path, test_aitoolkit.adapter(flat=False))
+    for to in ("peft", "mlx", "torchtune", "lycoris", "diffusers"):
+        with pytest.raises(
+            AdapterError, match=r"(?s)norm leaves the scaling out.*--to lora --rank"
+        ):
+            convert(own, to, tmp_path / "out", base=base, alpha=test_aitoolkit.ALPHA)
+    report = convert(own, "lora", tmp_path / "lora", base=base, rank=64,
+                     alpha=test_aitoolkit.ALPHA)  # fmt: skip
+    assert report.energy == pytest.approx(1.0, abs=1e-12)
 
 
 # --- the nearest plain LoRA

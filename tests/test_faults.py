@@ -154,6 +154,9 @@ class Fallocate:
             return -1
         return self.real.fallocate64(*args)
 
+    def statfs(self, *args):
+        return self.real.statfs(*args)
+
 
 def below(at):
     """Whether a call is about the output, or what is hidden beside it."""
@@ -891,10 +894,10 @@ MEMORY = [
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(("where", "name"), MEMORY, ids=lambda x: getattr(x, "__name__", x))
 def test_memory_that_runs_out_is_told_with_the_bound(at, monkeypatch, where, name, threads):
-    monkeypatch.setattr(where, name, raiser(MemoryError()))
-    refusal = attempt(at, threads=threads)
     report = dora_export.merge(at / "base", at / "adapter", at / "dry", threads=threads,
                                dry_run=True)  # fmt: skip
+    monkeypatch.setattr(where, name, raiser(MemoryError()))
+    refusal = attempt(at, threads=threads)
     assert f"buffers take up to {report.memory_bytes / 1e6:.0f} MB" in refusal
     assert "Pass --threads 1, a smaller --block" in refusal
 

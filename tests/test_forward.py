@@ -21,7 +21,7 @@ from dora_export.checkpoints import open_checkpoint
 from dora_export.plan import Settings, Step, plan_merge
 from dora_export.tensors import DTYPES, HeldBytes, Operand, TensorRef
 from dora_export.update import Dense, Hadamard, Kronecker, Product, Update
-from dora_export.verification import inputs, models, unmerged
+from dora_export.verification import inputs, models, terms, unmerged
 from dora_export.verification.forward import check_forward, judge
 from dora_export.verification.hypotheses import mistaken
 from dora_export.verification.measured import Measured, Unsupported
@@ -308,15 +308,10 @@ def test_every_use_and_axis_gives_what_the_merged_weight_would(kind, axis, part)
     expected[slice(*part) if part else slice(None)] = (
         new.T if layout == "io" else new.reshape(sliced.shape)
     )
-    rows_normed = (axis == "out") == (layout == "oi")
-    if part and axis and not rows_normed:
-        with pytest.raises(Unsupported, match="across its rows"):
-            unmerged.terms(step, Settings())
-        return
     base = torch.from_numpy(W)
     use, x = use_of(kind, base)
     for strength in (1.0, 0.4):
-        parts = unmerged.Parts("w", base, unmerged.terms(step, Settings()), strength)
+        parts = unmerged.Parts("w", base, terms.terms(step, Settings()), strength)
         exact = use.plain(x, torch.from_numpy(W + strength * (expected - W)))
         for same in (parts, parts.measured()):  # float64's own norms are the float64 norms
             assert torch.allclose(same.compute(use, x), exact, rtol=0, atol=1e-12)
@@ -362,7 +357,7 @@ def test_updates_that_are_no_product_give_what_the_merged_weight_would(kind, lay
         V = new.reshape(len(new), len(m), -1)
         new = (V * (m / np.sqrt((V * V).sum(axis=(0, 2))))[:, None]).reshape(new.shape)
     merged = torch.from_numpy((new.T if layout == "io" else new.reshape(shape)).copy())
-    parts = unmerged.Parts("w", torch.from_numpy(W), unmerged.terms(step, Settings()))
+    parts = unmerged.Parts("w", torch.from_numpy(W), terms.terms(step, Settings()))
     use, x = use_of(layer, parts.base)
     for same in (parts, parts.measured(), parts.to(torch.float64)):
         assert torch.allclose(same.compute(use, x), use.plain(x, merged), rtol=0, atol=1e-11)
@@ -389,7 +384,7 @@ def test_magnitudes_that_were_divided_by_the_norm_are_factors(layer, axis):
     new = V * (m[:, None, None] if axis == "out" else m[:, None])
     new = new.reshape(seen.shape)
     merged = torch.from_numpy((new.T if layout == "io" else new.reshape(W.shape)).copy())
-    parts = unmerged.Parts("w", torch.from_numpy(W), unmerged.terms(step, Settings()))
+    parts = unmerged.Parts("w", torch.from_numpy(W), terms.terms(step, Settings()))
     use, x = use_of(layer, parts.base)
     for same in (parts, parts.measured(), parts.to(torch.float64)):
         assert torch.allclose(same.compute(use, x), use.plain(x, merged), rtol=0, atol=1e-12)
@@ -428,8 +423,8 @@ def test_rows_without_a_norm_follow_the_users_choice(choice):
                     Operand.plain(held("B", np.array([[1.0], [0.0]]))),
                     magnitude=Operand.plain(held("m", np.array([2.0, 10.0]))))  # fmt: skip
     step = Step("w", DTYPES["F64"], held("w", W), (update.change((2, 2)),), status="merged")
-    terms = unmerged.terms(step, Settings(zero_norm=choice))
-    parts = unmerged.Parts("w", torch.from_numpy(W), terms)
+    numbers = terms.terms(step, Settings(zero_norm=choice))
+    parts = unmerged.Parts("w", torch.from_numpy(W), numbers)
     x = torch.tensor([[1.0, 1.0]], dtype=torch.float64)
     first = 3.0 if choice == "keep-base" else 0.0
     assert torch.allclose(parts.compute(unmerged.LINEAR, x), torch.tensor([[first, 14.0]]).double())
@@ -456,7 +451,7 @@ def test_a_weight_used_as_its_transpose_is_unmerged_all_the_same():
     update = Update("w", "dora", (), Operand.plain(held("A", A)), Operand.plain(held("B", B)),
                     scaling=0.7, magnitude=Operand.plain(held("m", m)))  # fmt: skip
     step = Step("w", DTYPES["F64"], held("w", W), (update.change((6, 8)),), status="merged")
-    parts = unmerged.Parts("w", torch.from_numpy(W), unmerged.terms(step, Settings()))
+    parts = unmerged.Parts("w", torch.from_numpy(W), terms.terms(step, Settings()))
     weight = unmerged.Unmerged.of(parts)
     merged = torch.from_numpy(oracle.dora(W, A, B, m, 0.7, axis=1))
     x, y = (torch.from_numpy(make.normal(size=(3, n))) for n in (8, 6))

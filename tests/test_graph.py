@@ -350,6 +350,82 @@ def test_renamed_inputs_and_outputs_are_found(decoder, old, new, what, tmp_path)
     assert not result.ran
 
 
+# --- a base in 16 bits, a graph in 32
+
+
+@pytest.fixture(scope="module")
+def narrow(encoder, tmp_path_factory):
+    """A base in bfloat16, and a graph in float32 of each of some merges: before and after it was
+    widened, and before with a small mistake.
+    """
+    _, out, graph = encoder
+    folder = tmp_path_factory.mktemp("narrow")
+    make, lora = KINDS["bert"]
+    pair = prepare(folder, make(), torch.bfloat16, **lora)
+    graphs = {}
+    for name, options in {"float32": {"dtype": "fp32"}, "bfloat16": {},
+                          "mistaken": {"dtype": "fp32", "strength": 0.999}}.items():  # fmt: skip
+        dora_export.merge(pair.base, pair.adapter, folder / name, **options)
+        change(folder / name, lambda held: held.update({n: t.float() for n, t in held.items()}))
+        graphs[name] = with_weights(graph, folder / f"{name}.onnx", out, folder / name)
+    return pair, graphs
+
+
+def test_what_is_allowed_follows_from_the_type_that_a_graph_was_merged_in(narrow, tmp_path):
+    pair, graphs = narrow
+    noise = {}
+    for name in ("float32", "bfloat16"):
+        result, findings = check(pair, graphs[name])
+        assert findings == ()
+        assert (result.figures["merged_in"], result.figures["storage"]) == (name, name)
+        noise[name] = result.figures["outputs"]["logits"]["noise"]["rms"]
+    assert noise["bfloat16"] > 1000 * noise["float32"]
+    result, findings = check(pair, graphs["mistaken"])
+    assert codes(findings) == ["graph-differs"]
+    error = result.figures["outputs"]["logits"]["error"]["rms"]
+    assert 100 * noise["float32"] < error < noise["bfloat16"]  # it passed where that was allowed
+    hidden = renamed_and_padded(graphs["mistaken"], tmp_path / "hidden.onnx")
+    result, findings = check(pair, hidden)
+    assert (codes(findings), result.figures["merged_in"]) == (["graph-coarse"], None)
+    assert result.figures["storage"] == "bfloat16"  # as the base is: nothing says otherwise
+
+
+def renamed_and_padded(graph, path):
+    """The graph with its matrices where none of the checkpoint's shapes is found."""
+    model = onnx.load(graph)
+    for initializer in list(model.graph.initializer):
+        held = onnx.numpy_helper.to_array(initializer)
+        if held.ndim == 2 and min(held.shape) > 8:
+            name = f"padded.{initializer.name}"
+            padded = onnx.numpy_helper.from_array(np.stack([held, held]), name)
+            at = onnx.numpy_helper.from_array(np.array(1), f"at.{name}")
+            node = onnx.helper.make_node("Gather", [name, at.name], [initializer.name])
+            model.graph.initializer.remove(initializer)
+            model.graph.initializer.extend([padded, at])
+            model.graph.node.insert(0, node)
+    onnx.save(model, path)
+    return path
+
+
+def test_a_graph_is_what_the_manifest_beside_it_says(narrow, tmp_path):
+    """The way of its weights where they are hidden, and the strength; the user wins."""
+    pair, graphs = narrow
+    renamed_and_padded(graphs["mistaken"], tmp_path / "model.onnx")
+
+    def verified(options, onnx_said, **given):
+        content = {"options": options, "onnx": onnx_said}
+        (tmp_path / "dora_export.json").write_text(json.dumps(content))
+        report = dora_export.verify(pair.base, pair.adapter, tmp_path / "model.onnx", **given)
+        return report.verdict, report.tiers[0].figures["storage"]
+
+    said = {"way": "into", "dtype": "F32"}
+    assert verified({"dtype": None}, said) == ("wrong", "float32")
+    assert verified({"dtype": "F32"}, {"way": "trace"}) == ("wrong", "float32")
+    assert verified({"dtype": None, "strength": 0.999}, said) == ("right", "float32")
+    assert verified({"dtype": None, "strength": 0.999}, said, strength=1.0)[0] == "wrong"
+    assert verified({"dtype": None}, {"way": "into", "dtype": "int8"}) == ("right", "bfloat16")
+
+
 # --- another runner
 
 

@@ -9,8 +9,8 @@ import dora_export
 
 PACKAGE = Path(dora_export.__file__).parent
 FLOORS = (
-    "_version errors limits words unet_names flux_names",
-    "machine",
+    "_version errors limits words row_factor unet_names flux_names",
+    "machine paged",
     "tensors inputs flat_names conventions expert_names",
     "cast update",
     "storage refine residual scaled_bias unscaled_norm peft_layers",
@@ -57,6 +57,7 @@ def test_verify_shares_no_arithmetic_with_the_engine():
         used
         & {
             "formula",
+            "row_factor",
             "engine",
             "worker",
             "arithmetic",
@@ -72,4 +73,7 @@ def test_verify_shares_no_arithmetic_with_the_engine():
 def test_readers_know_no_arithmetic():
     folders = ("adapters", "checkpoints", "storage")
     used = {n for f in folders for path in (PACKAGE / f).rglob("*.py") for n in imported(path)}
-    assert used & {"formula", "engine", "worker", "arithmetic", "refine", "cast"} == set()
+    assert (
+        used & {"formula", "row_factor", "engine", "worker", "arithmetic", "refine", "cast"}
+        == set()
+    )

@@ -17,11 +17,13 @@ from dora_export.adapter_writers import peft
 from dora_export.adapter_writers.components import Place, doubts, places
 from dora_export.adapter_writers.lycoris import stored_transposed
 from dora_export.adapter_writers.model import (
+    NEEDS_BASE,
     Source,
     Written,
     alpha_of,
     check,
     is_embedding,
+    kind_problem,
     whole,
 )
 from dora_export.errors import shown
@@ -67,13 +69,13 @@ def _problems(source: Source, found: Sequence[Place], layers: Layers) -> Iterato
     for place, update in zip(found, source.updates, strict=True):
         name = shown(update.target)
         if update.kind not in ("lora", "dora"):
-            yield f"{name}: a change of kind {update.kind}"
+            yield kind_problem(update)
         elif is_embedding(update):
             yield f"{name}: an embedding"
         elif place.component is None or (place.flat is not None and source.base is None):
             yield (
-                f"{name}: which component of a pipeline it is in is not said; pass the pipeline's "
-                "folder as --base"
+                f"{name}: which component of a pipeline it is in is not said; {NEEDS_BASE}, the "
+                "pipeline's folder"
             )
         elif stored_transposed(update, source):
             yield f"{name}: the base stores it (in, out), as GPT-2 does"

@@ -24,6 +24,7 @@ from dora_export.adapter_writers.model import (
     copied,
     factors,
     is_embedding,
+    kind_problem,
     stored,
 )
 from dora_export.adapters.lycoris_layers import EPS, number
@@ -88,7 +89,7 @@ def _problems(source: Source, modules: Sequence[str | None]) -> Iterator[str]:
     for module, update in zip(modules, source.updates, strict=True):
         name = shown(update.target)
         if update.kind not in ("lora", "dora"):
-            yield f"{name}: a change of kind {update.kind}"
+            yield kind_problem(update)
             continue
         if module is None:
             yield f"{name}: how LyCORIS calls this component of a pipeline is not known"

@@ -13,12 +13,14 @@ from collections.abc import Iterator
 
 from dora_export import tying
 from dora_export.adapter_writers.model import (
+    NEEDS_BASE,
     Source,
     Stored,
     Written,
     check,
     factors,
     is_embedding,
+    kind_problem,
     module_of,
     stored,
 )
@@ -75,7 +77,7 @@ def _problems(source: Source) -> Iterator[str]:
 def _problems_of(update: Update, source: Source) -> Iterator[str]:
     name, module = shown(update.target), module_of(update)
     if update.kind not in ("lora", "dora"):
-        yield f"{name}: a change of kind {update.kind}"
+        yield kind_problem(update)
     elif KNOWN.fullmatch(module) is None:
         yield f"{name}: what mlx-lm calls this layer is not known (model.layers.N..., lm_head)"
     elif update.down is not None and len(update.down.ref.shape) > 2:
@@ -91,7 +93,7 @@ def _tied_problems(name: str, source: Source) -> Iterator[str]:
     if source.adapter.format == "mlx":
         return
     if source.base is None:
-        yield f"{name}: whether the base ties it to its head matters to MLX; pass --base"
+        yield f"{name}: whether the base ties it to its head matters to MLX; {NEEDS_BASE}"
     elif tying.is_tied(source.base, [u.target for u in source.updates]):
         yield f"{name}: the base ties it to its head, which MLX would change as well"
 

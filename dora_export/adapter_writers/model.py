@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dora_export import cast, layer_biases
 from dora_export.adapters.model import Adapter
 from dora_export.checkpoints.model import Checkpoint
 from dora_export.errors import AdapterError, listing, shown
 from dora_export.tensors import DType, Operand, TensorRef
 from dora_export.update import Axis, Update
 
+NEEDS_BASE = "pass --base"  # in every problem that a base would solve, or show to be none
+Biases = Literal["plain", "scaled", "own"]
 # Modules whose weight is looked up by token, in the formats that store them in a way of their own.
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "wpe",
               "embeddings", "embedding")  # fmt: skip
@@ -94,6 +97,7 @@ def check(
     axes: Sequence[Axis] = ("out",),
     *,
     adds_eps: bool = False,
+    biases: Biases = "plain",
 ) -> None:
     """Refuse an adapter that the target format cannot hold.
 
@@ -103,18 +107,47 @@ def check(
         problems: What the writer has found itself.
         axes: What the format's magnitudes can count.
         adds_eps: The format adds something to norms; the writer has compared it.
+        biases: What the format's DoRA makes of a layer's bias: adds it as it is ("plain"), or
+            scales it by ``m / ||W + s B A||`` ("scaled"), or brings its own value ("own").
 
     Raises:
         AdapterError: There are problems, those of the writer or those that all share.
     """
     shared = (p for u in source.updates for p in _problems(u, source, axes, adds_eps))
-    found = [*problems, *shared]
+    of_biases = (p for u in source.updates if (p := _bias_problem(u, source, target, biases)))
+    found = [*problems, *shared, *of_biases]
+    if found and source.base is None and all(NEEDS_BASE in problem for problem in found):
+        raise AdapterError(
+            f"{source.adapter.path}: the adapter alone does not tell whether the {target} format "
+            f"can hold it:{listing(_gathered(found))}\nPass --base."
+        )
     if found:
         raise AdapterError(
             f"{source.adapter.path}: the {target} format cannot hold this adapter exactly:"
-            f"{listing(dict.fromkeys(found))}\nMerge it instead, or approximate it with "
-            "--to lora --rank R --base BASE."
+            f"{listing(_gathered(found))}\n{_way_out(source)}"
         )
+
+
+def _gathered(problems: Sequence[str]) -> Iterator[str]:
+    """Yield every reason once, with the first layer of which it holds and how many more."""
+    layers: dict[str, list[str]] = {}
+    for problem in dict.fromkeys(problems):
+        name, colon, reason = problem.partition(": ")
+        layers.setdefault(reason if colon else "", []).append(name)
+    for reason, names in layers.items():
+        if not reason:
+            yield from names
+            continue
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        yield f"{names[0]}{more}: {reason}"
+
+
+def _way_out(source: Source) -> str:
+    """Return what else can be done with an adapter."""
+    values = [u for u in source.updates if u.kind in ("replace", "add", "rows")]
+    if values or any(scaled_bias(u, source) for u in source.updates):
+        return "Merge it instead."  # a plain LoRA would refuse them as well
+    return "Merge it instead, or approximate it with --to lora --rank R --base BASE."
 
 
 def _problems(
@@ -139,11 +172,77 @@ def _problems(
     if update.eps and not adds_eps:
         yield f"{name}: {update.eps:.3g} is added to the norm, the format adds nothing"
     if update.row_order is not None:
-        yield f"{name}: the order of its rows depends on the base; pass --base"
-    bias = f"{source.names.get(update.target, update.target).removesuffix('weight')}bias"
-    if update.scales_bias and (source.base is None or bias in source.base.tensors):
-        what = "the base has one" if source.base is not None else "pass --base, if it has none"
-        yield f"{name}: its trainer scales the layer's bias as well; {what}"
+        yield f"{name}: the order of its rows depends on the base; {NEEDS_BASE}"
+
+
+def _bias_problem(update: Update, source: Source, target: str, biases: Biases) -> str | None:
+    """Return what keeps a layer's bias from being what the adapter's trainer made of it."""
+    name, base = shown(update.target), source.base
+    if update.kind != "dora" or update.scales_bias == (biases == "scaled"):
+        return None
+    bias = layer_biases.bias_of(source.names.get(update.target, update.target))
+    if base is not None and (bias not in base.tensors or biases == "own"):
+        return None
+    if base is None:
+        return (
+            f"{name}: its trainer scales the layer's bias by m / ||W + s B A|| as well, if there "
+            f"is one; {NEEDS_BASE}"
+        )
+    if biases == "scaled":
+        return (
+            f"{name}: {target} scales the layer's bias by m / ||W + s B A|| as well, the adapter's "
+            "trainer does not, and the base has one"
+        )
+    return (
+        f"{name}: its trainer scales the layer's bias by m / ||W + s B A|| as well, the base has "
+        f"one, and the {target} format holds none; PEFT's does (--to peft)"
+    )
+
+
+def scaled_bias(update: Update, source: Source) -> TensorRef | None:
+    """Return the base's bias that the adapter's trainer scales along, or None."""
+    if not update.scales_bias or update.kind != "dora" or source.base is None:
+        return None
+    bias = layer_biases.bias_of(source.names.get(update.target, update.target))
+    return source.base.tensors.get(bias)
+
+
+def own_bias(name: str, update: Update, source: Source) -> Stored:
+    """Return a bias scaled as the adapter's trainer does, rounded once to the base's type.
+
+    Args:
+        name: What to call it.
+        update: One for which ``scaled_bias`` is not None.
+        source: Where it is from.
+    """
+    ref = scaled_bias(update, source)
+    assert ref is not None, "Bug: the caller has asked"
+    assert source.base is not None, "Bug: as above"
+    here = replace(update, target=source.names.get(update.target, update.target))
+    function = layer_biases.scaled(here, source.base.tensors)
+    assert function is not None, "Bug: the plan refuses what cannot be scaled"
+
+    def raw() -> NDArray[Any]:
+        values = function.value(cast.widened(ref.raw(), ref.dtype, np.float64)[None], ref.dtype)[0]
+        out = np.empty(ref.shape, ref.dtype.raw)
+        cast.narrow(values, ref.dtype, out, np.empty_like(values))
+        return out
+
+    return Stored(name, ref.dtype, ref.shape, raw)
+
+
+def kind_problem(update: Update) -> str:
+    """Return what else than a low-rank product an update is."""
+    words = {
+        "replace": "a whole copy of it",
+        "add": "a whole difference, not factors",
+        "rows": "rows of its own (trained tokens)",
+        "magnitude": "magnitudes without factors",
+    }
+    what = words.get(update.kind, update.kind)
+    if update.function is not None:
+        what = update.function.what
+    return f"{shown(update.target)}: {what}"
 
 
 def module_of(update: Update) -> str:
@@ -171,10 +270,10 @@ def alpha_of(update: Update) -> float:
     """
     rank, scaling = update.rank, update.scaling
     assert rank is not None, "Bug: check() has seen to it"
-    nearest = scaling * rank
-    for alpha in (nearest, np.nextafter(nearest, np.inf), np.nextafter(nearest, -np.inf)):
-        if float(alpha) / rank == scaling:
-            return float(alpha)
+    # Where the nearest alpha does not give it, no neighbour does: they are coarser than scalings.
+    alpha = scaling * rank
+    if alpha / rank == scaling:
+        return alpha
     raise AdapterError(
         f"{shown(update.target)}: no alpha gives the scaling {scaling!r} at rank {rank} exactly. "
         "Merge the adapter instead."

@@ -13,6 +13,7 @@ from typing import Any
 
 from dora_export import tying
 from dora_export.adapter_writers.model import (
+    NEEDS_BASE,
     Source,
     Stored,
     Written,
@@ -21,13 +22,17 @@ from dora_export.adapter_writers.model import (
     copied,
     factors,
     is_embedding,
+    kind_problem,
     module_of,
+    own_bias,
+    scaled_bias,
     stored,
     whole,
 )
 from dora_export.checkpoints.model import Checkpoint
 from dora_export.errors import shown
 from dora_export.update import Update
+from dora_export.words import count
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -39,12 +44,23 @@ def write(source: Source) -> Written:
     Raises:
         AdapterError: PEFT cannot hold it exactly; all reasons are listed.
     """
-    check(source, "PEFT", list(_problems(source)))
+    check(source, "PEFT", list(_problems(source)), biases="own")
     products = [u for u in source.updates if u.kind != "replace"]
     copies = [u for u in source.updates if u.kind == "replace"]
     tensors = [t for u in products for t in tensors_of(PREFIX + module_of(u), u)]
     tensors += [copied(PREFIX + u.target, u.value) for u in copies if u.value is not None]
-    return Written(WEIGHTS, tuple(tensors), _config(source, products, copies))
+    biases = [own_bias(f"{PREFIX}{module_of(u)}.base_layer.bias", u, source)
+              for u in products if scaled_bias(u, source) is not None]  # fmt: skip
+    config = _config(source, products, copies) | ({"bias": "lora_only"} if biases else {})
+    return Written(WEIGHTS, (*tensors, *biases), config, tuple(_notes(len(biases))))
+
+
+def _notes(biases: int) -> Iterator[str]:
+    if biases:
+        yield (
+            "the adapter's trainer scales biases by m / ||W + s B A|| as well, PEFT does not: "
+            f"those of {count(biases, 'layer')} go along scaled, as trained ones of this base"
+        )
 
 
 def _problems(source: Source) -> Iterator[str]:
@@ -57,7 +73,7 @@ def _problems(source: Source) -> Iterator[str]:
     for update in source.updates:
         name = shown(update.target)
         if update.kind not in ("lora", "dora", "replace"):
-            yield f"{name}: a change of kind {update.kind}"
+            yield kind_problem(update)
         if update.kind == "replace" and update.target.rpartition(".")[0] in adapted:
             yield f"{name}: a whole copy beside a low-rank product of the same layer"
         if update.layout == "oi" and is_embedding(update) and update.magnitude is not None:
@@ -69,7 +85,7 @@ def _problems(source: Source) -> Iterator[str]:
 def _tied_problems(name: str, source: Source) -> Iterator[str]:
     """In MLX, LoRA on a tied embedding changes the head as well; in PEFT it does not."""
     if source.base is None:
-        yield f"{name}: whether the base ties it to its head matters; pass --base"
+        yield f"{name}: whether the base ties it to its head matters; {NEEDS_BASE}"
     elif tying.is_tied(source.base, [u.target for u in source.updates]):
         yield f"{name}: the base ties it to its head, which PEFT would leave as it is"
 

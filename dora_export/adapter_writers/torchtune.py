@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 
 from dora_export import row_orders
 from dora_export.adapter_writers.model import (
@@ -18,6 +17,7 @@ from dora_export.adapter_writers.model import (
     alpha_of,
     check,
     factors,
+    kind_problem,
     module_of,
     stored,
     whole,
@@ -43,11 +43,7 @@ def write(source: Source) -> Written:
             f"{source.adapter.path}: the order in which torchtune keeps the rows of q and k "
             "depends on the base. Pass --base."
         )
-    # torchtune scales biases in DoRA: as good for a layer without one, wrong for one with.
-    scaled = tuple(replace(u, scales_bias=u.magnitude is not None) for u in source.updates)
-    source = replace(source, updates=scaled)
-    check(source, "torchtune", list(_problems(source)))
-    assert source.base is not None, "Bug: refused above"
+    check(source, "torchtune", list(_problems(source)), biases="scaled")
     updates = [row_orders.for_torchtune(u, source.base) for u in source.updates]
     rank, alpha = updates[0].rank, whole(alpha_of(updates[0]))
     config = {
@@ -79,7 +75,7 @@ def _problems(source: Source) -> Iterator[str]:
         yield "layers of the base are repeated"
     for update in source.updates:
         if update.kind not in ("lora", "dora"):
-            yield f"{shown(update.target)}: a change of kind {update.kind}"
+            yield kind_problem(update)
         elif _name(module_of(update)) is None:
             yield f"{shown(update.target)}: torchtune's text models have no such layer"
 

@@ -49,6 +49,10 @@ def command(adapter: tuple[str, ...], to: str, output: Path, as_json: bool, **op
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=2))
         return
+    from dora_export.cli import text  # noqa: PLC0415
+
+    for warning in report.warnings:
+        click.echo(text.warned(warning), err=True)
     click.echo(summary(report, output))
 
 

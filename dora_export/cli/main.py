@@ -152,9 +152,7 @@ def merge(
         click.echo(json.dumps(report.to_dict(), indent=2))
         return
     for warning in report.warnings:
-        click.echo(
-            f"{click.style('warning:', fg='yellow', bold=True)} {printable(warning)}", err=True
-        )
+        click.echo(text.warned(warning), err=True)
     click.echo(text.merge_summary(report, output))
 
 

@@ -10,7 +10,6 @@ import click
 
 from dora_export.cli import streams
 from dora_export.cli.options import adapter_options
-from dora_export.errors import printable
 
 OPTIONS = ("task", "dtype", "opset", "fuse", "batch", "pooling", "quantize", "block_size",
            "symmetric", "head_bits", "layout", "share_weights", "engine")  # fmt: skip
@@ -172,9 +171,7 @@ def command(
         click.echo(json.dumps(report.to_dict(), indent=2, allow_nan=False))
     else:
         for warning in report.warnings:
-            click.echo(
-                f"{click.style('warning:', fg='yellow', bold=True)} {printable(warning)}", err=True
-            )
+            click.echo(text.warned(warning), err=True)
         click.echo(text.fitted(text_onnx.summary(report, output)))
         if html is not None and report.verified is not None:
             click.echo(f"-> {html}")

@@ -212,8 +212,14 @@ def inspect_summary(report: InspectReport) -> str:
     lines = [click.style(shown(report.path, PATH), bold=True)]
     lines += [f"  {name:<12} {printable(value)}" for name, value in rows if value]
     lines += ["  served unmerged by", *(_engine(e) for e in report.engines)]
+    lines += [f"  {warned(warning)}" for warning in report.warnings]
     lines += [f"  note: {shown(note, NOTE)}" for note in report.notes]
     return "\n".join(lines)
+
+
+def warned(warning: str) -> str:
+    """Return a warning as a line of its own."""
+    return f"{click.style('warning:', fg='yellow', bold=True)} {printable(warning)}"
 
 
 def _engine(engine: Engine) -> str:
@@ -231,7 +237,7 @@ def verify_summary(report: VerifyReport) -> str:
     for group in found:
         lines += _finding(group)
     lines += _worst(report)
-    lines += [f"  note: {shown(note, 500)}" for note in report.notes]
+    lines += [f"  note: {shown(note, NOTE)}" for note in report.notes]
     memory = (
         "" if report.peak_rss_bytes is None else f" · peak memory {size(report.peak_rss_bytes)}"
     )

@@ -20,7 +20,7 @@ from dora_export import fused
 from dora_export.errors import InputError
 from dora_export.machine import advice
 from dora_export.onnx.graph_file import StoredTensor
-from dora_export.tensors import Bytes, FileRange, HeldBytes, PickedColumns, TensorRef
+from dora_export.tensors import Bytes, FileRange, HeldBytes, Source, TensorRef
 
 GLIMPSE = 8  # elements in the middle of a line
 STRIP_ROWS, STRIP_COLUMNS = 32, 1024  # turned at once
@@ -215,9 +215,7 @@ def _transposed(block: Bytes, itemsize: int) -> Bytes:
     return turned.view(np.uint8)
 
 
-def gather(
-    source: FileRange | HeldBytes | PickedColumns, offsets: NDArray[Any], out: Bytes
-) -> None:
+def gather(source: Source, offsets: NDArray[Any], out: Bytes) -> None:
     """Read equally long pieces of bytes, one row of ``out`` for each offset.
 
     Raises:

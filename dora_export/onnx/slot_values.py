@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from dora_export import cast
 from dora_export.errors import listing, shown
-from dora_export.formula import factor
 from dora_export.onnx.model import GraphError
 from dora_export.onnx.slots import Slot
 from dora_export.plan import Plan, Step
+from dora_export.row_factor import factor
 from dora_export.tensors import F16, TensorRef
 from dora_export.update import Change, Product
 

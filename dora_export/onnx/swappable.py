@@ -80,10 +80,11 @@ def make(request: Request, traced: Path | None = None) -> Made:
     names = adapter_names(request.plans)
     if traced is None:
         into.refuse_merged(path, allow=request.allow_merged_base)
-    for plan in request.plans:
+    doubts: list[str] = []
+    for name, plan in zip(names, request.plans, strict=True):
         refuse_unswappable(plan)
         check_adapter(plan)
-        refuse_implausible(plan)
+        doubts += (f"'{shown(name)}': {doubt}" for doubt in refuse_implausible(plan))
     graph = open_graph(path)
     read = [] if traced else [path, *graph.data_files.values()]  # a traced one is written anew
     for plan in request.plans:
@@ -116,6 +117,7 @@ def make(request: Request, traced: Path | None = None) -> Made:
                "something else; dora_export.AdapterSession takes one",
                *into.notes_on_parity(graph), *known),
         digests=digests,
+        warnings=tuple(doubts),
     )  # fmt: skip
 
 

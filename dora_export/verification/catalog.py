@@ -308,6 +308,11 @@ FINDINGS: tuple[Meaning, ...] = (
             "The base without the adapter would pass as well: the tolerance is larger than all "
             "that the adapter changes.",
             "State a smaller budget, or verify the graph before it was quantised."),
+    Meaning("graph-coarse", "onnx", "note", "what is allowed is the noise of the base's 16 bits",
+            "The graph's weights are float32, but whether they were merged so, or rounded to the "
+            "base's type first, could not be told: no initializer is as the checkpoint has it, and "
+            "no manifest says.",
+            "Pass --dtype fp32 if it was merged in float32: then less is allowed."),
     Meaning("graph-fixed", "onnx", "wrong", "the graph takes fewer shapes than it says",
             "It says that it takes any number of sequences, and fails with other numbers than the "
             "one it was traced with.",

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from dora_export.errors import VerifyError, listing, shown
 from dora_export.plan import Plan
-from dora_export.verification.base_names import under_base_names
 from dora_export.verification.catalog import FINDINGS
+from dora_export.verification.expert_pairs import as_the_base
 from dora_export.verification.ledger import Source, check_ledger
 from dora_export.verification.model import Finding, Level, TensorResult, TierResult
 from dora_export.verification.oracle import check_oracle
@@ -61,7 +61,7 @@ def check(
         progress: Called with elements done and in all.
     """
     ledger, found = check_ledger(plan, subject, sources, threads=threads)
-    named = under_base_names(subject, [s.name for s in plan.steps], plan.base.model_types)
+    named = as_the_base(subject, plan)
     oracle, tensors, more = check_oracle(
         plan, named.tensors, level, threads=threads, progress=progress
     )

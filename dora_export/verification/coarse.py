@@ -211,7 +211,8 @@ def _factors(terms: Terms) -> list[dict[str, Any]]:
 def fit(terms: Terms, merged: Floats, coarse: str, stored: str, *, counted: bool = False) -> Recipe:
     """Return how merging in a coarse type may have rounded: what comes nearest to what is stored.
 
-    Looked for in turn, the sum given the factor and the reverse, from both kinds of sum.
+    Looked for in turn, the sum given the factor and the reverse: from rounding after every step,
+    which most merges in a coarse type do, then from both kinds of sum.
 
     Args:
         terms: The right lines; some elements of the first of them are looked at.
@@ -238,13 +239,29 @@ def fit(terms: Terms, merged: Floats, coarse: str, stored: str, *, counted: bool
     coarse_base = np.array_equal(kitchen.rounded(kitchen.terms.base), kitchen.terms.base)
     sums = _sums(terms, (False,) if coarse_base else (False, True))
     results = [{"result": False}, {"result": True}] if stored != coarse else [{}]
-    for best in (Recipe(), Recipe(base=not coarse_base, sum=True)):
+    for best in (_throughout(terms, coarse_base), Recipe(), Recipe(base=not coarse_base, sum=True)):
         before = math.inf
         while 0.0 < distance(best) < before:
             before = distance(best)
             for group in (_factors(terms), sums, results):
                 best = min((best._replace(**fields) for fields in group), key=distance)
+        if distance(best) == 0.0:  # nothing is nearer
+            return best
     return min(distances, key=lambda recipe: distances[recipe])
+
+
+def _throughout(terms: Terms, coarse_base: bool) -> Recipe:
+    """Return how all is rounded where every tensor of a merge has the coarse type."""
+    has_norm = terms.magnitude is not None
+    return Recipe(
+        base=not coarse_base,
+        operands=terms.coarse_product is not None,
+        product="exact" if terms.product is None else "once",
+        sum=True,
+        magnitude=has_norm,
+        norm="once" if has_norm else "exact",
+        order="rounded factor" if has_norm else "factor",
+    )
 
 
 def cooked(terms: Terms, recipe: Recipe, coarse: str, stored: str) -> Floats:

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dora_export.errors import shown
-from dora_export.tensors import DTYPES, DType, TensorRef
+from dora_export.tensors import TensorRef
 from dora_export.verification import coarse
-from dora_export.verification.exact import Exact, Part, read_columns, read_rows, rounded
+from dora_export.verification.exact import Exact, Part, rounded
+from dora_export.verification.neighbours import Neighbours
+from dora_export.verification.samples import LINES, Sample, as_lines, norm, pick, several, take
 from dora_export.verification.values import Floats
 
-LINES = 24  # rows or columns that mistakes are tried on
 # A mistake must leave less than this share of the squared distance to the right result: rounding
 # that only leans its way leaves more.
 EXPLAINS = 0.1
@@ -29,63 +30,7 @@ TOLD_ELEMENTS = 1 << 14  # that mistakes are tried on, where they could pass for
 LEANING_ELEMENTS = 1 << 17  # at least a few lines; enough to see a thousandth of a part
 NEARER = 0.5  # share of the squared distance, or of the elements that differ
 SWAP_LINES = 4  # lines that mix-ups are tried on
-MOST_OTHERS = 512  # tensors of the same shape that are tried for a mix-up
 SAME_LINE = 0.05  # distance of two lines that count as one, relative to their length
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Lines of one region: rows, or columns (groups of them) where norms run down columns.
-
-    Attributes:
-        lines: Which lines.
-        base: W, shape (lines, length).
-        product: ``s B A``, or None.
-        coarse_product: The same of A and B rounded to a coarser type, where one was asked for.
-        magnitude: m of each line, or None.
-        exact: W'.
-        merged: What is stored.
-        dtype: Type it is stored in.
-        scaling: s.
-        rank: Rank of the product, 0 without one.
-        strength: The user's.
-        simple: The change is one LoRA, DoRA or magnitude update, so that formulas are known.
-        factor: ``m / ||W + s B A||`` of each row, where the adapter stores that; not ``simple``.
-    """
-
-    lines: NDArray[np.int64]
-    base: Floats = field(repr=False)
-    product: Floats | None = field(repr=False)
-    magnitude: Floats | None = field(repr=False)
-    exact: Floats = field(repr=False)
-    merged: Floats = field(repr=False)
-    dtype: DType
-    scaling: float
-    rank: int
-    strength: float
-    simple: bool
-    coarse_product: Floats | None = field(default=None, repr=False)
-    factor: Floats | None = field(default=None, repr=False)
-
-    def distance(self, values: Floats) -> float:
-        """Return the squared distance of the stored lines from a result, rounded as stored."""
-        gap = self.merged - rounded(np.ascontiguousarray(values), self.dtype)
-        return float(np.square(gap).sum())
-
-    @property
-    def terms(self) -> coarse.Terms:
-        """What the right lines are made of."""
-        magnitude = self.magnitude
-        if self.factor is not None:
-            v = self.base if self.product is None else self.base + self.product
-            magnitude = self.factor * np.sqrt(np.einsum("ij,ij->i", v, v))
-        formula = (self.simple or self.factor is not None) and self.strength == 1.0
-        return coarse.Terms(self.base, self.product, self.coarse_product, magnitude,
-                            self.scaling or 1.0, self.exact, formula)  # fmt: skip
-
-    def at_strength(self, values: Floats) -> Floats:
-        """Return ``W + strength * (values - W)``."""
-        return values if self.strength == 1.0 else self.base + self.strength * (values - self.base)
 
 
 class Diagnosis(NamedTuple):
@@ -128,77 +73,16 @@ class Rounding(NamedTuple):
     recipe: coarse.Recipe
 
 
-Others = Callable[[], Iterable[tuple[str, Exact]]]
-
-
-def take(
-    exact: Exact, ref: TensorRef, lines: NDArray[np.int64], arithmetic: str | None = None
-) -> Sample:
-    """Return some lines of a region; for norms down columns, a line is a group of columns.
-
-    Args:
-        exact: The region's exact result.
-        ref: What is stored.
-        lines: Which lines.
-        arithmetic: Type to round A and B to for ``coarse_product``, or None.
-    """
-    coarser = _with_operands_in(exact, arithmetic) if arithmetic is not None else None
-    simple = (
-        bool(exact.parts)
-        and all(p.change.kind in ("lora", "dora", "magnitude") for p in exact.parts)
-        and (len(exact.parts) == 1 or all(p.change.kind == "lora" for p in exact.parts))
-    )
-    first = exact.parts[0]
-    is_factor = simple and first.change.magnitude_is_factor and first.change.over == "row"
-    is_factor = is_factor and not _several(exact)
-    factor = first.magnitude[lines] if is_factor and first.magnitude is not None else None
-    simple = simple and not first.change.magnitude_is_factor and not _several(exact)
-    magnitude = first.magnitude[lines] if simple and first.magnitude is not None else None
-    if exact.by_column:
-        group = exact.parts[exact.region.column_changes[0]].change.group
-        columns = (lines[:, None] * group + np.arange(group)).ravel()
-        base, values = exact.columns(columns)
-        product = exact.product(slice(None), columns)
-        rough = coarser.product(slice(None), columns) if coarser is not None else None
-        merged = read_columns(ref, exact.region, columns)
-        base, values, merged = (_as_lines(a, group) for a in (base, values, merged))
-        product = None if product is None else _as_lines(product, group)
-        rough = None if rough is None else _as_lines(rough, group)
-    else:
-        base, values = exact.rows(lines)
-        product = exact.product(lines, slice(None))
-        rough = coarser.product(lines, slice(None)) if coarser is not None else None
-        merged = read_rows(ref, exact.region, lines)
-    return Sample(lines, base, product, magnitude, values, merged, ref.dtype, first.change.scaling,
-                  exact.rank, exact.settings.strength, simple, rough, factor)  # fmt: skip
-
-
-def _with_operands_in(exact: Exact, dtype: str) -> Exact:
-    """Return a region with A and B rounded to a type; the first operand holds the scaling."""
-
-    def coarser(part: Part) -> Part:
-        s = part.change.scaling or 1.0
-        factors = tuple(
-            rounded(f if i else f / s, DTYPES[dtype]) * (1.0 if i else s)
-            for i, f in enumerate(part.factors)
-        )
-        return replace(part, factors=factors)
-
-    return replace(exact, parts=tuple(coarser(p) for p in exact.parts))
-
-
-def _as_lines(columns: Floats, group: int) -> Floats:
-    return np.ascontiguousarray(columns.T).reshape(columns.shape[1] // group, -1)
-
-
-def diagnose(exact: Exact, ref: TensorRef, lines: NDArray[np.int64], others: Others) -> Diagnosis:
+def diagnose(
+    exact: Exact, ref: TensorRef, lines: NDArray[np.int64], others: Neighbours
+) -> Diagnosis:
     """Return the mistake that explains some lines of a region, or that none does.
 
     Args:
         exact: The region's exact result.
         ref: What is stored.
         lines: Lines that are wrong.
-        others: Exact results of other regions of the same shape, by name, for mix-ups.
+        others: Other regions of the same shape, for mix-ups.
     """
     sample = take(exact, ref, lines[:LINES])
     return (
@@ -211,7 +95,7 @@ def diagnose(exact: Exact, ref: TensorRef, lines: NDArray[np.int64], others: Oth
 
 
 def hidden_mistake(
-    exact: Exact, ref: TensorRef, lines: NDArray[np.int64], others: Others, arithmetic: str
+    exact: Exact, ref: TensorRef, lines: NDArray[np.int64], others: Neighbours, arithmetic: str
 ) -> Diagnosis | None:
     """Return what is wrong with lines that could pass for rounding of an arithmetic, or None.
 
@@ -219,7 +103,7 @@ def hidden_mistake(
         exact: The region's exact result.
         ref: What is stored.
         lines: Lines compared.
-        others: Exact results of other regions of the same shape, by name, for mix-ups.
+        others: Other regions of the same shape, for mix-ups.
         arithmetic: Type whose rounding they could pass for, "F16" or "BF16".
     """
     length = exact.region.rows if exact.by_column else exact.region.columns
@@ -268,16 +152,21 @@ def _nearest(
     explains: float = EXPLAINS,
     rounding: Rounding | None = None,
 ) -> Diagnosis | None:
-    limit = sample.distance(sample.exact)
-    if rounding is not None:
-        near = coarse.cooked(sample.terms, rounding.recipe, rounding.dtype, sample.dtype.name)
-        limit = min(limit, sample.distance(near))
-    best, limit = None, explains * limit
+    best, limit = None, explains * _distance_to_right(sample, rounding)
     for candidate in candidates:
         distance = sample.distance(candidate.values)
         if np.isfinite(distance) and distance < limit:
             best, limit = Diagnosis(candidate.code, candidate.what), distance
     return best
+
+
+def _distance_to_right(sample: Sample, rounding: Rounding | None) -> float:
+    """Return the squared distance to the right lines, or to them as an arithmetic rounds them."""
+    distance = sample.distance(sample.exact)
+    if rounding is None:
+        return distance
+    near = coarse.cooked(sample.terms, rounding.recipe, rounding.dtype, sample.dtype.name)
+    return min(distance, sample.distance(near))
 
 
 def _formulas(sample: Sample) -> Iterator[Candidate]:
@@ -296,30 +185,26 @@ def _formulas(sample: Sample) -> Iterator[Candidate]:
         return
 
     def scaled(v: Floats, by: Floats | None = None) -> Floats:
-        return finish(v * (m / _norm(v if by is None else by))[:, None])
+        return finish(v * (m / norm(v if by is None else by))[:, None])
 
-    yield Candidate("magnitude-ignored", "V / ||V||", finish(base / _norm(base)[:, None]))
+    yield Candidate("magnitude-ignored", "V / ||V||", finish(base / norm(base)[:, None]))
     if product is not None:
         v = base + product
         once = scaled(v)
         yield Candidate("applied-twice", "merged onto the merged weight", scaled(once + product))
         yield Candidate("sign-flipped", "m (W - s B A) / ||W - s B A||", scaled(base - product))
         yield Candidate("norm-of-base", "m V / ||W||", scaled(v, base))
-        yield Candidate("magnitude-ignored", "V / ||V||", finish(v / _norm(v)[:, None]))
-        ratio = (_norm(base) / _norm(v))[:, None]
+        yield Candidate("magnitude-ignored", "V / ||V||", finish(v / norm(v)[:, None]))
+        ratio = (norm(base) / norm(v))[:, None]
         yield Candidate("magnitude-initial", "||W|| V / ||V||", finish(v * ratio))
         yield Candidate("lora-for-dora", "W + s B A", finish(v))
         yield Candidate("factors-ignored", "m W / ||W||", scaled(base))
         yield from _scalings(sample, scaled)
 
 
-def _several(exact: Exact) -> bool:
-    return len({p.change.adapter for p in exact.parts}) > 1
-
-
 def _combinations(exact: Exact, lines: NDArray[np.int64]) -> Iterator[Candidate]:
     """Yield what mistakes about several adapters give: one left out, another order, other norms."""
-    if not _several(exact):
+    if not several(exact):
         return
     parts = exact.parts
     for adapter in dict.fromkeys(p.change.adapter for p in parts):
@@ -343,7 +228,7 @@ def _lines_with(exact: Exact, parts: Sequence[Part], lines: NDArray[np.int64]) -
         return other.with_factors().rows(lines)[1]
     group = exact.parts[exact.region.column_changes[0]].change.group
     columns = (lines[:, None] * group + np.arange(group)).ravel()
-    return _as_lines(other.columns(columns)[1], group)
+    return as_lines(other.columns(columns)[1], group)
 
 
 def _strengths(sample: Sample) -> Iterator[Candidate]:
@@ -394,11 +279,6 @@ def _fitted_scaling(sample: Sample) -> float | None:
     return float(np.median(ratios)) * sample.scaling if ratios else None
 
 
-def _norm(lines: Floats) -> Floats:
-    norm: Floats = np.sqrt(np.einsum("ij,ij->i", lines, lines))
-    return np.where(norm == 0, np.inf, norm)
-
-
 def _lengths(sample: Sample) -> Iterator[Candidate]:
     """Yield lines of the right direction and of the lengths found."""
     if not np.isfinite(sample.merged).all():
@@ -415,21 +295,24 @@ def _mixed_up(
     exact: Exact,
     ref: TensorRef,
     lines: NDArray[np.int64],
-    others: Others,
+    others: Neighbours,
     rounding: Rounding | None = None,
 ) -> Diagnosis | None:
     """Return which other tensor's values, update or magnitudes are in here, or None."""
     dtype = None if rounding is None else rounding.dtype
-    sample = take(exact, ref, pick(lines, SWAP_LINES), dtype)
+    few = pick(lines, SWAP_LINES)
+    if others.line is not None:  # one that is kept of all regions
+        few = np.unique([others.line, *few[:-1]])
+    sample = take(exact, ref, few, dtype)
     if not sample.simple:
         return None
-    return _nearest(sample, _swaps(sample, exact, others), rounding=rounding)
+    limit = EXPLAINS * _distance_to_right(sample, rounding)
+    near = others.near(sample, few[0] if others.line is None else others.line, limit)
+    return _nearest(sample, _swaps(sample, near), rounding=rounding)
 
 
-def _swaps(sample: Sample, exact: Exact, others: Others) -> Iterator[Candidate]:
-    for count, (name, other) in enumerate(others()):
-        if count == MOST_OTHERS:
-            return
+def _swaps(sample: Sample, others: Iterable[tuple[str, Exact]]) -> Iterator[Candidate]:
+    for name, other in others:
         label = shown(name)
         theirs = take(other, other.source, sample.lines)
         yield Candidate("tensor-of-another", f"holds the values of '{label}'", theirs.exact)
@@ -440,9 +323,8 @@ def _swaps(sample: Sample, exact: Exact, others: Others) -> Iterator[Candidate]:
                 (theirs.product, sample.magnitude, "update-of-another", "A and B"),
             ]
         for product, m, code, what in mixes:
-            v = sample.base if product is None else sample.base + product
-            values = v if m is None else v * (m / _norm(v))[:, None]
-            yield Candidate(code, f"{what} of '{label}'", sample.at_strength(values))
+            values = sample.mixed(product, m)
+            yield Candidate(code, f"{what} of '{label}'", values)
 
 
 def _rearranged(sample: Sample, exact: Exact, ref: TensorRef) -> Diagnosis | None:
@@ -511,11 +393,3 @@ def _distance_words(sample: Sample) -> str:
     of_size = math.sqrt(gap / size) if size else math.inf
     of_update = math.sqrt(gap / update) if update else math.inf
     return f"off by {of_size:.2g} of the weight's size, {of_update:.2g} of the update's"
-
-
-def pick(lines: Sequence[int] | NDArray[Any], count: int = LINES) -> NDArray[np.int64]:
-    """Return at most ``count`` of some lines, spread evenly."""
-    found = np.asarray(lines, np.int64)
-    if len(found) <= count:
-        return found
-    return found[np.linspace(0, len(found) - 1, count).astype(np.int64)]

@@ -6,8 +6,9 @@ read; ``rows`` and ``lines`` give base and exact values of parts of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -135,11 +136,9 @@ class Exact:
         products = [_delta(p, rows, columns) for p in self.parts if p.factors]
         return np.sum(products, axis=0) if products else None
 
-    def product_size(
-        self, rows: slice | NDArray[Any], columns: slice | NDArray[Any]
-    ) -> Floats | float:
-        """Return the size of the terms that ``s B A`` is a sum of: ``||B_i|| ||A_j||``."""
-        return sum((_delta_size(p, rows, columns) for p in self.parts if p.factors), 0.0)
+    def product_sizes(self, columns: slice | NDArray[Any]) -> ProductSizes:
+        """Return what tells the size of the terms that ``s B A`` is a sum of, row by row."""
+        return ProductSizes(tuple(p for p in self.parts if p.factors), columns)
 
     def _exact(
         self, base: Floats, rows: slice | NDArray[Any], columns: slice | NDArray[Any]
@@ -250,16 +249,39 @@ def _delta(part: Part, rows: slice | NDArray[Any], columns: slice | NDArray[Any]
     return product
 
 
-def _delta_size(part: Part, rows: slice | NDArray[Any], columns: slice | NDArray[Any]) -> Floats:
-    if isinstance(part.change.delta, Kronecker | Dense):
-        return np.abs(_delta(part, rows, columns))
-    norms = []
-    for left, right in zip(part.factors[::2], part.factors[1::2], strict=True):
-        left, right = left[rows], right[:, columns]
-        norms.append(np.sqrt(np.outer(np.einsum("ij,ij->i", left, left),
-                                      np.einsum("ij,ij->j", right, right))))  # fmt: skip
-    size: Floats = np.prod(norms, axis=0)
-    return size
+@dataclass(frozen=True)
+class ProductSizes:
+    """The size of the terms that products are sums of, in some columns: ``||B_i|| ||A_j||``.
+
+    Attributes:
+        parts: Changes with a delta.
+        columns: Which columns.
+    """
+
+    parts: tuple[Part, ...] = field(repr=False)
+    columns: slice | NDArray[Any] = field(repr=False)
+
+    def of(self, rows: NDArray[Any]) -> Floats | float:
+        """Return the sizes in some rows; 0 where nothing is a product."""
+        return sum((self._part(p, rows) for p in self.parts), 0.0)
+
+    def _part(self, part: Part, rows: NDArray[Any]) -> Floats:
+        if isinstance(part.change.delta, Kronecker | Dense):
+            return np.abs(_delta(part, rows, self.columns))
+        lefts = [left[rows] for left in part.factors[::2]]
+        norms = [np.sqrt(np.einsum("ij,ij->i", left, left)) for left in lefts]
+        size: Floats = np.prod(norms, axis=0)[:, None] * self._right_norms[id(part)]
+        return size
+
+    @cached_property
+    def _right_norms(self) -> Mapping[int, Floats]:
+        found = {}
+        for part in self.parts:
+            if not isinstance(part.change.delta, Kronecker | Dense):
+                rights = [right[:, self.columns] for right in part.factors[1::2]]
+                norms = [np.sqrt(np.einsum("ij,ij->j", right, right)) for right in rights]
+                found[id(part)] = np.prod(norms, axis=0)
+        return found
 
 
 def _with_product(
@@ -335,18 +357,13 @@ def _with_rows(
 
 def read_rows(ref: TensorRef, region: Region, rows: slice | NDArray[Any]) -> Floats:
     """Return stored rows of a region as float64."""
+    columns = region.columns
     if isinstance(rows, slice):
         first, last, _ = rows.indices(region.rows)
-        spans = [(first, last)]
+        raw = ref.raw(region.start + first * columns, region.start + last * columns)
     else:
-        spans = [(int(row), int(row) + 1) for row in rows]
-    parts = [
-        floats(ref.raw(region.start + a * region.columns, region.start + b * region.columns),
-               ref.dtype)
-        for a, b in spans
-    ]  # fmt: skip
-    found = parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.zeros(0)
-    return found.reshape(-1, region.columns)
+        raw = ref.raw_each([region.start + int(row) * columns for row in rows], columns)
+    return floats(raw, ref.dtype).reshape(-1, columns)
 
 
 def read_columns(ref: TensorRef, region: Region, columns: NDArray[Any]) -> Floats:

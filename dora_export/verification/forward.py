@@ -5,7 +5,7 @@ stored in 16 bits, float64 for float32) and again in the storage precision: what
 two is the noise of computing with such weights at all. The merged model, run in the high
 precision, differs from the reference by its weights' rounding alone. It may differ by twice that
 noise (``parity.ROOM``), in the largest and in the root mean square difference, in every changed
-layer and in every output. docs/verification.md says what was measured of this.
+layer and in every output.
 """
 
 from __future__ import annotations

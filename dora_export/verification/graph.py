@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from dora_export.errors import shown
 from dora_export.plan import Plan
 from dora_export.verification.forward import apart
+from dora_export.verification.graph_weights import merged_in
 from dora_export.verification.measured import GraphMeasured, Progress, Unsupported, library_of
 from dora_export.verification.model import Finding, TierResult
 from dora_export.verification.parity import Compared, Distance, Tolerance, peak_of, tolerance
@@ -107,9 +108,11 @@ def _measure(
     library = library_of(plan.base.config)
     if importlib.util.find_spec(library) is None:
         raise Unsupported(library, "is not installed")
+    by_graph = runner is None and budget is None
     runner = runner or opened(graph)
     if runner.precision is None and budget is None:
         raise GraphUnusable("graph-unsupported", "is quantised: no noise floor, so give a budget")
+    merged = merged_in(plan, graphs_of(graph)) if by_graph else None
     from dora_export.verification import named  # noqa: PLC0415 - torch takes a second to import
 
     return named.measure(
@@ -124,6 +127,7 @@ def _measure(
         tokens,
         cls,
         derive,
+        merged,
     )
 
 
@@ -142,6 +146,12 @@ def _allowed(name: str, measured: GraphMeasured, budget: float | None) -> Tolera
     return tolerance(measured.noise[name].distance, measured.unit, peak)
 
 
+def _is_coarse(measured: GraphMeasured) -> bool:
+    """Return whether the noise of a coarser type than the graph's own is allowed."""
+    narrow = ("float16", "bfloat16")
+    return measured.storage in narrow and measured.graph not in (None, *narrow)
+
+
 def _judge(name: str, measured: GraphMeasured, budget: float | None) -> Iterator[Finding]:
     yield from (Finding("graph-inputs", name, what) for what in measured.misnamed)
     yield from (Finding("graph-differs", name, what) for what in measured.misfits)
@@ -154,6 +164,9 @@ def _judge(name: str, measured: GraphMeasured, budget: float | None) -> Iterator
             yield Finding("graph-unsupported", where, what)
         elif bound.excess(error.distance) > 1:
             yield Finding("graph-differs", where, apart(error, bound))
+    if budget is None and measured.merged_in is None and _is_coarse(measured):
+        what = f"its weights are {measured.graph}, {measured.storage}'s noise is allowed"
+        yield Finding("graph-coarse", name, what)
     nearer = {mistake: one for mistake, one in measured.leanings.items() if one.nearer}
     if nearer:
         mistake, one = max(nearer.items(), key=lambda pair: pair[1].ratio)
@@ -195,6 +208,7 @@ def _figures(measured: GraphMeasured, budget: float | None) -> dict[str, Any]:
         "precision": measured.precision,
         "storage": measured.storage,
         "budget": budget,
+        "merged_in": measured.merged_in,
         "calls": list(measured.calls),
         "mistakes": {name: one.to_dict() for name, one in measured.leanings.items()},
         "text": None

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dora_export.verification.unmerged import Parts, Term
+from dora_export.verification.terms import Term
+from dora_export.verification.unmerged import Parts
 
 LEANS = 0.5  # share of the way to a mistake from which on a graph is nearer to it
 APART = 1e-6  # a mistake that changes less, relative, is none for this adapter

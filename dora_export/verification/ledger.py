@@ -13,9 +13,9 @@ from typing import Any
 
 from dora_export.errors import shown
 from dora_export.plan import Plan
-from dora_export.verification.base_names import under_base_names
 from dora_export.verification.catalog import FINDINGS
 from dora_export.verification.config_ledger import check_config
+from dora_export.verification.expert_pairs import as_the_base
 from dora_export.verification.model import Finding, TierResult
 from dora_export.verification.side_ledger import Source, check_manifest, check_side_files
 from dora_export.verification.subject import Subject
@@ -47,7 +47,7 @@ def check_ledger(
         InputError: The base or the adapter cannot be read.
     """
     started = time.monotonic()
-    subject = under_base_names(subject, [s.name for s in plan.steps], plan.base.model_types)
+    subject = as_the_base(subject, plan)
     tensors = check_tensors(plan, subject, threads)
     config = check_config(plan, subject, quantised=bool(tensors.quantised))
     beside = check_side_files(subject, sources, plan.base.config_files)

@@ -115,6 +115,8 @@ class GraphMeasured:
         precision: Of the reference, as torch names it.
         storage: Precision whose noise was measured.
         unit: Unit roundoff of ``storage``.
+        merged_in: Type that the graph's merged weights were rounded to; None: not told by them.
+        graph: Type of the graph's weights; None: quantised.
         misnamed: Inputs and outputs that are not the model's; nothing else was measured then.
         misfits: How the shapes of outputs differ; as above.
         calls: What both sides were asked.
@@ -128,6 +130,8 @@ class GraphMeasured:
     precision: str = ""
     storage: str = ""
     unit: float = 0.0
+    merged_in: str | None = None
+    graph: str | None = None
     misnamed: Sequence[str] = ()
     misfits: Sequence[str] = ()
     calls: Sequence[Mapping[str, Any]] = ()

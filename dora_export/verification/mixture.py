@@ -18,6 +18,7 @@ from torch.nn import functional as F  # noqa: N812 - the name that everyone give
 
 from dora_export.plan import Settings, Step
 from dora_export.verification.measured import Unsupported
+from dora_export.verification.terms import Term, terms
 from dora_export.verification.unmerged import (
     FAN_IN,
     LINEAR,
@@ -26,9 +27,7 @@ from dora_export.verification.unmerged import (
     Call,
     Observer,
     Parts,
-    Term,
     Use,
-    terms,
 )
 
 

@@ -29,7 +29,7 @@ from dora_export.expert_names import Address, address
 from dora_export.plan import Plan
 from dora_export.tensors import TensorRef
 from dora_export.verification.measured import LoadFailure, Unsupported, library_of
-from dora_export.verification.unmerged import stored
+from dora_export.verification.terms import stored
 
 # Problems with keys that transformers and diffusers report of loading.
 PROBLEMS = {"missing_keys": "missing", "unexpected_keys": "not part of the model",

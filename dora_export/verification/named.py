@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dora_export.errors import shown
 from dora_export.plan import Plan
-from dora_export.tensors import DTYPES
+from dora_export.tensors import DTYPES, DType
 from dora_export.verification import inputs, models, parity, script
 from dora_export.verification.hypotheses import BASE, MISTAKES, Leaning, leaning
 from dora_export.verification.inputs import Batch
@@ -140,8 +140,12 @@ def measure(
     tokens: int = 0,
     cls: ModelClass | None = None,
     derive: Derive | None = None,
+    merged_in: DType | None = None,
 ) -> GraphMeasured:
     """Run everything that the ONNX tier compares; arguments as in ``check_graph``.
+
+    The graph's merged weights were rounded to ``merged_in``, or, where that is None, as the plan
+    says.
 
     Raises:
         Unsupported: The model cannot be run unmerged.
@@ -150,7 +154,7 @@ def measure(
     report = progress or (lambda done, total: None)
     report(0, STAGES)
     cls, factors = cls or models.class_of(plan), numbers(plan)
-    high, storage = precisions(plan, DTYPES.get(runner.precision or ""))
+    high, storage = precisions(plan, DTYPES.get(runner.precision or ""), merged_in)
     reference = Reference(plan, high, factors, cls)
     report(1, STAGES)
     cached = any(n.startswith((PAST, PRESENT)) for n in (*runner.inputs, *runner.outputs))
@@ -219,6 +223,8 @@ def measure(
         precision=high.torch,
         storage=storage.torch,
         unit=unit(storage),
+        merged_in=None if merged_in is None else merged_in.torch,
+        graph=None if runner.precision is None else DTYPES[runner.precision].torch,
         calls=[s.to_dict() for s in (*asked, *(s for s, _ in aside))],
         error=parity.added(
             [script.compared(asked, found, expected, names), *([other_error] if aside else [])]

@@ -10,13 +10,14 @@ so is a tensor that a known mistake comes much nearer to than the right formula 
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +38,9 @@ from dora_export.verification.exact import (
     rounded,
 )
 from dora_export.verification.model import Finding, Level, Status, TensorResult, TierResult
+from dora_export.verification.neighbours import KeptLines, Member, Neighbours
 from dora_export.verification.parallel import each
+from dora_export.verification.samples import line_count, pick
 from dora_export.verification.values import Floats
 from dora_export.words import count
 
@@ -179,26 +182,29 @@ class _Families:
     """Regions of the same shape and kind, where mix-ups are looked for."""
 
     def __init__(self, steps: Iterable[Step], settings: Settings) -> None:
-        self.settings = settings
-        self.members: dict[tuple[object, ...], list[tuple[Step, Region]]] = defaultdict(list)
+        self._families: dict[tuple[object, ...], list[Member]] = defaultdict(list)
+        self._places: dict[tuple[str, int], int] = {}  # of a region in its family
+        self._kept = KeptLines()
+        opened = lru_cache(CACHED)(Exact.open)
+        count = itertools.count()
         for step in steps:
             for region in regions(step):
-                self.members[_family(step, region)].append((step, region))
-        self._open = lru_cache(CACHED)(Exact.open)
+                family = self._families[_family(step, region)]
+                self._places[step.name, region.start] = len(family)
+                family.append(
+                    Member(
+                        next(count),
+                        _place(step, region),
+                        partial(opened, step.source, region, settings),
+                    )
+                )
 
-    def others(self, step: Step, region: Region) -> diagnose.Others:
-        """Return a source of the other members' exact results, the nearest in order first."""
-
-        def yield_them() -> Iterable[tuple[str, Exact]]:
-            members = self.members[_family(step, region)]
-            own = next(
-                i for i, (s, r) in enumerate(members) if s is step and r.start == region.start
-            )
-            for i in sorted(range(len(members)), key=lambda i: abs(i - own))[1:]:
-                other, where = members[i]
-                yield _place(other, where), self._open(other.source, where, self.settings)
-
-        return yield_them
+    def others(self, step: Step, exact: Exact) -> Neighbours:
+        """Return the other members of a region's family, the nearest in order first."""
+        members = self._families[_family(step, exact.region)]
+        own = self._places[step.name, exact.region.start]
+        nearest = sorted(range(len(members)), key=lambda i: abs(i - own))[1:]
+        return Neighbours([members[i] for i in nearest], self._kept, line_count(exact) // 2)
 
 
 def _family(step: Step, region: Region) -> tuple[object, ...]:
@@ -247,7 +253,7 @@ def _check_tensor(
             exact = Exact.open(step.source, region, settings)
             measurement, exact = _measure(exact, ref, level, step.name)
             arithmetic, found = _judge(
-                exact, ref, measurement, _place(step, region), families.others(step, region)
+                exact, ref, measurement, _place(step, region), families.others(step, exact)
             )
             measured.append(measurement)
             arithmetics.append(arithmetic)
@@ -337,11 +343,11 @@ class _Tally:
         columns: NDArray[np.int64] | None = None,
     ) -> None:
         self.exact, self.dtype, self.rows = exact, dtype, rows
-        self.columns = np.arange(exact.region.columns) if columns is None else columns
-        self.row_excess = np.zeros(len(rows))
-        self.column_excess = np.zeros(len(self.columns))
-        self.row_norm = np.zeros(len(rows))
-        self.column_norm = np.zeros(len(self.columns))
+        self.columns = slice(None) if columns is None else columns
+        count = exact.region.columns if columns is None else len(columns)
+        self.row_excess, self.row_norm = np.zeros(len(rows)), np.zeros(len(rows))
+        self.column_excess, self.column_norm = np.zeros(count), np.zeros(count)
+        self.sizes = exact.product_sizes(self.columns)
         self.max_ulp, self.misrounded, self.not_finite, self.elements = 0.0, 0, 0, 0
         self.error = self.ulps = self.size = self.update = 0.0
 
@@ -367,8 +373,8 @@ class _Tally:
                 np.maximum(self.column_excess, excess.max(axis=0), out=self.column_excess)
             else:
                 self.row_excess[rows.indices(len(self.rows))[0] + at] = excess.max(axis=1)
-            finite = np.isfinite(merged)
-            if not finite.all():
+            if not math.isfinite(worst):
+                finite = np.isfinite(merged)
                 self.not_finite += int((~finite & np.isfinite(values)).sum())
                 gap = np.where(finite, gap, 0.0)
                 worst = math.inf
@@ -390,7 +396,7 @@ class _Tally:
 
         That size is ``|f| (|W| + s ||B_i|| ||A_j||) + |W'|``.
         """
-        terms = np.abs(base) + self.exact.product_size(rows, self.columns)
+        terms = np.abs(base) + self.sizes.of(rows)
         part = next((p for p in self.exact.parts if p.magnitude is not None), None)
         if part is not None and part.factor is not None and len(self.exact.parts) == 1:
             terms *= np.abs(part.factor[self.columns])
@@ -421,7 +427,8 @@ class _Tally:
         group = part.change.group if part is not None and by_column else 1
         excess = self.column_excess.reshape(-1, group).max(axis=1) if by_column else self.row_excess
         squares = self.column_norm.reshape(-1, group).sum(axis=1) if by_column else self.row_norm
-        lines = self.columns[::group] // group if by_column else self.rows
+        columns = np.arange(self.exact.region.columns)[self.columns]
+        lines = columns[::group] // group if by_column else self.rows
         ratios = None
         if (
             part is not None
@@ -443,7 +450,7 @@ def _judge(
     ref: TensorRef,
     measured: Measurement,
     place: str,
-    others: diagnose.Others,
+    others: Neighbours,
 ) -> tuple[str | None, list[Finding]]:
     """Return the arithmetic that a region's rounding tells of, and what is wrong with it.
 
@@ -458,7 +465,7 @@ def _judge(
     usual = float(np.median(measured.excess)) if len(measured.excess) else 0.0
     arithmetic = _arithmetic(usual, limit, ref.dtype)
     if arithmetic is None:
-        found = diagnose.diagnose(exact, ref, diagnose.pick(measured.lines), others)
+        found = diagnose.diagnose(exact, ref, pick(measured.lines), others)
         return None, [Finding(found.code, place, found.what)]
     if arithmetic != "F32":
         # Within rounding on the whole, but a small mistake could hide in it.
@@ -477,7 +484,7 @@ def _hidden(
     exact: Exact,
     ref: TensorRef,
     lines: NDArray[np.int64],
-    others: diagnose.Others,
+    others: Neighbours,
     arithmetic: str,
 ) -> tuple[str, diagnose.Diagnosis | None]:
     """Return the arithmetic that lines may come from, and what is wrong if from none.
@@ -492,9 +499,7 @@ def _hidden(
     return arithmetic, first
 
 
-def _is_coarse(
-    exact: Exact, ref: TensorRef, measured: Measurement, others: diagnose.Others
-) -> bool:
+def _is_coarse(exact: Exact, ref: TensorRef, measured: Measurement, others: Neighbours) -> bool:
     """Whether lines that stand out from exact ones do so as 16-bit arithmetic lets them.
 
     Where an update is small, few elements tell what it was added in.
@@ -508,7 +513,7 @@ def _is_coarse(
         and name in ("F16", "BF16")
         and measured.excess.max() <= FEW_EXCESS * ROUNDOFF[name]
         and diagnose.in_coarse_arithmetic(exact, ref, odd)
-        and diagnose.hidden_mistake(exact, ref, odd, others, name) is None
+        and diagnose.hidden_mistake(exact, ref, odd, others.without_line(), name) is None
         and diagnose.hidden_mistake(exact, ref, measured.lines, others, name) is None
     )
 
@@ -528,10 +533,10 @@ def _odd_lines(
     measured: Measurement,
     place: str,
     odd: NDArray[np.int64],
-    others: diagnose.Others,
+    others: Neighbours,
 ) -> Finding:
     """Return what is wrong with lines that stand out; all of a tensor's, or some."""
-    found = diagnose.diagnose(exact, ref, diagnose.pick(odd), others)
+    found = diagnose.diagnose(exact, ref, pick(odd), others)
     share = len(odd) / len(measured.lines)
     if share > 0.5:
         return Finding(found.code, place, found.what)

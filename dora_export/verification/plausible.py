@@ -10,51 +10,75 @@ Source: github.com/NVIDIA/TensorRT-LLM, examples/dora/normalize_weights.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
-from dora_export.errors import PlanError
-from dora_export.pieces import Region, regions
-from dora_export.plan import Plan, Settings, Step
+from dora_export.errors import PlanError, shown
+from dora_export.pieces import regions
+from dora_export.plan import Plan
 from dora_export.residual import Residual
+from dora_export.verification import magnitudes
 from dora_export.verification.exact import Exact
+from dora_export.verification.magnitudes import Look
 
 TENSORS, ROWS = 24, 16  # looked at, evenly spread
 NEAR = 4.0  # a trained magnitude is within this factor of its norm, a divided one of 1
 FAR = 10.0
 
 
-def refuse_implausible(plan: Plan) -> None:
+def refuse_implausible(plan: Plan) -> tuple[str, ...]:
     """Refuse magnitudes that look divided by the norms, and a base that is not the one meant.
 
-    Says nothing where the adapter's format stores no doubtful ones, or the user has said.
+    Refuses nothing where the adapter's format stores no doubtful magnitudes, or the user has said.
+
+    Returns:
+        What is left to doubt: magnitudes far from the norms that they belong to.
 
     Raises:
         PlanError: The median magnitude is far from the median norm; or the base holds what the
             adapter began with although it should be the residual, or does not though it should.
     """
+    found: list[str] = []
     for position, adapter in enumerate(plan.adapters):
         _refuse_other_base(plan, position)
+        looked = magnitudes.looks(plan, position)
         if adapter.doubtful_magnitudes:
-            _refuse_implausible(plan, position)
+            _refuse_implausible(adapter.path, looked)
+        found += _doubts(plan, position, looked)
+    return tuple(found)
 
 
-def _refuse_implausible(plan: Plan, position: int) -> None:
-    path = plan.adapters[position].path
-    found = [(step, alone) for step in plan.steps for region in regions(step)
-             if (alone := _alone(region, position)) is not None]  # fmt: skip
-    every = -(-len(found) // TENSORS) or 1
-    pairs = [pair for f in found[::every]
-             for pair in _magnitudes_and_norms(*f, plan.settings)]  # fmt: skip
-    if not pairs:
+def doubts(plan: Plan) -> tuple[str, ...]:
+    """Return what ``refuse_implausible`` leaves to doubt, without refusing anything."""
+    return tuple(
+        doubt
+        for position in range(len(plan.adapters))
+        for doubt in _doubts(plan, position, magnitudes.looks(plan, position))
+    )
+
+
+def _doubts(plan: Plan, position: int, looked: Sequence[Look]) -> Iterator[str]:
+    if (told := magnitudes.doubt(looked)) is not None:
+        name = shown(plan.adapters[position].path.name)
+        yield told if len(plan.adapters) == 1 else f"'{name}': {told}"
+
+
+def _refuse_implausible(path: Path, looked: Sequence[Look]) -> None:
+    if not looked:
         return
-    m, norm = np.array(pairs).T
-    size, ratio = float(np.median(np.abs(m))), float(np.median(np.abs(m) / norm))
+    m = np.concatenate([look.magnitudes for look in looked])
+    norm = np.concatenate([look.norms for look in looked])
+    there = np.isfinite(norm) & (norm > 0)  # lines without direction say nothing
+    if not there.any():
+        return
+    m, norm = np.abs(m[there]), norm[there]
+    size, ratio = float(np.median(m)), float(np.median(m / norm))
     if 1 / NEAR <= ratio <= NEAR:
         return
-    if 1 / NEAR <= size <= NEAR:
+    if 1 / NEAR <= size <= NEAR and not magnitudes.are_of_the_base(looked):
         raise PlanError(
             f"{path}: magnitudes around {size:.3g} for rows of norm "
             f"{float(np.median(norm)):.3g}: they look divided by the norms already, as "
@@ -64,15 +88,9 @@ def _refuse_implausible(plan: Plan, position: int) -> None:
     if not 1 / FAR <= ratio <= FAR:
         raise PlanError(
             f"{path}: magnitudes are around {ratio:.2g} times the norms of the rows "
-            "they belong to. Check that this is the base it was trained on; pass "
+            f"they belong to. {magnitudes.reason(looked)}; pass "
             "--magnitude-is-not-normalised to merge it all the same."
         )
-
-
-def _alone(region: Region, position: int) -> Region | None:
-    """Return a region as one adapter alone would change it, if by one norm along its rows."""
-    own = tuple(c for c in region.changes if c.adapter == position)
-    return replace(region, changes=own) if len(own) == 1 and own[0].over == "row" else None
 
 
 def _refuse_other_base(plan: Plan, position: int) -> None:
@@ -120,18 +138,3 @@ def _refuse_other_base(plan: Plan, position: int) -> None:
             "residual base that was saved"
             + (", or pass --recompute-init instead." if init in ("pissa", "olora") else ".")
         )
-
-
-def _magnitudes_and_norms(
-    step: Step, region: Region, settings: Settings
-) -> Iterator[tuple[float, float]]:
-    """Yield m and ``||W + s B A||`` of some rows; rows without direction say nothing."""
-    exact = Exact.open(step.source, region, settings)
-    rows = np.unique(np.linspace(0, region.rows - 1, ROWS).astype(np.intp))
-    values, delta = exact.base(rows), exact.product(rows, slice(None))
-    norms = np.linalg.norm(values if delta is None else values + delta, axis=1)
-    magnitudes = exact.parts[0].magnitude
-    assert magnitudes is not None, "Bug: only regions with magnitudes are looked at"
-    for m, norm in zip(magnitudes[rows], norms, strict=True):
-        if np.isfinite(norm) and norm > 0:
-            yield float(m), float(norm)

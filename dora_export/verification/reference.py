@@ -24,22 +24,17 @@ from dora_export.verification.measured import LoadFailure, Unsupported
 from dora_export.verification.models import Loaded, ModelClass, Place
 from dora_export.verification.noise import arguments
 from dora_export.verification.repeated import repeat_layers
-from dora_export.verification.unmerged import (
-    Observer,
-    Parts,
-    Term,
-    Unmerged,
-    stored,
-    terms,
-    values,
-)
+from dora_export.verification.terms import Term, stored, terms, values
+from dora_export.verification.unmerged import Observer, Parts, Unmerged
 
 # Tensor name -> its changes, or those of each of its slices.
 Numbers = Mapping[str, tuple[Term, ...] | Mapping[int, tuple[Term, ...]]]
 HIGHER = {"BF16": "F32", "F16": "F32", "F32": "F64", "F64": "F64"}
 
 
-def precisions(plan: Plan, computed: DType | None = None) -> tuple[DType, DType]:
+def precisions(
+    plan: Plan, computed: DType | None = None, merged_in: DType | None = None
+) -> tuple[DType, DType]:
     """Return the high precision that is exact enough, and the one whose noise may be there.
 
     The latter is the coarsest type that the merge rounds a weight to, or that a graph computes in.
@@ -48,10 +43,14 @@ def precisions(plan: Plan, computed: DType | None = None) -> tuple[DType, DType]
     Args:
         plan: The merge.
         computed: Type that the other side computes in, if not in the high precision.
+        merged_in: Type that its weights were rounded to, where that may be a finer one.
     """
     rounded = [s.dtype for s in plan.steps if s.dtype.mergeable and not s.copies_bytes]
-    rounded += [computed] if computed is not None else []
     coarsest = max(rounded, key=unit, default=DTYPES["F32"])
+    if merged_in is not None:
+        coarsest = min(coarsest, merged_in, key=unit)
+    if computed is not None:
+        coarsest = max(coarsest, computed, key=unit)
     high = DTYPES[HIGHER[coarsest.name]]
     return high, DTYPES["F32"] if coarsest.name == "F64" else coarsest
 
@@ -81,8 +80,10 @@ def numbers(plan: Plan) -> Numbers:
 
 
 def _has_product(step: Step) -> bool:
+    # A bias that goes through its layer's scaling has other values, as one that was trained has.
+    is_matrix = len(step.shape) > 1
     return any(
-        c.delta is not None or c.magnitude is not None or c.function is not None
+        c.delta is not None or c.magnitude is not None or (c.function is not None and is_matrix)
         for c in step.changes
     )
 
@@ -183,8 +184,6 @@ class Reference:
     def _change_experts(self, step: Step, numbers: Numbers) -> None:
         """Give a tensor of experts its changes, in the parameter that holds it with others."""
         place = self.places[step.name]
-        if step.name not in numbers:
-            raise Unsupported(step.name, "experts of a stack are replaced by stored values")
         if place.path not in self._stacks.by_path:
             parameter = self.loaded.parameters()[place.path]
             stack = self._stacks.at(place.path, parameter)
@@ -193,8 +192,11 @@ class Reference:
         else:
             stack = self._stacks.by_path[place.path]
             parameter = next(base for path, base, _ in self._swaps if path == place.path)
-        base, changes = place.part(parameter), numbers[step.name]
-        if isinstance(changes, tuple):
+        base = place.part(parameter)
+        changes = numbers.get(step.name)
+        if changes is None:
+            cells = self._replaced(step, base, place)
+        elif isinstance(changes, tuple):
             assert place.index is not None, "Bug: a matrix in a stack has its slice"
             cell = mixture.Cell(
                 self._parts(step, base, changes), place.index, place.turned, place.outputs
@@ -208,6 +210,18 @@ class Reference:
         for cell in cells:
             stack.add_cell(cell)
         self.weights[step.name] = mixture.Cells(cells)
+
+    def _replaced(self, step: Step, base: Tensor, place: Place) -> list[mixture.Cell]:
+        """Return the cells of experts that stored values are put in the place of, or added to."""
+        new = values(step, self.plan.settings, torch.float64).to(self.precision)
+
+        def cell(index: int, base: Tensor, new: Tensor, own: int | None) -> mixture.Cell:
+            parts = Parts(step.name, base, (Term(value=new, replaces=True),), index=own)
+            return mixture.Cell(parts, index, place.turned, place.outputs)
+
+        if place.index is not None:
+            return [cell(place.index, base, new, None)]
+        return [cell(i, base[i], new[i], i) for i in range(len(new))]
 
     def reach(self) -> None:
         """Compute with all experts that no input was routed to, as with one that was."""

@@ -37,7 +37,8 @@ from dora_export.verification.reference import (
     precisions,
     unit,
 )
-from dora_export.verification.unmerged import Call, Parts, Term
+from dora_export.verification.terms import Term
+from dora_export.verification.unmerged import Call, Parts
 
 STAGES = 5
 

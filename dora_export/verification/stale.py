@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,16 +16,12 @@ from numpy.typing import NDArray
 from dora_export.errors import shown
 from dora_export.pieces import regions
 from dora_export.plan import Plan, Settings, Step
-from dora_export.tensors import DTYPES
+from dora_export.tensors import DType
 from dora_export.verification.exact import Exact, rounded
+from dora_export.verification.initializers import initializers
 from dora_export.verification.model import Finding
 from dora_export.verification.values import floats
 
-if TYPE_CHECKING:
-    import onnx
-
-# TensorProto.DataType -> stored type.
-TYPES = {1: "F32", 10: "F16", 16: "BF16", 11: "F64"}
 LEAST = 64  # elements; smaller tensors may well be equal by chance
 ROWS = 4  # of a tensor that are looked at to see whether its values change at all
 
@@ -40,24 +35,17 @@ def stale(plan: Plan, path: Path) -> Iterator[Finding]:
         plan: Base, adapter and what becomes of them.
         path: The graph; its external data must have been found to lie in its folder.
     """
-    import onnx  # noqa: PLC0415 - takes a second
-
     by_shape: dict[tuple[int, ...], list[Step]] = defaultdict(list)
     for step in plan.steps:
         if step.changes and step.source.size >= LEAST:
             by_shape[tuple(sorted(step.shape))].append(step)
-    model = onnx.load(str(path), load_external_data=False)
-    for tensor in model.graph.initializer:
-        for step in by_shape.get(tuple(sorted(tensor.dims)), ()):
-            dtype = DTYPES.get(TYPES.get(tensor.data_type, ""))
-            if dtype is None:
-                continue
-            stored = _bytes(tensor, path.parent).view(f"u{dtype.itemsize}")
-            held = floats(stored, dtype).reshape(tuple(tensor.dims))
-            base = rounded(floats(step.source.raw(), step.source.dtype), dtype).reshape(step.shape)
-            if _same(held, base) and _changes(step, plan.settings, tensor.data_type):
+    for found in initializers(path):
+        for step in by_shape.get(tuple(sorted(found.shape)), ()):
+            base = floats(step.source.raw(), step.source.dtype)
+            base = rounded(base, found.dtype).reshape(step.shape)
+            if _same(found.values(), base) and _changes(step, plan.settings, found.dtype):
                 what = "has the base's values, which the adapter changes"
-                yield Finding("graph-stale", f"{shown(tensor.name)} ({shown(step.name)})", what)
+                yield Finding("graph-stale", f"{shown(found.name)} ({shown(step.name)})", what)
 
 
 def _same(held: NDArray[np.float64], base: NDArray[np.float64]) -> bool:
@@ -65,9 +53,8 @@ def _same(held: NDArray[np.float64], base: NDArray[np.float64]) -> bool:
     return turned or (held.shape == base.shape and np.array_equal(held, base))
 
 
-def _changes(step: Step, settings: Settings, kind: int) -> bool:
+def _changes(step: Step, settings: Settings, dtype: DType) -> bool:
     """Return whether the exact values differ from the base's, once rounded to the graph's type."""
-    dtype = DTYPES[TYPES[kind]]
     for region in regions(step):
         if not region.changes:
             continue
@@ -79,19 +66,3 @@ def _changes(step: Step, settings: Settings, kind: int) -> bool:
         if not np.array_equal(rounded(base, dtype), rounded(values, dtype)):
             return True
     return False
-
-
-def _bytes(tensor: onnx.TensorProto, folder: Path) -> NDArray[np.uint8]:
-    """Return a tensor's stored bytes, mapped where they are in another file."""
-    import onnx  # noqa: PLC0415 - as above
-
-    entries = {e.key: e.value for e in tensor.external_data}
-    if tensor.data_location == onnx.TensorProto.EXTERNAL:
-        offset, length = int(entries.get("offset", 0)), int(entries.get("length", 0))
-        found: NDArray[np.uint8] = np.memmap(
-            folder / entries["location"], np.uint8, "r", offset, (length,)
-        )
-        return found
-    if tensor.raw_data:
-        return np.frombuffer(tensor.raw_data, np.uint8)
-    return np.ascontiguousarray(onnx.numpy_helper.to_array(tensor)).view(np.uint8).reshape(-1)

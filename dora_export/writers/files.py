@@ -25,11 +25,17 @@ from numpy.typing import NDArray
 from dora_export import fused
 from dora_export.errors import OutputError
 from dora_export.machine import advice, start
+from dora_export.paged import PAGE, placed, whole_pages
 from dora_export.tensors import FileRange
+from dora_export.writers import direct
 from dora_export.writers.ranges import Ranges
 
 SYNC_BYTES = 128 << 20  # unsynced bytes of one file after which a sync starts in the background
 COPY_CHUNK = 8 << 20
+# Fewer bytes than these go through the page cache even where others go past it: the disk is asked
+# once for each write past the cache, and takes about as long for a page as for many.
+DIRECT_BYTES = 256 << 10
+BOUNCE_BYTES = 2 << 20  # copied at once to where they can go past the page cache from
 # Finished files that may wait for their sync, open: workers that are faster than the disk wait, and
 # a model of hundreds of shards stays below any limit on open files.
 WAITING = 8
@@ -48,13 +54,19 @@ class _File:
         pending: Of those, the ones that no sync has been started for.
         queued: A sync has been asked for that has not begun.
         failed: A sync has failed: which bytes are on the disk cannot be known any more.
+        direct: A second descriptor, for writes past the page cache, where they are wanted and can
+            be had; as long as ``descriptor``.
     """
 
-    def __init__(self, path: Path, name: str, nbytes: int, held: Ranges) -> None:
+    def __init__(
+        self, path: Path, name: str, nbytes: int, held: Ranges, *, past_cache: bool
+    ) -> None:
         self.path, self.name, self.nbytes, self.held = path, name, nbytes, held
         self.lock = threading.Lock()
         self.made = False
         self.descriptor: int | None = None
+        self.direct: int | None = None
+        self.past_cache = past_cache and nbytes >= DIRECT_BYTES
         self.finished, self.pending = Ranges(held), Ranges()
         self.queued = self.synced_once = self.failed = False
 
@@ -74,11 +86,20 @@ class _File:
                 try:
                     if not self.made and not self.held:
                         _reserve(descriptor, self.nbytes)
+                    self.direct = direct.opened(self.path) if self.past_cache else None
                 except OSError:
                     os.close(descriptor)
                     raise
                 self.made, self.descriptor = True, descriptor
             return self.descriptor
+
+    def close(self) -> None:
+        """Close the file, if it is open."""
+        descriptors = (self.direct, self.descriptor)
+        self.direct = self.descriptor = None
+        for descriptor in descriptors:
+            if descriptor is not None:
+                os.close(descriptor)
 
     def finish(self, start: int, stop: int) -> bool:
         """Note that bytes have been written; return whether it is time to ask for a sync."""
@@ -92,9 +113,8 @@ class _File:
     def rest(self) -> None:
         """Close the file until more bytes come, unless it is complete and waits for its sync."""
         with self.lock:
-            if self.descriptor is not None and not self.complete:
-                descriptor, self.descriptor = self.descriptor, None
-                os.close(descriptor)
+            if not self.complete:
+                self.close()
 
 
 class FileSink:
@@ -113,6 +133,7 @@ class FileSink:
             come to the disk, and after that the file's entry in its folder and the folder's own.
         sync: Put files on the disk; without it they are complete, and the system writes them out
             when it likes. ``on_synced`` is never called then.
+        read_again: Whether all of it will be read right after: it is kept in the page cache.
     """
 
     def __init__(
@@ -124,11 +145,15 @@ class FileSink:
         on_synced: Synced = lambda _: None,
         *,
         sync: bool = True,
+        read_again: bool = False,
     ) -> None:
         held = held or [Ranges() for _ in names]
+        # What must be on the disk goes there at once. What need not is sooner in the page cache.
+        past_cache = sync and not read_again and direct.pays(folder)
         self._folder = folder
+        self._bounces = threading.local()
         self._files = [
-            _File(folder / name, name, nbytes, ranges)
+            _File(folder / name, name, nbytes, ranges, past_cache=past_cache)
             for name, nbytes, ranges in zip(names, sizes, held, strict=True)
         ]
         self._on_synced = on_synced
@@ -154,10 +179,8 @@ class FileSink:
         self._to_sync.put(None)
         self._syncer.join()
         for file in self._files:
-            if file.descriptor is not None:
-                with suppress(OSError):  # nothing of it counts: an error is on its way
-                    os.close(file.descriptor)
-                file.descriptor = None
+            with suppress(OSError):  # nothing of it counts: an error is on its way
+                file.close()
         if kind is None:
             self._check_sync()
             unfinished = [f.path.name for f in self._files if not f.complete]
@@ -193,9 +216,9 @@ class FileSink:
         """
         self._check_sync()
         target = self._files[file]
-        view = data.reshape(-1).data
-        self._put(target, offset, view)
-        self._finish(target, offset, offset + len(view))
+        data = data.reshape(-1)
+        self._put(target, offset, data)
+        self._finish(target, offset, offset + data.size)
 
     def put(self, file: int, offset: int, stride: int, rows: NDArray[np.uint8]) -> None:
         """Put rows of bytes into an output file, ``stride`` bytes apart; ``finish`` tells of them.
@@ -208,6 +231,9 @@ class FileSink:
         try:
             descriptor = target.open()
             rows = np.ascontiguousarray(rows)
+            if rows.shape[1] == stride or len(rows) == 1:
+                self._put(target, offset, rows.reshape(-1))
+                return
             with target.lock:
                 if not fused.write_rows(descriptor, offset, stride, rows):
                     for row in rows:
@@ -233,23 +259,78 @@ class FileSink:
             descriptor = target.open()
         except OSError as error:
             raise refusal(target.path, error) from error
-        done = _kernel_copy(source, descriptor, offset)
-        while done < source.nbytes:
-            chunk = np.empty(min(COPY_CHUNK, source.nbytes - done), np.uint8)
-            source.read(done, chunk)
-            self._put(target, offset + done, chunk.data)
-            done += chunk.size
+        if target.direct is None:
+            done = _kernel_copy(source, descriptor, offset)
+            self._copy(target, offset, source, done, source.nbytes)
+        else:
+            shared = direct.share(source, descriptor, offset)
+            self._copy(target, offset, source, 0, shared.start)
+            self._copy(target, offset, source, shared.stop, source.nbytes)
         # Only now, in one go: a file is closed as soon as all of its bytes are said to be in.
         self._finish(target, offset, offset + source.nbytes)
 
-    def _put(self, target: _File, offset: int, view: memoryview) -> None:
+    def _copy(self, target: _File, offset: int, source: FileRange, start: int, stop: int) -> None:
+        """Read bytes ``[start, stop)`` of a source, and write them."""
+        while start < stop:
+            chunk = self._bounce(offset + start, stop - start)
+            source.read(start, chunk)
+            self._put(target, offset + start, chunk)
+            start += chunk.size
+
+    def _put(self, target: _File, offset: int, data: NDArray[np.uint8]) -> None:
+        """Put bytes into a file: whole pages past the page cache, where that pays."""
         try:
             descriptor = target.open()
-            # The kernel lets one writer into a file at a time and lets others spin: queue here.
-            with target.lock:
-                self._put_at(descriptor, offset, view)
+            if target.direct is None or data.size < DIRECT_BYTES:
+                self._put_cached(target, descriptor, offset, data)
+                return
+            done = 0
+            while done < data.size:
+                part = data[done:]
+                pages = whole_pages(part, offset + done)
+                if pages.stop == 0:  # not as it lies: copy some of it to where it can
+                    part = self._bounce(offset + done, part.size)
+                    np.copyto(part, data[done : done + part.size])
+                    pages = whole_pages(part, offset + done)
+                written = self._put_past(target, offset + done + pages.start, part[pages])
+                rest = pages.start + written
+                self._put_cached(target, descriptor, offset + done, part[: pages.start])
+                self._put_cached(target, descriptor, offset + done + rest, part[rest:])
+                done += part.size
         except OSError as error:
             raise refusal(target.path, error) from error
+
+    def _put_past(self, target: _File, offset: int, data: NDArray[np.uint8]) -> int:
+        """Put whole pages on the disk; return how many bytes went, from the first on."""
+        done = 0
+        while done < data.size and target.direct is not None and target.past_cache:
+            try:
+                done += _pwrite(target.direct, data[done:].data, offset + done)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                target.past_cache = False  # a device that asks for more than whole pages
+            if done % PAGE:
+                break  # a short write: what follows it begins within a page
+        return done
+
+    def _put_cached(
+        self, target: _File, descriptor: int, offset: int, data: NDArray[np.uint8]
+    ) -> None:
+        # The kernel lets one writer into a file at a time and lets others spin: queue here.
+        with target.lock:
+            self._put_at(descriptor, offset, data.data)
+
+    def _bounce(self, offset: int, most: int) -> NDArray[np.uint8]:
+        """Return this thread's buffer for bytes of a file, up to a page's end if not to the last.
+
+        Args:
+            offset: Where in the file they begin.
+            most: How many there are.
+        """
+        if not hasattr(self._bounces, "buffer"):
+            self._bounces.buffer = np.empty(BOUNCE_BYTES + PAGE, np.uint8)
+        return placed(self._bounces.buffer, offset, min(most, BOUNCE_BYTES - offset % PAGE))
 
     def _put_at(self, descriptor: int, offset: int, view: memoryview) -> None:
         done = 0
@@ -294,8 +375,7 @@ class FileSink:
                 file.synced_once = True
             self._on_synced({file.name: ranges})
         if complete:
-            file.descriptor = None
-            os.close(descriptor)
+            file.close()
 
 
 def make_folder(folder: Path) -> None:

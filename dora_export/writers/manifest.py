@@ -49,6 +49,26 @@ def refuse_merged_base(folder: Path | None, *, allow: bool) -> None:
     )
 
 
+def beside_graph(graph: Path) -> Mapping[str, Any] | None:
+    """Return what the manifest of a graph's folder says, or None where there is none.
+
+    A graph that was re-weighted holds the merged values in its own type, whatever the base's is.
+
+    Raises:
+        InputError: It is no JSON object.
+    """
+    folder = graph.parent.parent if graph.parent.name == "onnx" else graph.parent
+    if not (folder / MANIFEST).is_file():
+        return None
+    content = read_json(folder / MANIFEST)
+    made, options = content.get("onnx"), content.get("options")
+    if isinstance(made, dict) and isinstance(options, dict) and made.get("way") == "into":
+        dtype = made.get("dtype")
+        if isinstance(dtype, str) and dtype in DTYPES and DTYPES[dtype].mergeable:
+            return {**content, "options": {**options, "dtype": dtype}}
+    return content
+
+
 def settings_of(
     manifest: Mapping[str, Any] | None, given: Mapping[str, Any]
 ) -> tuple[Settings, tuple[str, ...]]:

@@ -1,0 +1,307 @@
+"""Writes past the page cache: the same bytes as through it, whatever the system makes of them."""
+
+import errno
+import fcntl
+import itertools
+import os
+import struct
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import dora_export
+from dora_export.errors import OutputError
+from dora_export.paged import PAGE, placed, whole_pages
+from dora_export.tensors import FileRange
+from dora_export.writers import direct, files
+from dora_export.writers.files import FileSink
+from dora_export.writers.ranges import Ranges
+from tests import faults, small
+from tests.test_engine import write_case
+
+
+class Device:
+    """Plain writes in the place of direct ones, refused unless they are of whole pages.
+
+    Attributes:
+        past: Ranges that went past the cache.
+        cached: Ranges that went through it.
+        answer: Called with the offset and the size of a write past the cache; returns how many
+            bytes of it are written, or raises.
+    """
+
+    def __init__(self, patch):
+        self.past, self.cached = [], []
+        self.answer = lambda offset, nbytes: nbytes
+        self._pwrite, self._lock = os.pwrite, threading.Lock()
+        patch.setattr(direct, "pays", lambda folder: True)
+        patch.setattr(direct, "opened", lambda path: os.open(path, os.O_WRONLY))
+        patch.setattr(os, "pwrite", self._written)
+
+    def _written(self, descriptor, data, offset):
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE != os.O_WRONLY:
+            self._note(self.cached, offset, len(data))
+            return self._pwrite(descriptor, data, offset)
+        address = np.frombuffer(data, np.uint8).ctypes.data
+        if offset % PAGE or len(data) % PAGE or address % PAGE:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        count = self.answer(offset, len(data))
+        self._note(self.past, offset, count)
+        return self._pwrite(descriptor, data[:count], offset)
+
+    def _note(self, where, offset, nbytes):
+        with self._lock:
+            where.append((offset, offset + nbytes))
+
+
+def pages(ranges):
+    return {p for start, stop in ranges for p in range(start // PAGE, -(-stop // PAGE))}
+
+
+@pytest.fixture
+def device(monkeypatch):
+    monkeypatch.setattr(files, "DIRECT_BYTES", 1)
+    monkeypatch.setattr(files, "BOUNCE_BYTES", 2 * PAGE)
+    return Device(monkeypatch)
+
+
+def cut_up(nbytes, seed=0):
+    """Odd cuts of a file, among them neighbours within one page and pieces of many pages."""
+    draw = np.random.default_rng(seed)
+    sizes = draw.choice([1, 37, PAGE - 1, PAGE, 3 * PAGE, 9 * PAGE + 5], 400).cumsum()
+    return [0, *sizes[sizes < nbytes].tolist(), nbytes]
+
+
+def written(folder, content, source=None):
+    """Write a file in odd pieces, from several threads, in no order."""
+    cuts = cut_up(content.size)
+    pieces = list(itertools.pairwise(cuts))
+    np.random.default_rng(1).shuffle(pieces)
+    with FileSink(folder, ["f"], [content.size]) as sink, ThreadPoolExecutor(3) as pool:
+
+        def put(piece):
+            start, stop = (int(n) for n in piece)
+            if source is not None:
+                sink.copy(0, start, FileRange(source, start, stop - start))
+            elif start % 2:  # as it lies in its file
+                data = placed(np.empty(stop - start + PAGE, np.uint8), start, stop - start)
+                data[:] = content[start:stop]
+                sink.write(0, start, data)
+            else:
+                sink.write(0, start, content[start:stop])
+
+        list(pool.map(put, pieces))
+    assert (folder / "f").read_bytes() == content.tobytes()
+    return pieces
+
+
+CONTENT = np.random.default_rng(2).integers(0, 256, 100 * PAGE + 77).astype(np.uint8)
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["computed", "copied"])
+def test_whole_pages_go_past_the_cache_and_no_others(tmp_path, device, copied):
+    source = tmp_path / "source"
+    source.write_bytes(CONTENT.tobytes())
+    pieces = written(tmp_path, CONTENT, source if copied else None)
+    whole = {p for a, b in pieces for p in range(-(-int(a) // PAGE), int(b) // PAGE)}
+    assert pages(device.past) == whole
+    assert not pages(device.cached) & whole
+    assert len(whole) > 60
+
+
+def test_little_goes_through_the_cache(tmp_path, device, monkeypatch):
+    monkeypatch.setattr(files, "DIRECT_BYTES", 5 * PAGE)
+    pieces = written(tmp_path, CONTENT)
+    large = [(a, b) for a, b in pieces if b - a >= 5 * PAGE]
+    whole = {p for a, b in large for p in range(-(-int(a) // PAGE), int(b) // PAGE)}
+    assert pages(device.past) == whole
+    assert len(whole) > 30
+
+
+@pytest.mark.parametrize("short", [PAGE, 512, 100], ids=lambda n: f"{n} bytes at once")
+def test_short_writes_are_gone_on_with(tmp_path, device, short):
+    device.answer = lambda offset, nbytes: short
+    written(tmp_path, CONTENT)
+    assert device.past
+
+
+def test_device_that_wants_more_than_pages_gets_cached_writes(tmp_path, device):
+    def answer(offset, nbytes):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    device.answer = answer
+    written(tmp_path, CONTENT)
+    assert not device.past
+
+
+def test_file_system_without_direct_writes_gets_cached_ones(tmp_path, device, monkeypatch):
+    def refuse(path, flags, *mode):
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real(path, flags, *mode)
+
+    real = os.open
+    monkeypatch.undo()  # of the device: the real way to open a file
+    monkeypatch.setattr(files, "DIRECT_BYTES", 1)
+    monkeypatch.setattr(direct, "pays", lambda folder: True)
+    monkeypatch.setattr(os, "open", refuse)
+    written(tmp_path, CONTENT)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+def test_disk_that_fails_is_told_of_and_nothing_stays_open(tmp_path, device, code):
+    def answer(offset, nbytes):
+        if offset >= 50 * PAGE:
+            raise OSError(code, os.strerror(code))
+        return nbytes
+
+    device.answer = answer
+    before = faults.descriptors()
+    with pytest.raises(OutputError, match=os.strerror(code)):
+        written(tmp_path, CONTENT)
+    assert faults.descriptors() == before
+
+
+def test_bytes_are_said_to_be_on_the_disk_after_a_sync_that_follows_them(tmp_path, device):
+    """A write past the cache may still lie in the device's own, and its blocks be in no inode."""
+    told, synced = [], []
+    real = os.fsync
+
+    def fsync(descriptor):
+        synced.append(list(device.past))
+        real(descriptor)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        patch.setattr(files, "SYNC_BYTES", 10 * PAGE)
+        with FileSink(tmp_path, ["f"], [CONTENT.size], on_synced=told.append) as sink:
+            for start in range(0, CONTENT.size, 7 * PAGE):
+                sink.write(0, start, CONTENT[start : start + 7 * PAGE])
+                before = [list(r["f"]) for r in told]
+                assert len(before) <= len(synced)
+    assert Ranges([r for one in told for r in one["f"]]).covers(0, CONTENT.size)
+    assert pages(synced[-1]) == pages(device.past)
+
+
+@pytest.mark.parametrize("words", ["the base's own", "odd"])
+def test_merge_is_the_same_past_the_cache(tmp_path, device, monkeypatch, words):
+    """Whatever the length of the header, and so wherever in a page the tensors begin."""
+    write_case(tmp_path, layers=2, out=1100, inputs=700)
+    shards = {"max_shard_size": "2MB"} if words == "odd" else {}
+    merge(tmp_path, "past", **shards)
+    assert sum(b - a for a, b in device.past) > 3_000_000
+    with monkeypatch.context() as patch:
+        patch.setattr(direct, "pays", lambda folder: False)
+        device.past.clear()
+        merge(tmp_path, "through", **shards)
+    assert not device.past
+    assert small.entries(tmp_path / "past") == small.entries(tmp_path / "through")
+
+
+def test_merge_that_need_not_be_on_the_disk_stays_in_the_cache(tmp_path, device):
+    write_case(tmp_path, layers=1, out=300, inputs=200)
+    merge(tmp_path, "out", sync=False)
+    assert device.cached
+    assert not device.past
+
+
+def test_what_is_read_again_stays_in_the_cache(tmp_path, device):
+    with FileSink(tmp_path, ["f"], [CONTENT.size], read_again=True) as sink:
+        sink.write(0, 0, CONTENT)
+    assert device.cached
+    assert not device.past
+
+
+def test_merged_rows_lie_as_in_their_file(tmp_path, device, monkeypatch):
+    """Or they would be copied once more before they can go past the cache."""
+    write_case(tmp_path, layers=2, out=1100, inputs=700)
+    bounced = []
+    real = FileSink._bounce
+
+    def bounce(self, offset, most):
+        bounced.append(most)
+        return real(self, offset, most)
+
+    monkeypatch.setattr(FileSink, "_bounce", bounce)
+    monkeypatch.setattr(files, "DIRECT_BYTES", 64 << 10)
+    merge(tmp_path, "out", verify="none")
+    copied = sum(b - a for a, b in device.past) - sum(min(n, 2 * PAGE) for n in bounced)
+    assert copied > 3_000_000
+
+
+def merge(at, out, **options):
+    return dora_export.merge(at / "base", at / "adapter", at / out, **options)
+
+
+# --- sharing blocks ---
+
+
+@pytest.mark.parametrize("apart", [0, 1], ids=["alike", "otherwise"])
+def test_copied_pages_are_shared_where_they_lie_alike(tmp_path, device, monkeypatch, apart):
+    """A file system that shares whole pages, as XFS does."""
+    source = tmp_path / "source"
+    source.write_bytes(CONTENT.tobytes())
+    asked = []
+
+    def ioctl(descriptor, code, request):
+        given, start, nbytes, offset = struct.unpack("=qQQQ", request)
+        assert code == 0x4020940D
+        assert start % PAGE == nbytes % PAGE == offset % PAGE == 0
+        asked.append((offset, offset + nbytes))
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        os.write(descriptor, os.pread(given, nbytes, start))
+
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
+    begin, stop = 5 * PAGE + 100, 80 * PAGE + 9
+    with FileSink(tmp_path, ["f"], [CONTENT.size]) as sink:
+        sink.write(0, 0, CONTENT[:begin])
+        device.past.clear()
+        sink.copy(0, begin, FileRange(source, begin - apart, stop - begin))
+        assert pages(device.past) & pages(asked) == set()
+        sink.write(0, stop, CONTENT[stop:])
+    expected = CONTENT.copy()
+    expected[begin:stop] = CONTENT[begin - apart : stop - apart]
+    assert (tmp_path / "f").read_bytes() == expected.tobytes()
+    assert asked == ([] if apart else [(6 * PAGE, 80 * PAGE)])
+
+
+def test_more_is_handed_over_at_once(tmp_path, device, monkeypatch):
+    """Where nothing has to stay within a cache; unless the user says how much."""
+    write_case(tmp_path, layers=2, out=1100, inputs=700)
+    monkeypatch.setattr(direct, "BLOCK_BYTES", 1_500_000)
+    reports = {
+        "direct": merge(tmp_path, "direct"),
+        "cached": merge(tmp_path, "cached", sync=False),
+        "said": merge(tmp_path, "said", block_bytes=1_000_000),
+    }
+    memory = {name: report.memory_bytes for name, report in reports.items()}
+    assert memory["said"] < memory["direct"] < memory["cached"]
+
+
+# --- with this machine's own file systems ---
+
+
+def test_real_direct_writes_give_the_same_bytes(tmp_path, monkeypatch):
+    if not direct.pays(tmp_path):
+        pytest.skip("the temporary folder's file system is written through the page cache")
+    monkeypatch.setattr(files, "DIRECT_BYTES", 1)
+    opened, real = [], direct.opened
+    monkeypatch.setattr(direct, "opened", lambda path: opened.append(real(path)) or opened[-1])
+    written(tmp_path, CONTENT)
+    assert None not in opened
+
+
+def test_memory_and_kernel_file_systems_are_written_through_the_cache():
+    assert not direct.pays(Path("/proc"))
+    assert direct.pays(Path("/no/such/folder")) == direct.pays(Path("/"))
+
+
+def test_whole_pages_of_bytes_that_lie_otherwise_are_none():
+    data = placed(np.zeros(9 * PAGE, np.uint8), 5, 4 * PAGE)
+    assert whole_pages(data, 5) == slice(PAGE - 5, 4 * PAGE - 5)
+    assert whole_pages(data, 6) == slice(0, 0)
+    assert whole_pages(data[: PAGE - 6], 5) == slice(0, 0)
+    assert whole_pages(data[PAGE - 5 : 2 * PAGE - 5], PAGE) == slice(0, PAGE)
