@@ -433,7 +433,8 @@ def _module(update: Update) -> str:
         return prefix_of(module)  # a flattened path has no last segment
     parent, _, last = module.rpartition(".")
     # "to_out.0" rather than "0"
-    return f"{parent.rpartition('.')[2]}.{last}" if last.isdigit() else last or update.target
+    named = [part for part in (parent.rpartition(".")[2], last) if part]
+    return ".".join(named) if last.isdigit() else last or update.target
 
 
 def _plan(

@@ -208,6 +208,13 @@ def test_merge_that_need_not_be_on_the_disk_stays_in_the_cache(tmp_path, device)
     assert not device.past
 
 
+def test_what_is_read_again_stays_in_the_cache(tmp_path, device):
+    with FileSink(tmp_path, ["f"], [CONTENT.size], read_again=True) as sink:
+        sink.write(0, 0, CONTENT)
+    assert device.cached
+    assert not device.past
+
+
 def test_merged_rows_lie_as_in_their_file(tmp_path, device, monkeypatch):
     """Or they would be copied once more before they can go past the cache."""
     write_case(tmp_path, layers=2, out=1100, inputs=700)

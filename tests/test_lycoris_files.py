@@ -447,13 +447,15 @@ def test_onetrainers_algorithms_on_matrices_and_kernels(kind, dora, tmp_path):
         tensors |= {f"lora_transformer_blocks_{name}.{n}": t for n, t in factors.items()}
         want[f"blocks.{name}.weight"] = exact.flatten(1).numpy()
         plain[f"blocks.{name}.weight"] = (W.double() + delta / (ALPHA / R)).flatten(1).numpy()
+    # The settings are LoRA's: what they say of another algorithm is not of its tensors.
+    own = kind == "LORA"
     config = {
         "peft_type": kind,
-        "lora_decompose": dora is not None,
-        "lora_decompose_norm_epsilon": True,
-        "lora_decompose_output_axis": dora == "out",
+        "lora_decompose": (dora is not None) == own,
+        "lora_decompose_norm_epsilon": own,
+        "lora_decompose_output_axis": (dora == "out") == own,
     }
-    said = {"ot_revision": "abc", "ot_branch": "master", "ot_config": json.dumps(config)}
+    said = {"ot_branch": "master", "ot_config": json.dumps(config)}
     paths = write(tmp_path, base, tensors, said, "transformer.")
     got = merged(*paths)
     for name, exact in want.items():
@@ -494,6 +496,9 @@ CONTRADICTIONS = {
         {"ot_revision": "x", "ot_config": json.dumps(
             {"peft_type": "LORA", "lora_decompose": True, "lora_decompose_output_axis": True})},
         "count outputs, their shapes say inputs"),
+    "OneTrainer's LoRA": (
+        {"ot_branch": "x", "ot_config": json.dumps({"peft_type": "LORA", "lora_decompose": False})},
+        "not decomposed, but there is dora_scale"),
 }  # fmt: skip
 
 
@@ -512,6 +517,46 @@ def test_lost_magnitudes_are_noticed_by_the_metadata(tmp_path):
     assert "decomposed (DoRA), but there is no dora_scale" in message
     said = kohya(algo="locon", dora_wd="True", bypass_mode="True")
     assert_near(merged(*write(tmp_path / "bypass", base, named(made), said)), wanted(base, made))
+
+
+# Factors of a convolution with 24 outputs, 8 inputs and 3 x 3 kernels: 24 magnitudes may count
+# outputs, or inputs of a layer with 1 x 3 kernels, unless the factors show the inputs apart.
+KERNELS = {
+    "LoKr, w2 whole": ({"lokr_w1": (2, 2), "lokr_w2": (12, 4, 3, 3)}, True),
+    "LoKr, w1 in factors": (
+        {"lokr_w1_a": (2, R), "lokr_w1_b": (R, 2), "lokr_w2": (12, 4, 3, 3)}, True),
+    "LoKr, a core": ({"lokr_w1": (2, 2), "lokr_t2": (R, R, 3, 3), "lokr_w2_a": (R, 12),
+                      "lokr_w2_b": (R, 4)}, True),
+    "LoKr, flattened": ({"lokr_w1": (2, 2), "lokr_w2_a": (12, R), "lokr_w2_b": (R, 36)}, False),
+    "LoHa, a core": ({f"hada_{n}": s for i in "12" for n, s in (
+        (f"t{i}", (R, R, 3, 3)), (f"w{i}_a", (R, 24)), (f"w{i}_b", (R, 8)))}, True),
+    "LoHa, flattened": ({f"hada_{n}": s for i in "12" for n, s in (
+        (f"w{i}_a", (24, R)), (f"w{i}_b", (R, 72)))}, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", KERNELS)
+def test_flat_magnitudes_of_a_kernel_are_told_by_factors_that_show_the_inputs(case, tmp_path):
+    shapes, shown = KERNELS[case]
+    tensors = {f"lora_unet_c.{n}": torch.ones(s) for n, s in shapes.items()}
+    file = tmp_path / "adapter.safetensors"
+    save_file(tensors | {"lora_unet_c.dora_scale": torch.ones(24)}, file)
+    if shown:
+        assert "out, by the length of dora_scale" in inspected(file)
+    else:
+        said = small.run("inspect", file)
+        assert (said.exit_code, "Pass --axis out or --axis in" in said.stderr) == (2, True)
+
+
+def test_alpha_of_two_whole_kronecker_factors_may_have_overflowed(tmp_path):
+    """It is the rank that was asked for, and a huge one is how whole factors are asked for."""
+    torch.manual_seed(4)
+    W, one, two = torch.randn(16, 16) * 0.2, torch.randn(4, 2), torch.randn(4, 8)
+    tensors = {"lora_unet_q.lokr_w1": one, "lora_unet_q.lokr_w2": two,
+               "lora_unet_q.alpha": torch.tensor(1e10).half()}  # fmt: skip
+    paths = write(tmp_path, {"q.weight": W}, tensors)
+    assert_near(merged(*paths), {"q.weight": oracle.float64(W + torch.kron(one, two))})
+    assert "'lora_unet_q.alpha' ignored: two whole factors are not scaled" in inspected(paths[1])
 
 
 def test_metadata_that_agrees_or_cannot_be_read_changes_nothing(tmp_path):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -15,7 +16,9 @@ from onnx import TensorProto, helper, numpy_helper
 import dora_export
 from dora_export import GraphReport
 from dora_export.errors import DoraExportError, VerifyError
-from dora_export.onnx import files, into, rewritten
+from dora_export.onnx import assembly, files, into, rewritten
+from dora_export.onnx.layout import Place
+from dora_export.writers.files import FileSink
 from tests import oracle, small
 from tests.small import LINEARS, entries, run
 
@@ -248,6 +251,53 @@ def test_bytes_do_not_depend_on_threads_or_blocks(pair, monkeypatch):
     monkeypatch.setattr(into, "MOST_BLOCK", 1)
     export(folder, graph, "other", threads=4)
     assert entries(folder / "one") == entries(folder / "other")
+
+
+@pytest.mark.parametrize("held", [{"TENSOR_BYTES": 0}, {"HELD_BYTES": 1000}], ids=["none", "some"])
+def test_bytes_do_not_depend_on_what_is_put_together_in_memory(pair, monkeypatch, held):
+    """Rows that lie in columns go into a tensor in memory, or each where it belongs in the file."""
+    folder, base, _ = pair
+    graph = save_graph(folder / "graph/model.onnx", transposed(base), data="w.bin")
+    pieces = []
+    put = FileSink.put
+
+    def counted(self, file, offset, stride, rows):
+        pieces.append(len(rows))
+        put(self, file, offset, stride, rows)
+
+    monkeypatch.setattr(FileSink, "put", counted)
+    monkeypatch.setattr(into, "MOST_BLOCK", 500)
+    monkeypatch.setattr(into, "LEAST_BLOCK", 500)
+    export(folder, graph, "held")
+    assert not pieces
+    for name, value in held.items():
+        monkeypatch.setattr(assembly, name, value)
+    export(folder, graph, "other")
+    assert pieces
+    assert entries(folder / "held") == entries(folder / "other")
+
+
+def test_memory_for_tensors_is_bounded_and_given_back(monkeypatch):
+    monkeypatch.setattr(assembly, "HELD_BYTES", 150)
+    held, tensors = assembly.Assembly(), [object() for _ in range(4)]
+    row = np.arange(50, dtype=np.uint8).reshape(1, -1)
+
+    def begin(i, nbytes=100):
+        return held.put(tensors[i], Place(0, 8, nbytes), [(0, 50, row)])
+
+    assert begin(0) == ()
+    assert list(begin(1)) == [(0, 50, row)]  # no room: it goes the other way, to its end
+    held.put(tensors[0], Place(0, 8, 100), [(50, 50, row)])
+    assert held.taken(tensors[0]).tobytes() == row.tobytes() * 2
+    assert list(begin(1)) == [(0, 50, row)]
+    assert begin(2) == ()
+    assert held.taken(tensors[1]) is None
+    assert list(begin(3)) == [(0, 50, row)]
+
+
+def test_hashing_ends_with_what_it_goes_along_with():
+    with pytest.raises(ZeroDivisionError), files.digesting([Path("/dev/zero")]):
+        raise ZeroDivisionError
 
 
 def refused(folder, graph, match, error=DoraExportError, **options):

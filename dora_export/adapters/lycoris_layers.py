@@ -107,7 +107,11 @@ def _factored(module: str, algorithm: str, parts: Parts, told: Told) -> Layer | 
     scaling = _whole_scaling(alpha, told) if rank is None else alpha / rank if alpha else 1.0
     if isinstance(scaling, str):
         return scaling
-    if not whole and not math.isfinite(alpha or 0.0):
+    ignored = {}
+    if whole and not math.isfinite(alpha or 0.0):  # a rank of 100,000 asks for whole factors
+        alpha = None
+        ignored[parts["alpha"].name] = "two whole factors are not scaled; it overflowed its type"
+    elif not math.isfinite(alpha or 0.0):
         return f"alpha is {alpha}: it overflowed the type it is stored in. Get the file in float32"
     if told.split_qkv and algorithm == "LoRA" and module.endswith(SPLIT):
         return (
@@ -117,7 +121,9 @@ def _factored(module: str, algorithm: str, parts: Parts, told: Told) -> Layer | 
     update = Update(
         target=f"{module}.weight",
         kind="lora",
-        source_keys=tuple(parts[p].name for p in parts if p not in BIASES),
+        source_keys=tuple(
+            ref.name for p, ref in parts.items() if p not in BIASES and ref.name not in ignored
+        ),
         scaling=scaling,
         layout="oi",
     )
@@ -127,7 +133,7 @@ def _factored(module: str, algorithm: str, parts: Parts, told: Told) -> Layer | 
     else:
         delta = factors.hadamard(parts) if algorithm == "LoHa" else factors.kronecker(parts)
         update, shape = replace(update, delta=delta), delta.shape
-    layer = Layer(algorithm, (update,), alpha=alpha, rank=rank)
+    layer = Layer(algorithm, (update,), ignored=ignored, alpha=alpha, rank=rank)
     return _decomposed(layer, parts, shape, _inputs(algorithm, parts), told)
 
 

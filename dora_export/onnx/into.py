@@ -23,6 +23,7 @@ from dora_export.checkpoints.folder import read_json
 from dora_export.engine import Engine, Resources, check_adapter
 from dora_export.errors import OutputError, listing, shown
 from dora_export.onnx import files
+from dora_export.onnx.assembly import TENSOR_BYTES
 from dora_export.onnx.encodings import Int8
 from dora_export.onnx.graph_file import Graph, StoredTensor, nodes, open_graph
 from dora_export.onnx.layout import Layout, lay_out
@@ -33,7 +34,6 @@ from dora_export.onnx.rewritten import recheck
 from dora_export.onnx.scatter import Part, Rewriter, Scatter, parts_of, rewriting
 from dora_export.plan import Plan
 from dora_export.tensors import FileRange
-from dora_export.verification.parallel import each
 from dora_export.verification.plausible import refuse_implausible
 from dora_export.verification.runner import is_quantised
 from dora_export.writers.files import FileSink
@@ -87,15 +87,24 @@ def make(request: Request) -> Made:
         layout = lay_out(graph, [*holders, *parameters])
         _check_space(request.folder, layout)
         request.on_stage("writing merged weights into the graph")
-        with FileSink(request.folder, layout.names, layout.sizes, sync=request.sync) as sink:
+        names = [path.name, *graph.data_files]
+        with (
+            files.digesting([path, *graph.data_files.values()]) as before,
+            FileSink(
+                request.folder, layout.names, layout.sizes, sync=request.sync, read_again=True
+            ) as sink,
+        ):
             write(plan, changed, parameters, layout, request, sink)
             # While the disk is still busy with it: checking and hashing take the processor only.
             request.on_stage("checking what was written")
-            found = recheck(
-                plan, graph, changed, parameters, layout, request.folder, threads=request.threads
-            )
-            known = files.check_again(request.folder / path.name, found.model, graph.model)
-            were, are = _digests(graph, request)
+            with files.digesting([request.folder / name for name in names]) as after:
+                found = recheck(
+                    plan, graph, changed, parameters, layout, request.folder,
+                    threads=request.threads,
+                )  # fmt: skip
+                known = files.check_again(request.folder / path.name, found.model, graph.model)
+                were = dict(zip(names, before(), strict=True))
+                are = dict(zip(names, after(), strict=True))
     return Made(
         graphs=(graph.path.name,),
         facts=_facts(graph, matched, proofs, were),
@@ -334,7 +343,8 @@ def write(
         request: What was asked for.
         sink: The files, open.
 
-    Peak memory: a few blocks per worker; no tensor is held whole.
+    Peak memory: a few blocks per worker, and ``assembly.HELD_BYTES`` of tensors whose rows lie
+    in columns.
 
     Raises:
         OutputError: The disk is full, or writing fails.
@@ -358,13 +368,14 @@ def write(
     writer.replace(parameters)
     for match in matches:
         writer.keep(match)
-    resources = Resources("cpu", request.threads, _block_bytes(matches))
+    resources = Resources("cpu", request.threads, _block_bytes(matches, layout))
     for part in plans:
         Engine(part, Scatter(part, parts, writer.emit), resources, on_bytes).run()
 
 
-def _block_bytes(matches: Sequence[Match]) -> int:
+def _block_bytes(matches: Sequence[Match], layout: Layout) -> int:
     sizes = [w.base.dtype.itemsize * m.length * COLUMNS for m in matches if m.lines.by_column
+             and layout.places[m.tensor].nbytes > TENSOR_BYTES
              for w in m.weights if w.base is not None]  # fmt: skip
     return max(LEAST_BLOCK, min(MOST_BLOCK, max(sizes, default=0)))
 
@@ -448,14 +459,6 @@ def _notes(matched: Matched) -> Iterator[str]:
             f"{len(matched.absent)} tensors of the base that do not change are not in the graph as "
             f"they are (folded, pruned or quantised): {names}{more}"
         )
-
-
-def _digests(graph: Graph, request: Request) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the SHA-256 of the graph's files and of those that were written, by their names."""
-    own = {graph.path.name: graph.path, **graph.data_files}
-    written = [request.folder / name for name in own]
-    found = each(files.sha256, [*own.values(), *written], request.threads)
-    return dict(zip(own, found, strict=False)), dict(zip(own, found[len(own) :], strict=True))
 
 
 def _facts(

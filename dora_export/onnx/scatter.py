@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dora_export.onnx.assembly import Assembly
 from dora_export.onnx.graph_file import StoredTensor
 from dora_export.onnx.layout import Layout
-from dora_export.onnx.lines import Lines
+from dora_export.onnx.lines import Lines, Strided
 from dora_export.onnx.matching import KEPT, Match
 from dora_export.onnx.matching_proof import lines_at_once
 from dora_export.plan import OutputFile, Plan, Step
@@ -179,6 +180,7 @@ class Rewriter:
         self._layout, self._sink = layout, sink
         self._lock = threading.Lock()
         self._left = {id(m): m.lines.count for m in matches}
+        self._assembly = Assembly()
 
     def copy(self) -> None:
         """Take over all that stays."""
@@ -218,7 +220,10 @@ class Rewriter:
 
     def _place(self, lines: Lines, first: int, block: NDArray[np.uint8]) -> None:
         place = self._layout.places[lines.tensor]
-        for at, stride, rows in lines.placed(first, block):
+        pieces: Iterable[Strided] = lines.placed(first, block)
+        if lines.by_column:
+            pieces = self._assembly.put(lines.tensor, place, pieces)
+        for at, stride, rows in pieces:
             self._sink.put(place.file, place.offset + at, stride, rows)
 
     def _done(self, match: Match, count: int) -> None:
@@ -228,4 +233,8 @@ class Rewriter:
         if complete:
             for lines in match.holders:
                 place = self._layout.places[lines.tensor]
-                self._sink.finish(place.file, place.offset, place.nbytes)
+                whole = self._assembly.taken(lines.tensor)
+                if whole is None:
+                    self._sink.finish(place.file, place.offset, place.nbytes)
+                else:
+                    self._sink.write(place.file, place.offset, whole)

@@ -133,6 +133,7 @@ class FileSink:
             come to the disk, and after that the file's entry in its folder and the folder's own.
         sync: Put files on the disk; without it they are complete, and the system writes them out
             when it likes. ``on_synced`` is never called then.
+        read_again: Whether all of it will be read right after: it is kept in the page cache.
     """
 
     def __init__(
@@ -144,10 +145,11 @@ class FileSink:
         on_synced: Synced = lambda _: None,
         *,
         sync: bool = True,
+        read_again: bool = False,
     ) -> None:
         held = held or [Ranges() for _ in names]
         # What must be on the disk goes there at once. What need not is sooner in the page cache.
-        past_cache = sync and direct.pays(folder)
+        past_cache = sync and not read_again and direct.pays(folder)
         self._folder = folder
         self._bounces = threading.local()
         self._files = [
