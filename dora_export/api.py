@@ -69,6 +69,9 @@ SIZES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
 # Address space of a thread: its stack, its part of the heap, and what OpenBLAS maps for it.
 THREAD_BYTES = (8 + 64 + 32) << 20
 
+MERGE = "dora-export merge BASE ADAPTER -o OUT"
+VERIFY = "dora-export verify BASE ADAPTER MERGED"
+
 
 @faults_told()
 @links_followed
@@ -313,7 +316,7 @@ def verify(
     }
     said = subject.manifest if subject else manifest.beside_graph(merged_path)
     settings, notes = manifest.settings_of(said, given)
-    plan, _ = _plan(base, adapter, options, settings)
+    plan, _ = _plan(base, adapter, options, settings, VERIFY)
     tiers: list[TierResult] = []
     findings: list[Finding] = []
     tensors: tuple[TensorResult, ...] = ()
@@ -430,7 +433,8 @@ def _module(update: Update) -> str:
         return prefix_of(module)  # a flattened path has no last segment
     parent, _, last = module.rpartition(".")
     # "to_out.0" rather than "0"
-    return f"{parent.rpartition('.')[2]}.{last}" if last.isdigit() else last or update.target
+    named = [part for part in (parent.rpartition(".")[2], last) if part]
+    return ".".join(named) if last.isdigit() else last or update.target
 
 
 def _plan(
@@ -438,17 +442,18 @@ def _plan(
     adapter: PathLike | Sequence[PathLike] | None,
     options: ReadOptions,
     settings: Settings,
+    usage: str = MERGE,
 ) -> tuple[Plan, inputs.Stamps]:
     """Return the plan, and how the inputs were before anything of them was read."""
     if adapter is None:
         path = locate(base, "base")
         before = inputs.seen(path)
-        found = _with_own_base(path, options)
+        found = _with_own_base(path, options, usage)
         assert found.own_base is not None, "Bug: _with_own_base() has checked it"
         return plan_merge(found.own_base, found, settings), before
     adapters = [adapter] if isinstance(adapter, str | os.PathLike) else list(adapter)
     if not adapters:
-        raise AdapterError("no adapter given. Usage: dora-export merge BASE ADAPTER -o OUT.")
+        raise AdapterError(f"no adapter given. Usage: {usage}.")
     base_path = locate(base, "base")
     paths = [locate(one, "adapter") for one in adapters]
     several.refuse_repeated(paths)
@@ -460,21 +465,18 @@ def _plan(
     return plan_merge(checkpoint, read, settings), before
 
 
-def _with_own_base(path: Path, options: ReadOptions) -> Adapter:
+def _with_own_base(path: Path, options: ReadOptions, usage: str) -> Adapter:
     """Read a file that holds base and adapter in one."""
     try:
         found = read_adapter(path, options)
     except AdapterError as error:
         if path.is_dir() or "known format" in str(error):
             raise AdapterError(
-                f"{path}: no adapter given, and this holds none of its own. "
-                "Usage: dora-export merge BASE ADAPTER -o OUT."
+                f"{path}: no adapter given, and this holds none of its own. Usage: {usage}."
             ) from error
         raise
     if found.own_base is None:
-        raise AdapterError(
-            f"{path}: an adapter without its base. Usage: dora-export merge BASE ADAPTER -o OUT."
-        )
+        raise AdapterError(f"{path}: an adapter without its base. Usage: {usage}.")
     return found
 
 

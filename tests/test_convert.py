@@ -189,6 +189,18 @@ def test_embedding_of_mlx_is_pefts_transposed(tmp_path):
     assert torch.equal(stored[f"{key}B"], b.T)
 
 
+def test_what_rides_along_goes_along_to_peft(tmp_path):
+    base, adapter = peft_pair(tmp_path)
+    with_saved_module(adapter)
+    convert(adapter, "peft", tmp_path / "again", base=base)
+    config = json.loads((tmp_path / "again/adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["model.embed_tokens"]
+    dora_export.merge(base, adapter, tmp_path / "one")
+    dora_export.merge(base, tmp_path / "again", tmp_path / "two", verify="full")
+    one, two = (tmp_path / n / "model.safetensors" for n in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+
+
 def test_tokenizer_goes_along(tmp_path):
     _, adapter = peft_pair(tmp_path)
     (adapter / "tokenizer.json").write_text("{}")
@@ -266,7 +278,9 @@ def test_embedding_magnitudes_differ_between_mlx_and_peft(tmp_path):
     with pytest.raises(AdapterError, match="one magnitude per token, PEFT has one per dimension"):
         convert(MLX / "dora" / "adapter", "peft", tmp_path / "out")
     made = made_by_peft(tmp_path, use_dora=True)
-    with pytest.raises(AdapterError, match=r"(?s)differ in rank.*conv1.*not known"):
+    with pytest.raises(
+        AdapterError, match=r"(?s)differ in rank.*cancelled.weight and 6 more: .*not known"
+    ):
         convert(made.adapter, "mlx", tmp_path / "out")
 
 
@@ -301,7 +315,8 @@ def test_torchtune_needs_the_base_and_layers_without_biases(tmp_path):
 
 def test_torchtunes_rows_need_the_base(tmp_path):
     own = TORCHTUNE / "lora" / "adapter" / "adapter_model.pt"
-    with pytest.raises(AdapterError, match="order of its rows depends on the base; pass --base"):
+    told = r"(?s)q_proj.weight and \d more: the order of its rows .* pass --base.*\nPass --base\.$"
+    with pytest.raises(AdapterError, match=told):
         convert(own, "peft", tmp_path / "out", allow_pickle=True)
 
 
@@ -401,7 +416,10 @@ def test_scaled_biases_go_to_peft_as_trained_ones(tmp_path, dtype, recwarn):
 def test_scaled_biases_are_refused_where_a_format_holds_none_and_peft_is_named(tmp_path):
     test_small_trainers.write_qdora(tmp_path, biases=["layers.0.q"])
     base, own, _ = test_small_trainers.qdora_paths(tmp_path)
-    with pytest.raises(AdapterError, match=r"layers\.0\.q\.weight: its trainer scales .* --base"):
+    with pytest.raises(
+        AdapterError,
+        match=r"(?s)layers\.0\.down\.weight and 2 more: its trainer scales .*\nPass --base\.$",
+    ):
         convert(own, "peft", tmp_path / "out")
     reason = (
         r"layers\.0\.q\.weight: its trainer scales the layer's bias .* the base has one, and the "

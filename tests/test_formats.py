@@ -233,6 +233,7 @@ def test_exactly_one_format_matches(case, tmp_path):
     axis = re.search(r"axis +(out|in), by (the format: .+|the name .+|the shape of .+)", shown)
     assert (axis is not None) == (adapter.facts["method"] == "DoRA")
     assert axis is None or f"one per {axis[1]}put" in shown
+    assert not re.search(r"layers .*(^| )\.", shown)  # of a number alone, nothing is in front
 
 
 def test_every_format_has_a_case():

@@ -551,6 +551,9 @@ def test_a_mistake_in_one_layer_is_found_in_that_layer(mistake, llama, tmp_path)
         return
     assert [f.where for f in findings if f.code == "layer-differs"] == [f"{Q_PROJ}.weight"]
     assert "outputs-differ" in codes(findings)
+    beyond = mistake == "NaN"
+    assert (f"{len(result.figures['layers'])} layers, worst not finite; logits not finite"
+            in result.summary) == beyond  # fmt: skip
     assert result.figures["layers"][0]["name"] == f"{Q_PROJ}.weight"
     assert result.figures["layers"][0]["excess"] > 4
     assert result.figures["layers"][1]["excess"] < 0.6

@@ -15,10 +15,10 @@ from torch import nn
 
 import dora_export
 from dora_export import GraphOptions
-from dora_export.onnx import engines, files, merged_decoder, quantise, tasks
+from dora_export.onnx import engines, files, merged_decoder, overflow, quantise, tasks
 from dora_export.onnx.model import GraphError
 from dora_export.onnx.wrappers import Flat, Part
-from dora_export.verification import inputs, script, times, together
+from dora_export.verification import inputs, noise, script, times, together
 from dora_export.verification.runner import GraphUnusable
 from tests.rider_models import WARNINGS
 from tools import onnx_table
@@ -39,6 +39,47 @@ def model_of(name):
             if parameter.ndim > 1:
                 parameter.normal_(0, 0.2)
     return model
+
+
+class Overflowing(nn.Module):
+    """Clamps its states where one is infinite, as BART's layers and LongT5's do in float16."""
+
+    def __init__(self, test):
+        super().__init__()
+        self.test = test
+        self.scale = nn.Parameter(torch.tensor(1.0, dtype=torch.float16))
+
+    def forward(self, x):
+        x = x * self.scale
+        bad = not torch.isfinite(x).all() if self.test == "finite" else torch.isinf(x).any()
+        if x.dtype == torch.float16 and bad:
+            x = torch.clamp(x, min=-64504.0, max=64504.0)
+        return x
+
+
+@pytest.mark.parametrize("test", ["finite", pytest.param("infinite", marks=pytest.mark.nightly)])
+def test_states_are_clamped_in_float16_where_the_model_clamps_them(test, tmp_path):
+    module = Overflowing(test)
+    x = torch.ones(2, 3, dtype=torch.float16)
+    part = Part(Flat(module, ["x"], lambda model, values: [model(values["x"])], ["y"]), {"x": x},
+                {"x": {0: "batch_size"}}, ["y"])  # fmt: skip
+    files.write(engines.export(part, None, "torch"), tmp_path / "model.onnx", "data")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    for row in ([1.0, -2.0, 3.0], [1.0, 65000.0, -65504.0], [1.0, np.inf, 65000.0],
+                [-np.inf, 5.0, np.inf]):  # fmt: skip
+        x = torch.tensor([row], dtype=torch.float16)
+        (found,) = session.run(None, {"x": x.numpy()})
+        assert np.array_equal(found, module(x).detach().numpy()), row
+    assert found.max() == 64512  # the last one was
+    module.scale.data = module.scale.data.float()
+    with overflow.choices(module):  # only float16 overflows so
+        assert torch.equal(module(x.float()), x.float())
+
+
+def test_a_branch_that_does_not_clamp_is_not_traced():
+    module = Overflowing("finite")
+    with pytest.raises(RuntimeError, match="does not clamp"), overflow.choices(module):
+        bool(torch.isfinite(module.scale).all())
 
 
 class InTorch:
@@ -352,22 +393,103 @@ def test_an_operator_of_onnxruntimes_own_passes_the_checker_and_a_wrong_one_does
 # --- diffusion
 
 
-def test_a_unets_height_and_width_vary_in_steps_that_its_halvings_ask_for():
-    cls, _, values = onnx_table.ARCHITECTURES["sd, unet"]
-    model = getattr(diffusers, cls)(**values).eval()
+def diffusion_model(name, **changed):
+    cls, _, values = onnx_table.ARCHITECTURES[name]
+    return getattr(diffusers, cls)(**{**values, **changed}).eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "main", "compared"),
+    [("sd, unet", "sample", (10, 16)), ("sdxl, unet", "sample", (10, 16)),
+     ("sd3", "hidden_states", (10, 16)), ("pixart", "hidden_states", (10, 16))],
+)  # fmt: skip
+def test_height_and_width_vary_in_steps_of_halvings_or_patches(name, main, compared):
+    model = diffusion_model(name)
     (part,) = tasks.parts(model)
-    assert part.axes["sample"] == {0: "batch_size", 2: "height", 3: "width"}
+    assert part.axes[main] == {0: "batch_size", 2: "height", 3: "width"}
     assert part.facts["multiples"] == part.steps == {"height": 2, "width": 2}
-    sides = part.inputs["sample"].shape[2:]
-    assert sides[0] != sides[1]  # equal ones are taken for the same
-    assert min(sides) >= 4  # a single step is taken for a constant
+    assert part.facts.get("at_most") == ({"height": 18, "width": 18} if name == "sd3" else None)
+    # Equal sizes are taken for the same, and at the config's a table may be read.
+    assert part.inputs[main].shape[2:] == (10, 6)
     batches = inputs.batches(model, None, ())
-    assert {b.values["sample"].shape[2:] for b in batches} == {(8, 8), (10, 16)}
-    deep = {**values, "sample_size": 9}  # no whole number of steps: another path, of fixed size
-    (part,) = tasks.parts(getattr(diffusers, cls)(**deep).eval())
-    assert part.axes["sample"] == {0: "batch_size"}
-    assert (part.steps, part.facts) == ({}, {})
-    assert len(inputs.batches(getattr(diffusers, cls)(**deep).eval(), None, ())) == 2
+    assert {b.values[main].shape[2:] for b in batches} == {(8, 8), compared}
+
+
+def test_sizes_that_another_path_or_a_full_table_forbids_are_fixed():
+    # no whole number of steps; places for no more patches, and for hardly fewer
+    for name, changed in (("sd, unet", {"sample_size": 9}),
+                          ("sd3", {"sample_size": 4, "pos_embed_max_size": 2})):  # fmt: skip
+        model = diffusion_model(name, **changed)
+        (part,) = tasks.parts(model)
+        assert set(part.axes[next(iter(part.inputs))]) == {0}
+        assert (part.steps, part.facts) == ({}, {})
+        assert len(inputs.batches(model, None, ())) == 2
+
+
+@pytest.mark.parametrize("most", [None, 8, 10, 16, 40])
+@pytest.mark.parametrize("base", [(2, 2), (4, 4), (8, 8), (8, 6)])
+def test_sizes_to_trace_and_to_compare_are_allowed_ones(base, most):
+    sizes = noise.Sides(base, 2, most)
+    assert sizes.vary == (most is None or most >= 8)
+    traced, other = sizes.traced(), sizes.other()
+    assert traced[0] != traced[1]
+    for found in (traced, other):
+        assert all(a != b for a, b in zip(found, base, strict=True))
+    assert all(n % 2 == 0 and 4 <= n <= (most or n) for n in (*traced, *other))
+
+
+def test_conditions_are_where_the_models_have_them():
+    """The reference for their widths is the model, which runs on no others."""
+    sdxl, pixart = diffusion_model("sdxl, unet"), diffusion_model("pixart")
+    for model, names in ((sdxl, {"text_embeds", "time_ids"}),
+                         (pixart, {"resolution", "aspect_ratio"})):  # fmt: skip
+        (part,) = tasks.parts(model)
+        assert names <= set(part.inputs)
+        (added,) = (noise.arguments(part.inputs)[noise.ADDED],)
+        assert set(added) == names
+        given = {n: t for n, t in part.inputs.items() if n not in names}
+        with torch.no_grad():
+            expected = model(**given, added_cond_kwargs=added).sample
+            changed = {n: t * 1.5 for n, t in added.items()}
+            other = model(**given, added_cond_kwargs=changed).sample
+            (found,) = part.module(*part.inputs.values())
+        assert torch.equal(found, expected)
+        assert not torch.allclose(found, other)
+    (part,) = tasks.parts(pixart)
+    assert 0 < part.inputs["encoder_attention_mask"].sum() < 14
+    refiner = diffusion_model(
+        "sdxl, unet", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2560
+    )
+    (part,) = tasks.parts(refiner)
+    assert [part.inputs[n].shape[1] for n in ("text_embeds", "time_ids")] == [1280, 5]
+
+
+class Cropped(nn.Module):
+    """Crops a table to the size of what it is given, as transformers of images do."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.register_buffer("table", torch.randn(1, rows, 3))
+
+    def forward(self, x):
+        high = x.shape[2] // 2
+        top = self.table.shape[1] // 2 + -high // 2  # as torch writes (rows - high) // 2
+        return (x[:, 0, ::2] + self.table[:, top : top + high]).squeeze(1)
+
+
+def test_crops_and_squeezes_are_torchs_at_every_size(tmp_path):
+    rows = 8
+    module = Cropped(rows)
+    x = torch.randn(2, 1, 8, 3)
+    part = Part(Flat(module, ["x"], lambda model, values: [model(values["x"])], ["y"]), {"x": x},
+                {"x": {0: "batch_size", 2: "height"}}, ["y"], steps={"height": 2})  # fmt: skip
+    model = engines.export(part, None, "torch")
+    files.write(model, tmp_path / "model.onnx", "data")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    for high in range(2, 2 * rows + 1, 2):
+        x = torch.randn(2, 1, high, 3)
+        (found,) = session.run(None, {"x": x.numpy()})
+        assert np.array_equal(found.reshape(-1), module(x).numpy().reshape(-1)), high
 
 
 def test_an_axis_of_multiples_keeps_its_name_in_the_graph():

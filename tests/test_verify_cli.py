@@ -119,6 +119,12 @@ def test_a_base_with_its_own_adapter_needs_no_other(given):
     assert defaults["strength"] is defaults["zero_norm"] is defaults["fan_in_fan_out"] is None
 
 
+def test_a_forgotten_merged_model_is_told_by_this_commands_usage(merged):
+    result = small.run("verify", merged / "base", merged / "adapter")
+    assert result.exit_code == 2
+    assert result.stderr.endswith("Usage: dora-export verify BASE ADAPTER MERGED.\n")
+
+
 def test_a_prompt_asks_for_the_forward_tier(given):
     calls = given(reports.right())
     small.run("verify", "b", "a", "m", "--prompt", "Hello")
@@ -187,7 +193,10 @@ def test_summary_escapes_names_from_strangers(given):
     for character in ("\x1b", "\x00", "\u202e"):
         assert character not in result.stdout
     assert r"\x1b[31mred" in result.stdout
-    assert max(map(len, result.stdout.splitlines())) < 600
+    notes = [line for line in result.stdout.splitlines() if line.startswith("  note: ")]
+    others = [line for line in result.stdout.splitlines() if line not in notes]
+    assert max(map(len, others)) < 600
+    assert max(map(len, notes)) < 2100  # some list layers
 
 
 @pytest.mark.parametrize("size", [(6, 32), pytest.param((26, 256), marks=pytest.mark.nightly)])

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dora_export.adapter_writers.model import Source, module_of
+from dora_export.adapter_writers.model import NEEDS_BASE, Source, module_of
 from dora_export.adapters.diffusers_keys import COMPONENT, component_of
 from dora_export.checkpoints.model import Checkpoint
 from dora_export.errors import shown
@@ -45,7 +45,7 @@ def doubts(source: Source) -> Iterator[str]:
             if component_of(update.target) == "transformer":
                 yield (
                     f"{shown(update.target)}: whether 'transformer.' is a component of a pipeline "
-                    "or a module of the model is not said; pass --base"
+                    f"or a module of the model is not said; {NEEDS_BASE}"
                 )
 
 

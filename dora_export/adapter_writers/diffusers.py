@@ -17,6 +17,7 @@ from dora_export.adapter_writers import peft
 from dora_export.adapter_writers.components import Place, doubts, places
 from dora_export.adapter_writers.lycoris import stored_transposed
 from dora_export.adapter_writers.model import (
+    NEEDS_BASE,
     Source,
     Written,
     alpha_of,
@@ -71,10 +72,10 @@ def _problems(source: Source, found: Sequence[Place], layers: Layers) -> Iterato
             yield kind_problem(update)
         elif is_embedding(update):
             yield f"{name}: an embedding"
-        elif place.component is None or (place.flat is not None and source.base is None):
+        elif place.component is None:
             yield (
-                f"{name}: which component of a pipeline it is in is not said; pass the pipeline's "
-                "folder as --base"
+                f"{name}: which component of a pipeline it is in is not said; {NEEDS_BASE}, the "
+                "pipeline's folder"
             )
         elif stored_transposed(update, source):
             yield f"{name}: the base stores it (in, out), as GPT-2 does"

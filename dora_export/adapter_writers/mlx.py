@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 from dora_export import tying
 from dora_export.adapter_writers.model import (
+    NEEDS_BASE,
     Source,
     Stored,
     Written,
@@ -92,7 +93,7 @@ def _tied_problems(name: str, source: Source) -> Iterator[str]:
     if source.adapter.format == "mlx":
         return
     if source.base is None:
-        yield f"{name}: whether the base ties it to its head matters to MLX; pass --base"
+        yield f"{name}: whether the base ties it to its head matters to MLX; {NEEDS_BASE}"
     elif tying.is_tied(source.base, [u.target for u in source.updates]):
         yield f"{name}: the base ties it to its head, which MLX would change as well"
 

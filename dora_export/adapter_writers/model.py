@@ -16,6 +16,7 @@ from dora_export.errors import AdapterError, listing, shown
 from dora_export.tensors import DType, Operand, TensorRef
 from dora_export.update import Axis, Update
 
+NEEDS_BASE = "pass --base"  # in every problem that a base would solve, or show to be none
 Biases = Literal["plain", "scaled", "own"]
 # Modules whose weight is looked up by token, in the formats that store them in a way of their own.
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "wpe",
@@ -115,11 +116,30 @@ def check(
     shared = (p for u in source.updates for p in _problems(u, source, axes, adds_eps))
     of_biases = (p for u in source.updates if (p := _bias_problem(u, source, target, biases)))
     found = [*problems, *shared, *of_biases]
+    if found and source.base is None and all(NEEDS_BASE in problem for problem in found):
+        raise AdapterError(
+            f"{source.adapter.path}: the adapter alone does not tell whether the {target} format "
+            f"can hold it:{listing(_gathered(found))}\nPass --base."
+        )
     if found:
         raise AdapterError(
             f"{source.adapter.path}: the {target} format cannot hold this adapter exactly:"
-            f"{listing(dict.fromkeys(found))}\n{_way_out(source)}"
+            f"{listing(_gathered(found))}\n{_way_out(source)}"
         )
+
+
+def _gathered(problems: Sequence[str]) -> Iterator[str]:
+    """Yield every reason once, with the first layer of which it holds and how many more."""
+    layers: dict[str, list[str]] = {}
+    for problem in dict.fromkeys(problems):
+        name, colon, reason = problem.partition(": ")
+        layers.setdefault(reason if colon else "", []).append(name)
+    for reason, names in layers.items():
+        if not reason:
+            yield from names
+            continue
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        yield f"{names[0]}{more}: {reason}"
 
 
 def _way_out(source: Source) -> str:
@@ -152,7 +172,7 @@ def _problems(
     if update.eps and not adds_eps:
         yield f"{name}: {update.eps:.3g} is added to the norm, the format adds nothing"
     if update.row_order is not None:
-        yield f"{name}: the order of its rows depends on the base; pass --base"
+        yield f"{name}: the order of its rows depends on the base; {NEEDS_BASE}"
 
 
 def _bias_problem(update: Update, source: Source, target: str, biases: Biases) -> str | None:
@@ -166,7 +186,7 @@ def _bias_problem(update: Update, source: Source, target: str, biases: Biases) -
     if base is None:
         return (
             f"{name}: its trainer scales the layer's bias by m / ||W + s B A|| as well, if there "
-            "is one; pass --base"
+            f"is one; {NEEDS_BASE}"
         )
     if biases == "scaled":
         return (

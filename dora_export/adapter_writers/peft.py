@@ -13,6 +13,7 @@ from typing import Any
 
 from dora_export import tying
 from dora_export.adapter_writers.model import (
+    NEEDS_BASE,
     Source,
     Stored,
     Written,
@@ -84,7 +85,7 @@ def _problems(source: Source) -> Iterator[str]:
 def _tied_problems(name: str, source: Source) -> Iterator[str]:
     """In MLX, LoRA on a tied embedding changes the head as well; in PEFT it does not."""
     if source.base is None:
-        yield f"{name}: whether the base ties it to its head matters; pass --base"
+        yield f"{name}: whether the base ties it to its head matters; {NEEDS_BASE}"
     elif tying.is_tied(source.base, [u.target for u in source.updates]):
         yield f"{name}: the base ties it to its head, which PEFT would leave as it is"
 

@@ -19,7 +19,9 @@ import onnx_ir as ir
 import torch
 
 from dora_export.errors import shown
+from dora_export.onnx.corrected import correct
 from dora_export.onnx.model import GraphError
+from dora_export.onnx.overflow import choices
 from dora_export.onnx.wrappers import TOTAL, Part, word
 
 Engine = Literal["torch", "transformers"]
@@ -51,13 +53,14 @@ def export(part: Part, opset: int | None, engine: Engine) -> ir.Model:
     if _is_mixture(inner):
         inner.set_experts_implementation(EXPERTS[engine])
     try:
-        with torch.no_grad(), quiet():
+        with torch.no_grad(), quiet(), choices(part.module):
             model = _by_torch(part, opset) if engine == "torch" else _by_transformers(part, opset)
     except GraphError:
         raise
     except Exception as error:
         # Exporters raise whatever they and the model meet; all of it means: not traced.
         raise TraceFailure(_reason(error)) from error
+    correct(model)
     _name(model.graph, part)
     return model
 

@@ -25,7 +25,8 @@ from dora_export.onnx.wrappers import (
     cached,
     plain,
 )
-from dora_export.verification.inputs import size_step, vocabulary
+from dora_export.verification import noise
+from dora_export.verification.inputs import vocabulary
 from dora_export.verification.measured import Unsupported
 
 # End of a class's name -> task. Names of tasks are those of the Hugging Face hub.
@@ -92,7 +93,7 @@ def _parts(model: nn.Module, rows: int, *, whole: bool) -> list[Part]:
     takes = inspect.signature(model.forward).parameters
     config: Any = model.config
     if "timestep" in takes:
-        return [_diffusion(model, takes, rows)]
+        return [_diffusion(model, rows)]
     main = getattr(model, "main_input_name", "input_ids")
     if getattr(config, "is_encoder_decoder", False):
         return _sequence_to_sequence(model, main, rows, whole=whole)
@@ -205,52 +206,34 @@ def _sequence_to_sequence(
     return [plain(model, inputs, axes, options={"use_cache": False})]
 
 
-def _diffusion(model: nn.Module, takes: Mapping[str, Any], rows: int) -> Part:
-    """Return a diffusers UNet or transformer: noise, a time, and a text's states."""
-    config: Any = model.config
-    channels, side = config.get("in_channels"), config.get("sample_size")
-    inputs: dict[str, Tensor]
-    axes: dict[str, Axes]
+def _diffusion(model: nn.Module, rows: int) -> Part:
+    """Return a diffusers UNet or transformer: noise, a time, a text's states, conditions."""
+    sizes = noise.sides(model)
     words = SIZES["encoder_sequence_length"]
-    steps: dict[str, int] = {}
-    if channels is not None and "img_ids" in takes:  # patches in a row, as Flux takes them
-        inputs = {"hidden_states": torch.randn(rows, SIZES[PATCHES], channels),
-                  "timestep": torch.linspace(0.1, 0.9, rows),
-                  "img_ids": torch.ones(SIZES[PATCHES], 3),
-                  "txt_ids": torch.zeros(words, 3)}  # fmt: skip
-        axes = {"hidden_states": {0: BATCH, 1: PATCHES}, "timestep": {0: BATCH},
-                "img_ids": {0: PATCHES}, "txt_ids": {0: LENGTH}}  # fmt: skip
-    elif channels is None or side is None:
+    make = torch.Generator().manual_seed(0)
+    try:
+        inputs = noise.noise(model, rows, words, make, None if sizes is None else sizes.traced())
+    except Unsupported as error:
         raise GraphError(
-            f"{type(model).__name__}: takes noise of a shape that its config leaves open. Export "
-            "it from Python with export_module() and example inputs of your own."
-        )
-    else:
-        main = "sample" if "sample" in takes else "hidden_states"
-        height, width = (side, side) if isinstance(side, int) else side
-        inputs = {main: torch.randn(rows, channels, height, width),
-                  "timestep": torch.tensor([10 * (i + 1) for i in range(rows)])}  # fmt: skip
-        axes = {main: {0: BATCH}, "timestep": {0: BATCH}}
-        if (step := size_step(model)) is not None:
-            height = max(2 * step, height)
-            inputs[main] = torch.randn(rows, channels, height, height + step)
-            axes[main] = {0: BATCH, 2: HEIGHT, 3: WIDTH}
-            steps = {HEIGHT: step, WIDTH: step}
-    states = config.get("cross_attention_dim") or config.get("joint_attention_dim")
-    states = config.get("caption_channels") or states
-    if "encoder_hidden_states" in takes and isinstance(states, int):
-        inputs["encoder_hidden_states"] = torch.randn(rows, words, states)
-        axes["encoder_hidden_states"] = {0: BATCH, 1: LENGTH}
-    pooled = config.get("pooled_projection_dim")
-    if "pooled_projections" in takes and isinstance(pooled, int):
-        inputs["pooled_projections"] = torch.randn(rows, pooled)
-        axes["pooled_projections"] = {0: BATCH}
-    if "guidance" in takes and config.get("guidance_embeds"):
-        inputs["guidance"], axes["guidance"] = torch.full((rows,), 3.5), {0: BATCH}
+            f"{error}. Export it from Python with export_module() and example inputs of your own."
+        ) from error
+    axes: dict[str, Axes] = {n: {0: BATCH} for n in inputs}
+    axes |= {n: TEXT_AXES for n in ("encoder_hidden_states", "encoder_attention_mask")
+             if n in inputs}  # fmt: skip
+    facts: dict[str, Any] = {}
+    if "img_ids" in inputs:  # patches in a row, as Flux takes them
+        axes |= {"hidden_states": {0: BATCH, 1: PATCHES}, "img_ids": {0: PATCHES},
+                 "txt_ids": {0: LENGTH}}  # fmt: skip
+    steps: dict[str, int] = {}
+    if sizes is not None:
+        axes[next(iter(inputs))] = {0: BATCH, 2: HEIGHT, 3: WIDTH}
+        steps = dict.fromkeys((HEIGHT, WIDTH), sizes.step)
+        facts = {"multiples": steps}
+        if sizes.most is not None:
+            facts["at_most"] = dict.fromkeys((HEIGHT, WIDTH), sizes.most)
     dtype = next(model.parameters()).dtype
     inputs = {n: t.to(dtype) if t.is_floating_point() else t for n, t in inputs.items()}
-    found = plain(model, inputs, axes)
-    facts = {"multiples": steps} if steps else {}
+    found = plain(model, inputs, axes, related=True)
     return replace(found, steps=steps, facts={**found.facts, **facts})
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_export.onnx.model import GRAPH
+from dora_export.verification.noise import arguments
 from dora_export.verification.script import output_name
 
 BATCH, LENGTH, PAST, TOTAL = (
@@ -22,7 +23,7 @@ BATCH, LENGTH, PAST, TOTAL = (
 )  # fmt: skip
 HEIGHT, WIDTH = "height", "width"
 PATCHES = "packed_height_width"  # of an image, row by row
-SIZES = {PATCHES: 10, BATCH: 2, LENGTH: 4, PAST: 5, TOTAL: 9, "encoder_sequence_length": 7,
+SIZES = {BATCH: 2, LENGTH: 4, PAST: 5, TOTAL: 9, "encoder_sequence_length": 7,
          "decoder_sequence_length": 3}  # fmt: skip
 Axes = Mapping[int, str]
 
@@ -119,27 +120,39 @@ def plain(
     *,
     only: Sequence[str] | None = None,
     options: Mapping[str, Any] | None = None,
+    related: bool = False,
 ) -> Part:
     """Return a model without a cache as a part.
 
     Args:
         model: The model.
-        inputs: Example inputs by the names of its forward.
+        inputs: Example inputs by the names of its forward, or of ``noise.CONDITIONS``.
         axes: As in ``Part``.
         only: Outputs to keep; None: all that are floating-point tensors of the first level.
         options: What else to call it with.
+        related: Tell torch that axes of one name are of one size, where the model does not.
     """
     extra = dict(options or {})
     with torch.no_grad():
-        found = tensors(model(**inputs, **extra))
+        found = tensors(model(**arguments(inputs), **extra))
     names = list(only) if only is not None else [n for n in found if "." not in n]
 
     def run(model: nn.Module, values: dict[str, Tensor]) -> Sequence[Tensor]:
-        results = tensors(model(**values, **extra))
+        if related:
+            _relate(values, axes)
+        results = tensors(model(**arguments(values), **extra))
         return [results[name] for name in names]
 
     outputs = [output_name(n, inputs) for n in names]
     return Part(Flat(model, list(inputs), run, outputs), inputs, axes, outputs, compared=outputs)
+
+
+def _relate(values: Mapping[str, Tensor], axes: Mapping[str, Axes]) -> None:
+    sizes: dict[str, Any] = {}
+    for name, named in axes.items():
+        for axis, label in named.items():
+            size = values[name].shape[axis]
+            torch._check(sizes.setdefault(label, size) == size)  # type: ignore[no-untyped-call]
 
 
 def cached(model: nn.Module, inputs: Mapping[str, Tensor], axes: Mapping[str, Axes]) -> Part:

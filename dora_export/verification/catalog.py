@@ -308,7 +308,7 @@ FINDINGS: tuple[Meaning, ...] = (
             "The base without the adapter would pass as well: the tolerance is larger than all "
             "that the adapter changes.",
             "State a smaller budget, or verify the graph before it was quantised."),
-    Meaning("graph-coarse", "onnx", "note", "what is allowed is the noise of the base's 16 bits",
+    Meaning("graph-coarse", "onnx", "note", "the noise of 16 bits is allowed",
             "The graph's weights are float32, but whether they were merged so, or rounded to the "
             "base's type first, could not be told: no initializer is as the checkpoint has it, and "
             "no manifest says.",

@@ -11,6 +11,7 @@ layer and in every output.
 from __future__ import annotations
 
 import importlib.util
+import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -242,17 +243,22 @@ def _output_figures(name: str, measured: Measured) -> dict[str, Any]:
     }
 
 
+def of_allowed(excess: float) -> str:
+    """Return in words how much of what is allowed a difference is."""
+    return f"at {excess:,.0%}" if math.isfinite(excess) else "not finite"
+
+
 def _summary(measured: Measured) -> str:
     if measured.misfits:
         return f"{measured.model}: {measured.misfits[0]}"
     parts = []
     if measured.layers:
-        worst = max(measured.layers, key=_excess)
-        parts.append(f"{len(measured.layers)} layers, worst at {_excess(worst):.0%} of what the "
-                     f"noise of {measured.storage} allows")  # fmt: skip
+        worst = _excess(max(measured.layers, key=_excess))
+        of = f" of what the noise of {measured.storage} allows" if math.isfinite(worst) else ""
+        parts.append(f"{len(measured.layers)} layers, worst {of_allowed(worst)}{of}")
     for name, found in measured.error.items():
         allowed = tolerance(measured.noise[name].distance, measured.unit)
-        parts.append(f"{name} at {allowed.excess(found.distance):.0%}")
+        parts.append(f"{name} {of_allowed(allowed.excess(found.distance))}")
     if measured.text is not None:
         parts.append(f"{measured.text.agree} of {measured.text.positions} greedy tokens equal")
     return f"{measured.model}: {'; '.join(parts)}"

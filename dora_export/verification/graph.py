@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from dora_export.errors import shown
 from dora_export.plan import Plan
-from dora_export.verification.forward import apart
+from dora_export.verification.forward import apart, of_allowed
 from dora_export.verification.graph_weights import merged_in
 from dora_export.verification.measured import GraphMeasured, Progress, Unsupported, library_of
 from dora_export.verification.model import Finding, TierResult
@@ -232,7 +232,7 @@ def _summary(found: Sequence[Finding], figures: Mapping[str, Any]) -> str:
     if not figures:
         return "; ".join(f"{f.where}: {f.what}" for f in found)
     count = sum(script["calls"] for script in figures["calls"])
-    parts = [f"{name} at {one['excess']:.0%}" for name, one in figures["outputs"].items()
+    parts = [f"{name} {of_allowed(one['excess'])}" for name, one in figures["outputs"].items()
              if not name.startswith("present.") or one["excess"] > 1]  # fmt: skip
     if figures["text"]:
         parts.append(

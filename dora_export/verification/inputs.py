@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dora_export.verification import noise
 from dora_export.verification.measured import Unsupported
 from dora_export.verification.models import quiet
 
@@ -76,7 +77,7 @@ def batches(
     takes = set(inspect.signature(model.forward).parameters)
     config: Any = model.config
     if "sample" in takes or "hidden_states" in takes:
-        return _diffusion(model, takes, make)
+        return [Batch(*one) for one in noise.batches(model, LENGTHS, make)]
     main = getattr(model, "main_input_name", "input_ids")
     if main == "input_ids":
         found = (
@@ -218,7 +219,7 @@ def _decoding(batch: Batch, model: nn.Module, make: torch.Generator) -> Batch:
     return Batch(batch.name, {**batch.values, "decoder_input_ids": ids}, batch.mask, grows)
 
 
-# --- images, sound, noise
+# --- images, sound
 
 
 def _pixels(config: Any, count: int, make: torch.Generator) -> Tensor:
@@ -236,72 +237,3 @@ def _sound(config: Any, kind: str, make: torch.Generator) -> Tensor:
     if bins is None or frames is None:
         raise Unsupported(str(config.model_type), "takes features of sound of an unknown shape")
     return torch.randn(2, bins, 2 * frames, generator=make)  # two convolutions, one of stride 2
-
-
-def _diffusion(model: nn.Module, takes: set[str], make: torch.Generator) -> list[Batch]:
-    """Return inputs of a diffusers UNet or transformer: noise, a time, and a text's states."""
-    long, short = LENGTHS
-    found = [Batch("noise", _noise(model, takes, 3, short, make)),
-             Batch("noise for one image", _noise(model, takes, 1, long, make))]  # fmt: skip
-    if (step := size_step(model)) is not None:
-        values = _noise(model, takes, 2, short, make)
-        _, channels, height, width = values["sample"].shape
-        values["sample"] = torch.randn(2, channels, height + step, 2 * width, generator=make)
-        found.append(Batch("noise of another size", values))
-    return found
-
-
-def size_step(model: Any) -> int | None:
-    """Return what height and width of a UNet's noise are multiples of; None: no such model.
-
-    None, too, where its config's own size is none. Other sizes take other paths through the model.
-    Source: diffusers, models/unets/unet_2d_condition.py, ``forward_upsample_size``.
-    """
-    doublings, side = getattr(model, "num_upsamplers", None), model.config.get("sample_size")
-    if not isinstance(doublings, int) or side is None:
-        return None
-    step: int = 2**doublings
-    sides = (side, side) if isinstance(side, int) else side
-    return step if all(n % step == 0 for n in sides) else None
-
-
-def _noise(
-    model: nn.Module, takes: set[str], rows: int, words: int, make: torch.Generator
-) -> dict[str, Tensor]:
-    config: Any = model.config
-    channels = config.get("in_channels")
-    if channels is not None and "img_ids" in takes:
-        values = _packed(rows, channels, words, make)
-    else:
-        main = "sample" if "sample" in takes else "hidden_states"
-        side = config.get("sample_size")
-        if channels is None or side is None:
-            raise Unsupported(
-                type(model).__name__, "takes noise of a shape that its config leaves open"
-            )
-        height, width = (side, side) if isinstance(side, int) else side
-        values = {main: torch.randn(rows, channels, height, width, generator=make),
-                  "timestep": torch.tensor([10, 500, 250][:rows])}  # fmt: skip
-    states = config.get("cross_attention_dim") or config.get("joint_attention_dim")
-    states = config.get("caption_channels") or states
-    if "encoder_hidden_states" in takes and isinstance(states, int):
-        values["encoder_hidden_states"] = torch.randn(rows, words, states, generator=make)
-    pooled = config.get("pooled_projection_dim")
-    if "pooled_projections" in takes and isinstance(pooled, int):
-        values["pooled_projections"] = torch.randn(rows, pooled, generator=make)
-    if "guidance" in takes and config.get("guidance_embeds"):
-        values["guidance"] = torch.tensor([3.5, 1.0, 7.0][:rows])
-    return values
-
-
-def _packed(rows: int, channels: int, words: int, make: torch.Generator) -> dict[str, Tensor]:
-    """Return patches of noise with their places, and the places of a text, as Flux takes them."""
-    height, width = 3 + rows, 5
-    places = torch.zeros(height, width, 3)
-    places[..., 1], places[..., 2] = torch.arange(height)[:, None], torch.arange(width)
-    return {
-        "hidden_states": torch.randn(rows, height * width, channels, generator=make),
-        "timestep": torch.tensor([0.01, 0.5, 0.25][:rows]),  # of 1: the pipeline has divided it
-        "img_ids": places.reshape(-1, 3),
-        "txt_ids": torch.zeros(words, 3),
-    }

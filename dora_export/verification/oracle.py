@@ -42,7 +42,7 @@ from dora_export.verification.neighbours import KeptLines, Member, Neighbours
 from dora_export.verification.parallel import each
 from dora_export.verification.samples import line_count, pick
 from dora_export.verification.values import Floats
-from dora_export.words import count
+from dora_export.words import count, number
 
 SAMPLES = 16  # rows or columns per changed region at level "fast", at least
 MOST_SAMPLED = 1 << 17  # elements of them, where a small update takes more to be told
@@ -164,7 +164,9 @@ def _tier(
         ratio = max(t.error_ratio for t in tensors if t.status == "rounded")
         far = f"error at most {ratio:.2g} times that of rounding once"
     else:
-        far = f"worst {worst.max_ulp:.3g} ulp in {shown(worst.name)}"
+        far = f"worst {number(worst.max_ulp, ascii_only=True)} ulp in {shown(worst.name)}"
+        if math.isinf(worst.max_ulp):
+            far = f"values that are not finite in {shown(worst.name)}"
     summary = f"{len(tensors)} changed tensors, {scope}: {words}; {far}"
     if by_peft:
         summary += f"; {by_peft} against PEFT's own unmerged forward, not an independent formula"

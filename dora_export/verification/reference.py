@@ -22,6 +22,7 @@ from dora_export.verification.hypotheses import mistaken
 from dora_export.verification.inputs import Batch
 from dora_export.verification.measured import LoadFailure, Unsupported
 from dora_export.verification.models import Loaded, ModelClass, Place
+from dora_export.verification.noise import arguments
 from dora_export.verification.repeated import repeat_layers
 from dora_export.verification.terms import Term, stored, terms, values
 from dora_export.verification.unmerged import Observer, Parts, Unmerged
@@ -343,7 +344,7 @@ def call(
     cast = {k: v.to(precision) if v.is_floating_point() else v for k, v in values.items()}
     with torch.no_grad(), models.quiet():
         try:
-            return model(**cast, **options)
+            return model(**arguments(cast), **options)
         except Unsupported:
             raise
         except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:

@@ -1,0 +1,64 @@
+"""Operators of a traced graph that do not mean what torch meant, put right.
+
+torch's exporter writes two things for example sizes only. Both are told from the node's own
+record of where it comes from, so a graph has to be corrected before ``tidy`` drops that.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+ORIGIN = "pkg.torch.onnx.fx_node"
+FLOORED = "call_function[target=operator.floordiv]"
+SQUEEZED = "call_function[target=torch.ops.aten.squeeze.dim]"
+
+
+def correct(model: ir.Model) -> int:
+    """Replace such operators, and return how many there were.
+
+    - A floor division of sizes becomes ``Div``, which cuts towards zero: other sizes than those
+      traced give another result where the dividend is negative, as in ``2 + (-height // 2)``.
+    - ``squeeze(dim)`` leaves an axis alone whose size is not 1; ``Squeeze`` fails there. torch's
+      own shapes, which the values carry, say that it is left alone.
+    """
+    count = 0
+    for node in list(model.graph.all_nodes()):
+        origin = node.metadata_props.get(ORIGIN, "")
+        if node.op_type == "Div" and FLOORED in origin:
+            _floor(node)
+        elif node.op_type == "Squeeze" and SQUEEZED in origin and _same_rank(node):
+            _pass_over(node)
+        else:
+            continue
+        count += 1
+    return count
+
+
+def _floor(node: ir.Node) -> None:
+    """Make ``a / b`` into ``(a - a mod b) / b``; ``Mod`` of integers has the divisor's sign."""
+    dividend, divisor = node.inputs
+    assert dividend is not None, "Bug: Div has two inputs"
+    rest = ir.node("Mod", [dividend, divisor])
+    whole = ir.node("Sub", [dividend, rest.outputs[0]])
+    for made in (rest, whole):
+        value = made.outputs[0]
+        value.name = f"{node.outputs[0].name}_{made.op_type.lower()}"
+        value.type, value.shape = dividend.type, dividend.shape
+    assert node.graph is not None, "Bug: a node of a graph"
+    node.graph.insert_before(node, [rest, whole])
+    node.replace_input_with(0, whole.outputs[0])
+
+
+def _same_rank(node: ir.Node) -> bool:
+    given, found = node.inputs[0], node.outputs[0]
+    return (
+        given is not None
+        and given.shape is not None
+        and found.shape is not None
+        and len(given.shape) == len(found.shape)
+    )
+
+
+def _pass_over(node: ir.Node) -> None:
+    node.op_type = "Identity"
+    node.resize_inputs(1)
