@@ -1,9 +1,10 @@
-"""What keeps an adapter from being written in a format: every reason, for every format.
+"""What keeps an adapter from being written in a format: every reason, for every format; and names.
 
 Adapters are put together in normal form here, since the files of one trainer give few of them; that
 each is written once the reason is gone is checked beside.
 """
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -238,7 +239,7 @@ def test_config_of_peft_says_what_the_adapter_says(base):
     assert config["alpha_pattern"] == {r"^model\.layers\.2\.self_attn\.q_proj": 4.5, "o_proj": 5}
     assert (config["fan_in_fan_out"], config["ensure_weight_tying"]) == (True, True)
     assert config["layer_replication"] == [[0, 1], [0, 1]]
-    own = write("peft", layers, base, format="mlx").config  # whose ties are its own affair
+    own = write("peft", layers, base, format="mlx", ensure_weight_tying=True).config
     assert not own["ensure_weight_tying"]
     assert own["layer_replication"] is None
 
@@ -263,6 +264,58 @@ def test_embeddings_lie_transposed_in_mlx(to, format_, base):
     first, second = (down, up) if format_ == "peft" else (up, down)
     assert np.array_equal(same[own[0]].raw().reshape(same[own[0]].shape), first)
     assert np.array_equal(same[own[1]].raw().reshape(same[own[1]].shape), second)
+
+
+@pytest.mark.parametrize(
+    ("layers", "names"),
+    [
+        (["unet.a", "text_encoder.b"], ["lora_unet_a", "lora_te_b"]),
+        (["unet.a", "text_encoder.b", "text_encoder_2.c"],
+         ["lora_unet_a", "lora_te1_b", "lora_te2_c"]),
+        (["text_encoder.b", "text_encoder_2.encoder.block.0.q"],
+         ["lora_te1_b", "lora_te3_encoder_block_0_q"]),
+        (["prior.a", "text_encoder.b"], ["lora_prior_unet_a", "lora_prior_te_b"]),
+        (["net.a"], ["lycoris_net_a"]),
+    ],
+)  # fmt: skip
+def test_components_are_called_as_sd_scripts_and_onetrainer_call_them(layers, names):
+    tensors = write("lycoris", [product(f"{layer}.weight") for layer in layers], None).tensors
+    assert [t.name.partition(".")[0] for t in tensors[::3]] == names
+
+
+def test_alpha_of_lycoris_is_the_adapters_own_or_exact(base):
+    own = ref("own.alpha", dtype=F32)
+    keys = ("q.A", "q.B", "own.alpha")
+    adapter = replace(source([], base).adapter, tensors={"own.alpha": own},
+                      updates=(product(scaling=0.5, source_keys=keys),))  # fmt: skip
+    writer = next(w for w in WRITERS if w.name == "lycoris")
+    kept = writer.write(Source(adapter, adapter.updates, base))
+    assert np.array_equal(kept.tensors[-1].raw(), own.raw().reshape(()))  # 1, and the rank is 2
+    short, long = (write("lycoris", [product(scaling=s)], base) for s in (0.5, 0.7))
+    assert (short.tensors[-1].dtype, short.notes) == (F32, ())
+    assert long.tensors[-1].dtype.name == "F64"
+    assert float(long.tensors[-1].raw().view(np.float64)[()]) / R == 0.7
+    assert "alpha is in float64 in 1 of 1 layers" in long.notes[0]
+
+
+def test_what_other_loaders_make_of_lycoris_magnitudes_is_told(base):
+    eps = 2.0**-23
+    out = write("lycoris", [product(m=True, eps=eps)], base).notes
+    assert ["ComfyUI divides magnitudes of outputs" in note for note in out] == [True]
+    m = Operand.vector(ref("m", 6))
+    into = write("lycoris", [product(m=True, eps=eps, axis="in", magnitude=m)], base).notes
+    assert ["LyCORIS' own loader takes magnitudes of outputs only" in n for n in into] == [True]
+
+
+def test_metadata_of_diffusers_says_ranks_and_alphas(base):
+    layers = [product(), product(O, 6, 8, rank=3, scaling=2.0)]
+    said = json.loads(write("diffusers", layers, base).metadata["lora_adapter_metadata"])
+    assert said["unet.r"] in (R, 3)
+    odd = {R: "o_proj", 3: "q_proj"}[said["unet.r"]]
+    assert said["unet.rank_pattern"] == {odd: {"o_proj": 3, "q_proj": R}[odd]}
+    assert said["unet.alpha_pattern"] == {odd: {"o_proj": 6, "q_proj": 3}[odd]}
+    with pytest.raises(AdapterError, match="several of its layers are the same one of the base"):
+        write("diffusers", [product(), product()], base)
 
 
 def test_bfloat16_factors_keep_their_type(base):

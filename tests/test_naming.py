@@ -324,3 +324,44 @@ def _hidden(model):
 
     with torch.no_grad():
         return model.eval()(input_ids=TOKENS).last_hidden_state.double()
+
+
+# What checkpoints and classes of transformers call the same tensors, by model type.
+TWO_NAMES = {
+    "llava": {"language_model.model.layers.0.q.weight": "model.language_model.layers.0.q.weight",
+              "vision_tower.layers.0.q.weight": "model.vision_tower.layers.0.q.weight",
+              "language_model.lm_head.weight": "lm_head.weight"},
+    "emu3": {"text_model.model.layers.0.q.weight": "model.text_model.layers.0.q.weight",
+             "text_model.lm_head.weight": "lm_head.weight",
+             "vqmodel.encoder.conv.weight": "model.vqmodel.encoder.conv.weight"},
+    "qwen2_5_vl": {"model.layers.0.q.weight": "model.language_model.layers.0.q.weight",
+                   "visual.blocks.0.q.weight": "model.visual.blocks.0.q.weight"},
+    "qwen3_5": {"model.language_model.layers.0.q.weight": "model.layers.0.q.weight",
+                "model.language_model.layers.1.q.weight": "model.layers.1.q.weight"},
+    "mixtral": {"model.layers.0.block_sparse_moe.gate.weight": "model.layers.0.mlp.gate.weight",
+                "model.layers.0.self_attn.q.weight": "model.layers.0.self_attn.q.weight"},
+    "phimoe": {"model.layers.0.block_sparse_moe.gate.weight": "model.layers.0.mlp.router.weight",
+               "model.layers.0.self_attn.q.weight": "model.layers.0.self_attn.q.weight"},
+    "granitemoe": {"model.layers.0.block_sparse_moe.router.layer.weight":
+                   "model.layers.0.block_sparse_moe.router.weight"},
+    "nemotron_h": {"backbone.layers.0.mixer.in_proj.weight": "model.layers.0.mixer.in_proj.weight",
+                   "lm_head.weight": "lm_head.weight"},
+    "vit": {f"vit.encoder.layer.0.{old}.weight": f"vit.layers.0.{new}.weight" for old, new in (
+        ("attention.attention.query", "attention.q_proj"),
+        ("attention.output.dense", "attention.o_proj"), ("intermediate.dense", "mlp.fc1"),
+        ("output.dense", "mlp.fc2"))},
+    "dinov2": {f"encoder.layer.0.{old}.weight": f"encoder.layer.0.{new}.weight" for old, new in (
+        ("attention.attention.key", "attention.k_proj"),
+        ("attention.attention.value", "attention.v_proj"))},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", TWO_NAMES)
+def test_either_name_fits_the_other(model_type):
+    pairs = TWO_NAMES[model_type]
+    for names in (pairs, {new: old for old, new in pairs.items()}):
+        rule = find_rule(list(names), list(names.values()), model_types=(model_type,))
+        assert {name: rule(name) for name in names} == names
+    if model_type != "llava":  # whose names are those of many
+        with pytest.raises(PlanError, match="adapter targets match this base"):
+            find_rule(list(pairs), list(pairs.values()), model_types=("llama",))

@@ -431,6 +431,23 @@ TOGETHER = {
 }  # fmt: skip
 
 
+def test_adapters_of_other_stacks_of_layers_are_refused(tmp_path):
+    base, adapter = small.write_pair(tmp_path)
+    shutil.copytree(adapter, tmp_path / "other")
+    small.edit_json(tmp_path / "other/adapter_config.json", layer_replication=[[0, 2], [1, 2]])
+    with pytest.raises(PlanError, match=r"other stacks of the base's layers .*Merge them apart"):
+        dora_export.merge(base, [adapter, tmp_path / "other"], tmp_path / "out")
+
+
+def test_an_adapter_given_twice_is_refused_by_whatever_path(tmp_path):
+    base, adapter = small.write_pair(tmp_path)
+    (tmp_path / "link").symlink_to(adapter)
+    for again in (adapter, tmp_path / "link", tmp_path / "base/../adapter"):
+        with pytest.raises(PlanError, match=r"given twice\. Leave it out once; .* pass --weight"):
+            dora_export.merge(base, [adapter, again], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("case", TOGETHER)
 def test_what_has_no_defined_meaning_is_refused(tmp_path, case):
     one, two, remedy = TOGETHER[case]

@@ -72,7 +72,7 @@ def _problems(source: Source, found: Sequence[Place], layers: Layers) -> Iterato
             yield kind_problem(update)
         elif is_embedding(update):
             yield f"{name}: an embedding"
-        elif place.component is None or (place.flat is not None and source.base is None):
+        elif place.component is None:
             yield (
                 f"{name}: which component of a pipeline it is in is not said; {NEEDS_BASE}, the "
                 "pipeline's folder"
