@@ -1,11 +1,16 @@
 """Right merges in bfloat16 arithmetic pass, whatever their order; faults of its size do not."""
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from dora_export.pieces import regions
+from dora_export.plan import Settings
+from dora_export.verification import diagnose
+from dora_export.verification.exact import Exact
 from tests.pairs import LINEARS, SCALING, Pair, Q
-from tests.plants import ARITHMETIC, norm_only, throughout
+from tests.plants import ARITHMETIC, judge, model, norm_only, ref, throughout
 from tests.small import PREFIX
 from tests.test_oracle import run
 
@@ -114,3 +119,27 @@ def test_small_faults_of_whole_tensors_are_no_rounding(tmp_path, compute, dora, 
         tensors, _ = run(tmp_path / "base", tmp_path / "adapter", pair.merged, level)
         missed += [(fault, n) for n, t in tensors.items() if t.status != "wrong"]
     assert missed == []
+
+
+@pytest.mark.parametrize("factor", [2.0, 0.5])
+def test_another_scaling_of_an_update_as_small_as_rounding_is_named(factor):
+    """In bfloat16 arithmetic, whose rounding is as large; and never by another number."""
+    layers, _ = model(7, BF16, "weak", each=3)
+    named = 0
+    for x in layers:
+        step = x.step()
+        (region,) = regions(step)
+        exact = Exact.open(step.source, region, Settings())
+        wrong = ref(x.name, throughout(*x.stored, factor * x.scaling, BF16))
+        lines = np.arange(24)
+        found = diagnose._coarse_scaling(exact, wrong, lines)
+        right = ref(x.name, throughout(*x.stored, x.scaling, BF16))
+        assert diagnose._coarse_scaling(exact, right, lines) is None
+        if found is not None:
+            assert found.code == "scaling-other"
+            assert float(found.what.split()[1]) == pytest.approx(factor * x.scaling, rel=1e-3)
+            named += 1
+    assert named == len(layers)
+    values = {x.name: throughout(*x.stored, factor * x.scaling, BF16) for x in layers}
+    _, findings = judge(layers, values, BF16)
+    assert {f.code for f in findings.values()} == {"scaling-other"}

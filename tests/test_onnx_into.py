@@ -470,6 +470,7 @@ def test_the_checker_may_refuse_what_it_refused_before_and_nothing_else(pair, mo
     monkeypatch.setattr(rewritten, "_copied", lambda *_: None)
     said = refused(folder, graph, "checker refuses the written", VerifyError, out="new")
     assert "No Op registered for NatMul" in said
+    assert r"\n" not in said  # the checker says it in several lines
 
 
 @pytest.mark.parametrize("size", [files.CHECKED_BYTES, 0], ids=["by path", "in memory"])

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -17,6 +18,8 @@ import dora_export
 from dora_export.errors import DoraExportError, InputError
 from dora_export.onnx import swappable
 from dora_export.onnx.model import GraphError, ParityError
+from dora_export.tensors import DTYPES
+from dora_export.verification import graph, named, reference
 from tests import onnx_graphs, oracle, rider_models, small
 from tests.forward_models import prepare
 from tests.small import LINEARS, run
@@ -662,6 +665,22 @@ def test_adapters_of_a_real_model_are_held_against_its_unmerged_forward(llama, t
     )  # fmt: skip
     assert (report.verdict, report.exit_code) == ("right", 0)
     assert len([t for t in report.verified.tiers if t.tier == "onnx"]) == 3  # base, one, two
+
+
+@pytest.mark.parametrize(("swaps", "expected"), [(True, "F32"), (False, None)])
+def test_an_adapter_beside_the_weights_is_held_to_the_noise_of_the_graph(
+    swaps, expected, monkeypatch
+):
+    """Not to the base's: a merge into bfloat16 is rounded, and here nothing is merged."""
+    asked = []
+    monkeypatch.setattr(named, "measure", lambda *args: asked.append(args[-1]))
+    plan = SimpleNamespace(base=SimpleNamespace(config={"model_type": "llama"}))
+    runner = SimpleNamespace(precision="F32", swaps=swaps)
+    graph._measure(plan, None, runner, None, None, (), None, "any", 0, None, None)
+    assert [t and t.name for t in asked] == [expected]
+    coarse = SimpleNamespace(steps=[SimpleNamespace(dtype=DTYPES["BF16"], copies_bytes=False)])
+    rounded = reference.precisions(coarse, DTYPES["F32"], asked[0])[1]
+    assert rounded.name == ("F32" if swaps else "BF16")
 
 
 @pytest.mark.nightly

@@ -84,7 +84,7 @@ def check(path: Path) -> None:
         onnx.checker.check_model(str(seen))
     except onnx.checker.ValidationError as error:
         raise GraphError(
-            f"{path.name}: onnx's checker refuses what was exported: {shown(error, 300)}. Pass "
+            f"{path.name}: onnx's checker refuses what was exported: {_told(error)}. Pass "
             "another --engine or --opset."
         ) from error
     finally:
@@ -127,8 +127,13 @@ def _refused(graph: str | onnx.ModelProto) -> str | None:
     try:
         onnx.checker.check_model(graph)
     except onnx.checker.ValidationError as error:
-        return shown(str(error).strip().rstrip("."), 300)
+        return _told(error)
     return None
+
+
+def _told(error: Exception) -> str:
+    """Return what the checker says, which takes several lines, as one."""
+    return shown(" ".join(str(error).split()).rstrip("."), 300)
 
 
 def _bare(model: onnx.ModelProto) -> onnx.ModelProto:

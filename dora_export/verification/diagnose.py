@@ -26,6 +26,8 @@ from dora_export.verification.values import Floats
 # that only leans its way leaves more.
 EXPLAINS = 0.1
 ALL_BUT_ROUNDING = 1e-3  # the same for lengths of lines, which rounding of factors changes too
+ALL_BUT_NOTHING = 1e-2  # the same where a mistake is rounded as its arithmetic does
+MULTIPLES = (2.0, 0.5)  # of a scaling, where rounding is too large to see which fits best
 TOLD_ELEMENTS = 1 << 14  # that mistakes are tried on, where they could pass for rounding
 LEANING_ELEMENTS = 1 << 17  # at least a few lines; enough to see a thousandth of a part
 NEARER = 0.5  # share of the squared distance, or of the elements that differ
@@ -90,6 +92,7 @@ def diagnose(
         or _mixed_up(exact, ref, lines, others)
         or _rearranged(sample, exact, ref)
         or _nearest(sample, _lengths(sample), ALL_BUT_ROUNDING)
+        or _coarse_scaling(exact, ref, lines)
         or Diagnosis("wrong-values", _distance_words(sample))
     )
 
@@ -247,6 +250,12 @@ def _strengths(sample: Sample) -> Iterator[Candidate]:
 def _scalings(sample: Sample, finish: Callable[[Floats], Floats]) -> Iterator[Candidate]:
     """Yield other factors on ``B A``: the usual confusions, and the one that fits best."""
     assert sample.product is not None, "Bug: only called with a product"
+    for other, what in _other_scalings(sample):
+        values = finish(sample.base + other / sample.scaling * sample.product)
+        yield Candidate("scaling-other", what, values)
+
+
+def _other_scalings(sample: Sample) -> Iterator[tuple[float, str]]:
     s, root = sample.scaling, math.sqrt(sample.rank)
     if not s:
         return
@@ -261,9 +270,36 @@ def _scalings(sample: Sample, finish: Callable[[Floats], Floats]) -> Iterator[Ca
     for other, why in (*usual.items(), (fitted, "")) if fitted else usual.items():
         if abs(other - s) > 1e-3 * abs(s):
             why = why or next((w for k, w in usual.items() if abs(k - other) < 0.02 * abs(k)), "")
-            what = f"scaling {other:.4g} instead of {s:.4g}" + (f" ({why})" if why else "")
-            yield Candidate("scaling-other", what,
-                            finish(sample.base + other / s * sample.product))  # fmt: skip
+            yield other, f"scaling {other:.4g} instead of {s:.4g}" + (f" ({why})" if why else "")
+
+
+def _coarse_scaling(exact: Exact, ref: TensorRef, lines: NDArray[np.int64]) -> Diagnosis | None:
+    """Return another factor on ``B A`` that explains lines merged in 16-bit arithmetic, or None.
+
+    Where an update is small, that arithmetic's rounding is as large as the mistake: told by the
+    mistake as such arithmetic rounds it.
+    """
+    arithmetic = ref.dtype.name
+    if arithmetic not in coarse.ROUNDOFF:
+        return None
+    sample = take(exact, ref, lines[:LINES], arithmetic)
+    terms, product = sample.terms, sample.product
+    if not sample.simple or product is None or not np.isfinite(sample.merged).all():
+        return None
+
+    def cooked(other: float) -> Floats:
+        share = other / sample.scaling
+        rough = None if terms.coarse_product is None else share * terms.coarse_product
+        wrong = replace(terms, product=share * product, coarse_product=rough, scaling=other)
+        recipe = coarse.fit(wrong, sample.merged, arithmetic, arithmetic)
+        return coarse.cooked(wrong, recipe, arithmetic, arithmetic)
+
+    s = sample.scaling
+    multiples = [(m * s, f"scaling {m * s:.4g} instead of {s:.4g}") for m in MULTIPLES if s]
+    tried = [*_other_scalings(sample), *multiples] if terms.formula else []
+    found = (Candidate("scaling-other", what, cooked(other)) for other, what in tried)
+    right = Rounding(arithmetic, coarse.fit(terms, sample.merged, arithmetic, arithmetic))
+    return _nearest(sample, found, ALL_BUT_NOTHING, right)
 
 
 def _fitted_scaling(sample: Sample) -> float | None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from dora_export.errors import shown
 from dora_export.plan import Plan
+from dora_export.tensors import DTYPES
 from dora_export.verification.forward import apart, of_allowed
 from dora_export.verification.graph_weights import merged_in
 from dora_export.verification.measured import GraphMeasured, Progress, Unsupported, library_of
@@ -113,6 +114,8 @@ def _measure(
     if runner.precision is None and budget is None:
         raise GraphUnusable("graph-unsupported", "is quantised: no noise floor, so give a budget")
     merged = merged_in(plan, graphs_of(graph)) if by_graph else None
+    if budget is None and getattr(runner, "swaps", False) and runner.precision is not None:
+        merged = DTYPES[runner.precision]  # nothing was merged, so nothing was rounded
     from dora_export.verification import named  # noqa: PLC0415 - torch takes a second to import
 
     return named.measure(

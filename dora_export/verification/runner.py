@@ -95,6 +95,7 @@ class OnnxRuntime:
             raise GraphUnusable("graph-unsupported", f"cannot be read: {shown(error)}") from error
         _refuse_outside(model, path.parent)
         self._precision = _precision(model)
+        self.swaps = adapter is not None  # its adapter is beside weights that nobody merged
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors
         try:
