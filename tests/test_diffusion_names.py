@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import dora_export
 from dora_export import diffusion_names, flux_names, unet_names
 from dora_export.checkpoints import open_checkpoint
+from dora_export.errors import AdapterError
 from tests import oracle, small
 from tests.trainers import RELATIVE, merged, refused
 
@@ -439,3 +440,18 @@ def test_fused_magnitudes_per_input_stay_fused_or_are_refused(tmp_path):
 def test_models_of_other_kinds_have_no_other_names(tmp_path):
     save_file({"model.layers.0.q_proj.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
     assert diffusion_names.other_names(open_checkpoint(tmp_path)) == {}
+
+
+def test_fused_layers_are_not_converted_onto_a_base_that_holds_them_apart(tmp_path):
+    made, _ = fused_adapter(dm.flux())
+    plain = {n: t for n, t in made.items() if not n.endswith("dora_scale")}
+    save_file(plain, tmp_path / "lora.safetensors")
+    apart = write_flux(tmp_path, "diffusers")
+    with pytest.raises(AdapterError, match=r"(?s)layers of the adapter in several parts.*--base"):
+        dora_export.convert(tmp_path / "lora.safetensors", "peft", tmp_path / "no", base=apart)
+    whole = write_flux(tmp_path, "original")
+    dora_export.convert(tmp_path / "lora.safetensors", "peft", tmp_path / "peft", base=whole)
+    for name, adapter in (("one", "lora.safetensors"), ("two", "peft")):
+        dora_export.merge(whole, tmp_path / adapter, tmp_path / name)
+    one, two = (next((tmp_path / n).glob("*.safetensors")).read_bytes() for n in ("one", "two"))
+    assert one == two
