@@ -16,7 +16,7 @@ from dora_export.adapter_writers import WRITERS, Source
 from dora_export.adapters.model import Adapter
 from dora_export.checkpoints import open_checkpoint
 from dora_export.errors import AdapterError
-from dora_export.tensors import BF16, F32, HeldBytes, Operand, TensorRef
+from dora_export.tensors import BF16, F16, F32, HeldBytes, Operand, TensorRef
 from dora_export.update import Dense, Hadamard, Kronecker, Product, Update
 from tests import small
 
@@ -284,13 +284,16 @@ def test_components_are_called_as_sd_scripts_and_onetrainer_call_them(layers, na
 
 
 def test_alpha_of_lycoris_is_the_adapters_own_or_exact(base):
-    own = ref("own.alpha", dtype=F32)
+    own = TensorRef(
+        "own.alpha", F16, (), HeldBytes(Path("adapter"), np.float16([1]).view(np.uint8))
+    )
     keys = ("q.A", "q.B", "own.alpha")
     adapter = replace(source([], base).adapter, tensors={"own.alpha": own},
                       updates=(product(scaling=0.5, source_keys=keys),))  # fmt: skip
     writer = next(w for w in WRITERS if w.name == "lycoris")
     kept = writer.write(Source(adapter, adapter.updates, base))
-    assert np.array_equal(kept.tensors[-1].raw(), own.raw().reshape(()))  # 1, and the rank is 2
+    assert kept.tensors[-1].dtype is F16  # and not float32, in which it would be written anew
+    assert np.array_equal(kept.tensors[-1].raw().ravel(), own.raw())
     short, long = (write("lycoris", [product(scaling=s)], base) for s in (0.5, 0.7))
     assert (short.tensors[-1].dtype, short.notes) == (F32, ())
     assert long.tensors[-1].dtype.name == "F64"
