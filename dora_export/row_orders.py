@@ -33,8 +33,8 @@ from dora_export.update import Update
 
 ROTARY_LEAVES = ("q_proj", "k_proj")
 # Models that torchtune trains with neighbouring rotary pairs, and with Hugging Face's order.
-PAIRED = frozenset("llama mistral gemma gemma2".split())
-HALVED = frozenset("qwen2 qwen3".split())
+PAIRED = ("llama", "mistral", "gemma", "gemma2")  # no sets: a config may say anything, a list too
+HALVED = ("qwen2", "qwen3")
 # Its Llama 4, whose checkpoints hold neighbouring pairs as well: rows are the checkpoint's own.
 # Source: torchtune/models/llama4/_convert_weights.py (llama4_hf_to_tune), after 0.6.1.
 LLAMA4 = frozenset(("llama4", "llama4_text"))
@@ -197,7 +197,7 @@ def _rotary_pairs(update: Update, model_type: object) -> bool:
     raise PlanError(
         f"{shown(update.target)}: the row order that torchtune trains in depends on the model, and "
         f"config.json says model_type '{shown(model_type)}'. Known: "
-        f"{', '.join(sorted(PAIRED | HALVED))}. Give the base as a folder with its config.json, or "
+        f"{', '.join(sorted((*PAIRED, *HALVED)))}. Give the base as a folder with its config.json, or "
         "merge with torchtune."
     )
 

@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from dora_export.api_convert import convert
+from dora_export.errors import DoraExportError
 from tests import oracle, small
 from tests.fixtures import TORCHTUNE
 from tests.trainers import RELATIVE, distance, inspected, loaded, merged, refused
@@ -179,11 +181,15 @@ def test_export_of_dora_with_biases_asks_whether_they_were_scaled(tmp_path):
     assert "scales the biases" in refused(base, adapter, tmp_path / "out")
 
 
-def test_model_whose_row_order_is_not_known_is_refused(tmp_path):
-    base, _ = copy("dora", tmp_path)
-    small.edit_json(base / "config.json", model_type="cohere")
+@pytest.mark.parametrize("said", ["cohere", ["llama"], {"llama": 1}, 4], ids=str)
+def test_model_whose_row_order_is_not_known_is_refused(tmp_path, said):
+    base, adapter = copy("dora", tmp_path)
+    small.edit_json(base / "config.json", model_type=said)
     message = refused(base, tmp_path / OWN, tmp_path / "out", "--allow-pickle")
-    assert "model_type 'cohere'" in message
+    assert "the row order that torchtune trains in depends on the model" in message
+    assert f"model_type '{said}'" in message
+    with pytest.raises(DoraExportError, match="row order that torchtune trains in"):
+        convert(adapter, "torchtune", tmp_path / "converted", base=base, torchtune_dora_fix=True)
 
 
 def test_base_without_a_config_is_refused(tmp_path):
