@@ -197,8 +197,8 @@ def _rotary_pairs(update: Update, model_type: object) -> bool:
     raise PlanError(
         f"{shown(update.target)}: the row order that torchtune trains in depends on the model, and "
         f"config.json says model_type '{shown(model_type)}'. Known: "
-        f"{', '.join(sorted((*PAIRED, *HALVED)))}. Give the base as a folder with its config.json, or "
-        "merge with torchtune."
+        f"{', '.join(sorted((*PAIRED, *HALVED)))}. Give the base as a folder with its "
+        "config.json, or merge with torchtune."
     )
 
 
