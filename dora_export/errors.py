@@ -11,7 +11,8 @@ DoraExportError                 catch this one to catch them all
 └── VerifyError                 what was written is not what was planned (exit code 1)
 
 Messages read ``{where}: {what is wrong}. {what to do}.``; problems of one kind are gathered
-and raised together. Names that come from files are shown escaped and shortened.
+and raised together. Names that come from files are shown escaped and shortened; a message as a
+whole is fit for a terminal, whatever went into it.
 """
 
 from __future__ import annotations
@@ -24,11 +25,17 @@ MAX_LISTED = 12  # problems shown in one message; the rest are counted
 class DoraExportError(Exception):
     """Base class of all errors that a user's input or machine can cause.
 
+    Args:
+        message: What to tell; what is neither printable nor a line break is escaped.
+
     Attributes:
         exit_code: What the command line returns for it (2: bad input or refused).
     """
 
     exit_code = 2
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class InputError(DoraExportError):

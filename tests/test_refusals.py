@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 import dora_export
 from dora_export.checkpoints import open_checkpoint
-from dora_export.errors import PlanError
+from dora_export.errors import DoraExportError, InputError, PlanError, VerifyError
 from dora_export.plan import Settings, plan_merge
 from tests import small
 from tests.small import PREFIX
@@ -603,6 +603,15 @@ def test_pickled_code_is_never_executed(case, allow, tmp_path):
 def test_payload_of_the_test_above_works_where_pickles_are_executed(tmp_path):
     pickle.loads(pickle.dumps(Payload(tmp_path / "pwned")))
     assert (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize(
+    "kind", [DoraExportError, InputError, VerifyError], ids=lambda k: k.__name__
+)
+def test_a_message_is_fit_for_a_terminal_whatever_goes_into_it(kind):
+    error = kind("out/\x1b[31m\u202e\r: gone.\nCopy ü again.")
+    assert str(error) == "out/\\x1b[31m\\u202e\\r: gone.\nCopy ü again."
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
 def test_names_from_files_are_escaped_and_shortened_in_messages(tmp_path):

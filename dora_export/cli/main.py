@@ -14,7 +14,7 @@ import click
 from dora_export._version import __version__
 from dora_export.cli import convert, onnx, streams
 from dora_export.cli.options import adapter_options
-from dora_export.errors import DoraExportError, printable
+from dora_export.errors import DoraExportError
 from dora_export.machine import require_space
 
 PROGRAM_BYTES = 192 << 20  # of address space: numpy and what comes with it
@@ -38,7 +38,7 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except DoraExportError as error:
             mark = click.style("error:", fg="red", bold=True)
-            streams.tell(f"{mark} {printable(str(error))}")
+            streams.tell(f"{mark} {error}")
             ctx.exit(error.exit_code)
         except OSError as error:  # work tells its own as DoraExportError: this one is of printing
             ctx.exit(streams.unheard(error))
