@@ -315,7 +315,8 @@ def _as_stored(request: Request, merged: Path) -> Path:
         if request.progress is not None:
             request.progress(done, plan.output_bytes)
 
-    with FileSink(merged, [file.name for file in plan.files], sizes) as sink:
+    # Tracing reads all of it right after.
+    with FileSink(merged, [f.name for f in plan.files], sizes, read_again=True) as sink:
         for position, file in enumerate(plan.files):
             sink.write_header(position, file.header)
         Engine(plan, sink, resources, on_bytes).run()
