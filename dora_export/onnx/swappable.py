@@ -280,7 +280,7 @@ def _write(
     file.export_adapter(str(path))
     _settle(path)
     table = folder / FOLDER / f"{bundle.name}.npz"
-    # numpy's type stub reads the values of ** as its own options
+    # mypy only: numpy's annotations take what ** gives for options of savez itself
     np.savez(str(table), **arrays)  # type: ignore[arg-type]
     _settle(table)
     back = ort.AdapterFormat.read_adapter(str(path)).get_parameters()
