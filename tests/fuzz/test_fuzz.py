@@ -73,9 +73,20 @@ def test_cases_are_the_same_every_time_and_are_damaged(tmp_path):
     assert changed >= 18
 
 
+class RawError(InputError):
+    """An error whose message skips the escaping of its base class."""
+
+    def __str__(self):
+        return "a\x1b[5m"
+
+
+def refused_raw(_):
+    raise RawError("a")
+
+
 BAD = {
     "ValueError": lambda at: int("x"),
-    "unprintable": lambda at: (_ for _ in ()).throw(InputError("a\x1b[5m")).send(None),
+    "unprintable": refused_raw,
     "hang": lambda at: time.sleep(9),
     "memory": lambda at: taken_at_once(),
     "outside: open": lambda at: (at.parent / "x").write_text(""),
