@@ -1,6 +1,7 @@
 """A fixed, bounded part of the fuzzing, and the watch itself: it must see what it watches for."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -181,7 +182,11 @@ def test_watch_sees_mapped_files_where_the_peak_is_reset(tmp_path):
         mapped = np.memmap(file, np.uint8, "r")
         found = problem(lambda: mapped[:: guard.resource.getpagesize()].sum(), tmp_path)
     assert found is not None
-    assert found.startswith("memory: 4"), found
+    seen = re.match(r"memory: (\d+) MB", found)
+    assert seen is not None, found
+    # The kernel counts what is resident per processor and adds it up late, and the process may
+    # have let go of some pages between the reset and the peak.
+    assert int(seen[1]) == pytest.approx(TOO_MUCH >> 20, rel=0.02)
 
 
 @pytest.mark.parametrize("kind", BAD)
