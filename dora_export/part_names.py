@@ -27,18 +27,22 @@ def other_names(base: Checkpoint) -> Places:
 
 
 def _names(base: Checkpoint, fused: conventions.Fused) -> Iterator[tuple[str, tuple[Place, ...]]]:
-    for name, ref in base.tensors.items():
+    tensors = base.tensors
+    for name in tensors:
         module, _, leaf = name.rpartition(".")
         parent, _, last = module.rpartition(".")
-        if not ref.shape or leaf not in ("weight", "bias"):
-            continue
-        for whole, parts in fused:
+        for whole, parts in fused if leaf in ("weight", "bias") else ():
             here = [f"{parent}.{part}.{leaf}" for part in parts]
-            if last == whole and ref.shape[0] % len(parts) == 0:
-                of = row_spans([ref.shape[0] // len(parts)] * len(parts))
+            if last == whole and (rows := _rows(base, name)) and rows % len(parts) == 0:
+                of = row_spans([rows // len(parts)] * len(parts))
                 yield from ((n, (Place(name, at),)) for n, at in zip(here, of, strict=True))
-            elif last == parts[0] and all(n in base.tensors for n in here):
-                of = row_spans([base.tensors[n].shape[0] for n in here if base.tensors[n].shape])
-                if len(of) == len(here):
-                    together = tuple(Place(n, None, own) for n, own in zip(here, of, strict=True))
-                    yield f"{parent}.{whole}.{leaf}", together
+            elif last == parts[0] and all(n in tensors and _rows(base, n) for n in here):
+                of = row_spans(_rows(base, n) for n in here)
+                together = tuple(Place(n, None, own) for n, own in zip(here, of, strict=True))
+                yield f"{parent}.{whole}.{leaf}", together
+
+
+def _rows(base: Checkpoint, name: str) -> int:
+    """Return the first dimension of a tensor, 0 for one without dimensions."""
+    shape = base.tensors[name].shape
+    return shape[0] if shape else 0

@@ -10,11 +10,13 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 import dora_export
-from dora_export import DoraExportError, conventions
+from dora_export import DoraExportError, conventions, part_names
+from dora_export.checkpoints import open_checkpoint
+from dora_export.diffusion_names import Place
 from tests import rider_models
 from tests.peft_models import rekey
 from tests.rider_models import VOCABULARY, WARNINGS, edit_json, rewrite, shapes, tensors
-from tests.small import PREFIX
+from tests.small import PREFIX, write_json
 
 # Reasons stand beside the entries.
 pytestmark = [pytest.mark.filterwarnings(w) for w in WARNINGS]
@@ -413,6 +415,20 @@ def test_magnitudes_per_input_are_of_the_rows_they_were_trained_on(tmp_path):
                             whole["encoder.layers.0.attn.Wqkv.weight"]})  # fmt: skip
     with pytest.raises(DoraExportError, match=r"norm over all outputs at once.*stores them fused"):
         dora_export.merge(apart, adapter, tmp_path / "no")
+
+
+def test_only_what_divides_and_is_complete_goes_by_other_names(tmp_path):
+    held = {"odd.Wqkv.weight": (7, 2), "none.Wqkv.weight": (), "other.Wqkv.scale": (6,),
+            "own.Wqkv.weight": (6, 2), "own.q_proj.weight": (2, 2), "gap.q_proj.weight": (2, 2),
+            "gap.v_proj.weight": (2, 2), "flat.q_proj.weight": (2, 2), "flat.k_proj.weight": (),
+            "flat.v_proj.weight": (2, 2)}  # fmt: skip
+    save_file({n: torch.ones(s) for n, s in held.items()}, tmp_path / "model.safetensors")
+    write_json(tmp_path / "config.json", {"model_type": "nomic_bert"})
+    found = part_names.other_names(open_checkpoint(tmp_path))
+    assert found == {
+        "own.k_proj.weight": (Place("own.Wqkv.weight", (2, 4)),),
+        "own.v_proj.weight": (Place("own.Wqkv.weight", (4, 6)),),
+    }
 
 
 def test_other_models_keep_what_they_fuse(tmp_path):
