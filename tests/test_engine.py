@@ -188,14 +188,16 @@ def test_peak_memory_stays_under_the_printed_bound_and_does_not_grow_with_the_mo
     tmp_path, verify
 ):
     peaks = []
-    for layers in (5, 15):  # enough for every thread, of those that check too, to have its fill
+    for layers in (5, 15):
         folder = tmp_path / str(layers)
         write_case(folder, layers=layers, out=3000, inputs=1024)
         before, peak, bound = measured(folder, folder / "out", verify)
         # Lazily imported modules come on top of buffers: a few MB, measured at 9.
         assert peak - before <= bound + (16 << 20)
         peaks.append(peak)
-    assert peaks[1] <= 1.05 * peaks[0]
+    # Besides, how many checks and workers are at their largest at once is chance: the blocks of one
+    # check. What grew with the model would grow by ten times as much.
+    assert peaks[1] <= 1.05 * peaks[0] + (10 << 20)
     assert peaks[1] < (tmp_path / "15/base/model.safetensors").stat().st_size
 
 
