@@ -40,7 +40,7 @@ from dora_export.verification.exact import (
 from dora_export.verification.model import Finding, Level, Status, TensorResult, TierResult
 from dora_export.verification.neighbours import KeptLines, Member, Neighbours
 from dora_export.verification.parallel import each
-from dora_export.verification.samples import line_count, pick
+from dora_export.verification.samples import line_count
 from dora_export.verification.values import Floats
 from dora_export.words import count, number
 
@@ -487,7 +487,7 @@ def _judge(
     usual = float(np.median(measured.excess)) if len(measured.excess) else 0.0
     arithmetic = _arithmetic(usual, limit, ref.dtype)
     if arithmetic is None:
-        found = diagnose.diagnose(exact, ref, pick(measured.lines), others)
+        found = diagnose.diagnose(exact, ref, measured.lines, others)
         return None, [Finding(found.code, place, found.what)]
     if arithmetic != "F32":
         # Within rounding on the whole, but a small mistake could hide in it.
@@ -558,7 +558,7 @@ def _odd_lines(
     others: Neighbours,
 ) -> Finding:
     """Return what is wrong with lines that stand out; all of a tensor's, or some."""
-    found = diagnose.diagnose(exact, ref, pick(odd), others)
+    found = diagnose.diagnose(exact, ref, odd, others)
     share = len(odd) / len(measured.lines)
     if share > 0.5:
         return Finding(found.code, place, found.what)
