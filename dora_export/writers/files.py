@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from dora_export import fused
 from dora_export.errors import OutputError
 from dora_export.machine import advice, start
-from dora_export.paged import PAGE, placed, whole_pages
+from dora_export.paged import BOUNCE_BYTES, PAGE, placed, whole_pages
 from dora_export.tensors import FileRange
 from dora_export.writers import direct
 from dora_export.writers.ranges import Ranges
@@ -35,7 +35,6 @@ COPY_CHUNK = 8 << 20
 # Fewer bytes than these go through the page cache even where others go past it: the disk is asked
 # once for each write past the cache, and takes about as long for a page as for many.
 DIRECT_BYTES = 256 << 10
-BOUNCE_BYTES = 2 << 20  # copied at once to where they can go past the page cache from
 # Finished files that may wait for their sync, open: workers that are faster than the disk wait, and
 # a model of hundreds of shards stays below any limit on open files.
 WAITING = 8
@@ -259,7 +258,7 @@ class FileSink:
             descriptor = target.open()
         except OSError as error:
             raise refusal(target.path, error) from error
-        if target.direct is None:
+        if target.direct is None or not target.past_cache:
             done = _kernel_copy(source, descriptor, offset)
             self._copy(target, offset, source, done, source.nbytes)
         else:
@@ -288,7 +287,7 @@ class FileSink:
             while done < data.size:
                 part = data[done:]
                 pages = whole_pages(part, offset + done)
-                if pages.stop == 0:  # not as it lies: copy some of it to where it can
+                if pages.stop == 0 and target.past_cache:  # not as it lies: copy it to where it can
                     part = self._bounce(offset + done, part.size)
                     np.copyto(part, data[done : done + part.size])
                     pages = whole_pages(part, offset + done)
@@ -329,8 +328,9 @@ class FileSink:
             most: How many there are.
         """
         if not hasattr(self._bounces, "buffer"):
-            self._bounces.buffer = np.empty(BOUNCE_BYTES + PAGE, np.uint8)
-        return placed(self._bounces.buffer, offset, min(most, BOUNCE_BYTES - offset % PAGE))
+            self._bounces.buffer = np.empty(BOUNCE_BYTES, np.uint8)
+        most = min(most, BOUNCE_BYTES - PAGE - offset % PAGE)
+        return placed(self._bounces.buffer, offset, most)
 
     def _put_at(self, descriptor: int, offset: int, view: memoryview) -> None:
         done = 0
