@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -89,6 +90,7 @@ BAD = {
     "ValueError": lambda at: int("x"),
     "unprintable": refused_raw,
     "hang": lambda at: time.sleep(9),
+    "hang: computing": lambda at: computing(9),
     "memory": lambda at: taken_at_once(),
     "outside: open": lambda at: (at.parent / "x").write_text(""),
     "outside: os.mkdir": lambda at: (at / "other").mkdir(),
@@ -101,6 +103,12 @@ BAD = {
     "outside: os.system": lambda at: os.system("true"),
     "outside: subprocess.Popen": lambda at: subprocess.run(["true"], check=False),
 }
+
+
+def computing(seconds):
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
 
 
 TOO_MUCH = guard.MEMORY + (100 << 20)
@@ -191,7 +199,9 @@ def test_watch_sees_mapped_files_where_the_peak_is_reset(tmp_path):
 
 @pytest.mark.parametrize("kind", BAD)
 def test_watch_sees_what_must_not_happen(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(guard, "SECONDS", 0.5 if kind == "hang" else 60.0)
+    monkeypatch.setattr(guard, "TICK", 0.1)
+    monkeypatch.setattr(guard, "SECONDS", 0.5 if kind == "hang: computing" else 60.0)
+    monkeypatch.setattr(guard, "TICKS", 5 if kind == "hang" else 1000)
     at = tmp_path / "case"
     (at / "out").mkdir(parents=True)
     (at / "folder/inner").mkdir(parents=True)
@@ -200,7 +210,26 @@ def test_watch_sees_what_must_not_happen(kind, tmp_path, monkeypatch):
     (at / "link to secret").symlink_to("secret")
     found = problem(lambda: BAD[kind](at), at, ("out",))
     assert found is not None
-    assert found.startswith(kind), found
+    assert found.startswith(kind.partition(": comp")[0]), found
+
+
+def test_watch_takes_no_stopped_process_for_one_that_hangs(tmp_path):
+    """In a process of its own, which is stopped for five times as long as it may wait."""
+    lines = (
+        "import os, pathlib, signal, sys\n"
+        "from tests.fuzz import guard\n"
+        "guard.TICK, guard.TICKS = 0.02, 10\n"
+        "stop = lambda: os.kill(os.getpid(), signal.SIGSTOP)\n"
+        "sys.exit(guard.problem(stop, pathlib.Path(sys.argv[1])))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", lines, tmp_path], cwd=Path(__file__).parents[2]
+    )
+    _, status = os.waitpid(process.pid, os.WUNTRACED)
+    assert os.WIFSTOPPED(status)
+    time.sleep(1)
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(60) == 0
 
 
 def test_watch_lets_pass_what_may_happen(tmp_path):
