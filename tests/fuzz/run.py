@@ -27,12 +27,12 @@ def prepare(target):
 @contextmanager
 def seeds_of(target):
     """Yield the folders that a target starts from."""
-    if target.make is None:
-        yield target.seeds
-        return
     with tempfile.TemporaryDirectory() as folder:
-        target.make(Path(folder))
-        yield (Path(folder),)
+        made = tuple(Path(folder, str(number)) for number in range(len(target.make)))
+        for make, place in zip(target.make, made, strict=True):
+            place.mkdir()
+            make(place)
+        yield target.seeds + made
 
 
 def made(target, seeds, number, folder):
