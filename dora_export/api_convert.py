@@ -132,7 +132,7 @@ def _to_format(
     with _publishing(target, places, nbytes, names) as stage, inputs.held(stamps):
         _write(written, stage.folder)
         for name, file in tokenizer.items():
-            write_small(stage.folder / name, file.read_bytes())
+            side_files.copy(file, stage.folder / name)
         for name, text in config.items():
             write_small(stage.folder / name, text)
         write_small(stage.folder / MANIFEST, manifest.as_json(content))

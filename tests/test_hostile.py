@@ -14,6 +14,7 @@ from dora_export.errors import AdapterError, InputError
 from dora_export.onnx.graph_file import open_graph
 from dora_export.storage.safetensors import read_header
 from tests import small
+from tests.fuzz.targets import session, swappable
 from tests.measured import measured
 
 MB = 1 << 20
@@ -189,3 +190,13 @@ def test_fields_of_a_config_that_are_of_another_type_are_refused(seed, fields, r
     small.edit_json(tmp_path / "x/adapter/adapter_config.json", **fields)
     with pytest.raises(AdapterError, match=rf"(?s){reason}.*\.$"):
         dora_export.inspect(tmp_path / "x/adapter", tmp_path / "x/base")
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "*.onnx_adapter"])
+def test_files_that_onnxruntime_does_not_take_are_refused(name, tmp_path):
+    """Although the manifest that a stranger wrote to them has their digests."""
+    swappable(tmp_path)
+    (path,) = (tmp_path / "out").glob(name)
+    path.write_bytes(b"x" + path.read_bytes())
+    with pytest.raises(InputError, match="onnxruntime does not take it"):
+        session(tmp_path)

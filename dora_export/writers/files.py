@@ -14,7 +14,7 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -446,10 +446,20 @@ def write_small(path: Path, data: bytes, *, sync: bool = True) -> None:
     Raises:
         OutputError: The disk is full, or writing fails.
     """
+    write_chunks(path, [data], sync=sync)
+
+
+def write_chunks(path: Path, chunks: Iterable[bytes], *, sync: bool = True) -> None:
+    """Write a side file, as ``write_small`` does, from bytes that come one after the other.
+
+    Raises:
+        OutputError: As in ``write_small``; what taking the bytes raises goes through.
+    """
     make_folder(path.parent)
     try:
         with path.open("xb") as file:
-            file.write(data)
+            for chunk in chunks:
+                file.write(chunk)
             file.flush()
             if sync:
                 os.fsync(file.fileno())

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dora_export import api
-from dora_export.errors import DoraExportError
+from dora_export.errors import DoraExportError, VerifyError
 from dora_export.machine import require_space
 
 SECONDS = 20.0  # of computing, in all threads; most calls take milliseconds
@@ -241,6 +241,8 @@ def problem(call, folder, writable=()):
             text = str(error)
             if any(isinstance(cause, MemoryError) for cause in _causes(error)):
                 found = f"memory: more was asked for\n{traceback.format_exc()}"
+            elif type(error) is VerifyError:
+                found = f"wrong: {text}"
             elif any(not (c.isprintable() or c == "\n") for c in text):
                 found = f"unprintable: {text!a:.300}"
         except Hang:

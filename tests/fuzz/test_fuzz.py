@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dora_export.errors import InputError
+from dora_export.errors import InputError, VerifyError
 from tests.fuzz import guard
 from tests.fuzz.guard import problem
 from tests.fuzz.run import Tally, made, prepare, run, seeds_of
@@ -86,7 +86,12 @@ def refused_raw(_):
     raise RawError("a")
 
 
+def written_wrong(_):
+    raise VerifyError("the output is not what was planned")
+
+
 BAD = {
+    "wrong: the output": written_wrong,
     "ValueError": lambda at: int("x"),
     "unprintable": refused_raw,
     "hang": lambda at: time.sleep(9),
