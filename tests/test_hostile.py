@@ -196,7 +196,21 @@ def test_fields_of_a_config_that_are_of_another_type_are_refused(seed, fields, r
 def test_files_that_onnxruntime_does_not_take_are_refused(name, tmp_path):
     """Although the manifest that a stranger wrote to them has their digests."""
     swappable(tmp_path)
-    (path,) = (tmp_path / "out").glob(name)
+    (path,) = (tmp_path / "out").rglob(name)
     path.write_bytes(b"x" + path.read_bytes())
     with pytest.raises(InputError, match="onnxruntime does not take it"):
         session(tmp_path)
+
+
+def test_words_about_many_long_names_stay_short(tmp_path):
+    small.write_pair(tmp_path)
+    dora_export.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    names = {f"{'n' * 4000}{i}": "v" * 4000 for i in range(40)}
+    small.edit_json(tmp_path / "out/config.json", **names)
+    for folder, content in (("out", names), ("base", {"q": 1})):
+        small.write_json(tmp_path / folder / "tokenizer_config.json", content)
+        small.write_json(tmp_path / folder / "generation_config.json", content)
+    report = dora_export.verify(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    told = [finding.what for finding in report.findings]
+    assert any("40 values: " in what and " more" in what for what in told)
+    assert max(map(len, (*told, *report.notes))) < 1000

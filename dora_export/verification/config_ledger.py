@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dora_export.checkpoints.model import prefix_of
-from dora_export.errors import shown
+from dora_export.errors import in_line, shown
 from dora_export.plan import Plan
 from dora_export.tensors import BY_TORCH, DType, TensorRef
 from dora_export.tying import EMBEDDINGS, HEADS, WITH_VOCABULARY
@@ -141,7 +141,7 @@ def _check(plan: Plan, subject: Subject, file: str, quantised: bool) -> ConfigLe
     _tie(book, plan, subject, expected, found)
     _dtype(book, plan, subject, expected, found)
     if book.rewritten:
-        what = f"{len(book.rewritten)} values: {', '.join(book.rewritten)}"
+        what = f"{len(book.rewritten)} values: {in_line(book.rewritten)}"
         book.findings.append(Finding("config-rewritten", file, what))
     return ConfigLedger(tuple(book.findings), tuple(book.rewritten))
 
