@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dora_export import limits
 from dora_export.adapters.config_files import CONFIG
 from dora_export.adapters.model import ReadOptions
 from dora_export.adapters.patterns import first_matches
@@ -35,7 +36,6 @@ Parts = Mapping[str, TensorRef]
 NESTED = ".base_layer"
 LAYOUTS = {"rank_major": "peft", "grouped_by_expert": "unsloth"}
 README = "README.md"
-README_BYTES = 1 << 20  # of a model card that are looked at
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ def _card(folder: Path) -> bool:
     if not card.is_file() or leads_out(card, folder):
         return False  # no card, nothing said
     with card.open("rb") as file:
-        return b"unsloth" in file.read(README_BYTES).lower()
+        return b"unsloth" in file.read(limits.CARD_BYTES).lower()
 
 
 def _orientation(version: object) -> Orientation:
