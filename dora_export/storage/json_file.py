@@ -119,6 +119,11 @@ def is_number(value: object) -> TypeGuard[int | float]:
     return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
 
 
+def same(one: object, other: object) -> bool:
+    """Return whether two values say the same; NaN, which some configs hold, is the same as NaN."""
+    return one == other or repr(one) == repr(other)
+
+
 def is_rank(value: object) -> TypeGuard[int]:
     """Return whether a value is a whole number that can be a rank."""
     return type(value) is int and 0 < value <= limits.RANK

@@ -15,6 +15,7 @@ from typing import Any
 from dora_export.checkpoints.model import prefix_of
 from dora_export.errors import in_line, shown
 from dora_export.plan import Plan
+from dora_export.storage.json_file import same
 from dora_export.tensors import BY_TORCH, DType, TensorRef
 from dora_export.tying import EMBEDDINGS, HEADS, WITH_VOCABULARY
 from dora_export.verification.model import Finding
@@ -195,7 +196,7 @@ def _compare(book: _Book, expected: Config, found: Config, path: str, quantised:
         here, there = expected.get(key), found.get(key)
         label = f"{path}{key}"
         apart = key in OWN_CHECK or (key in OF_THE_TEXT and path in TEXT_PATHS)
-        if apart or key in renamed or here == there:
+        if apart or key in renamed or same(here, there):
             if here is None and there is None and (key in expected) != (key in found):
                 book.rewritten.append(f"{shown(label)} (null)")
             elif key in renamed:

@@ -20,6 +20,7 @@ from dora_export.checkpoints.folder import read_json
 from dora_export.errors import InputError, in_line, shown
 from dora_export.machine import advice
 from dora_export.plan import Plan
+from dora_export.storage.json_file import same
 from dora_export.verification.model import Finding
 from dora_export.verification.subject import ADAPTER_FILES, MANIFEST, Subject
 
@@ -230,7 +231,7 @@ def _tokenizer_config(where: str, path: Path, source: Source) -> list[Finding]:
     # A template is compared wherever it stands.
     here.pop("chat_template", None)
     there.pop("chat_template", None)
-    other = [k for k in here.keys() | there.keys() if here.get(k) != there.get(k)]
+    other = [k for k in here.keys() | there.keys() if not same(here.get(k), there.get(k))]
     wrong = [k for k in DECIDING if k in other and here.get(k) is not None
              and there.get(k) is not None and _token(here[k]) != _token(there[k])]  # fmt: skip
     if wrong:
@@ -251,7 +252,7 @@ def _settings(name: str, path: Path, source: Source, *, own: bool) -> list[Findi
     """Compare settings by what they say; our own output has them byte for byte."""
     here, there = read_json(source.path), read_json(path)
     other = sorted(k for k in here.keys() | there.keys()
-                   if here.get(k) != there.get(k) and k not in LIBRARY_KEYS)  # fmt: skip
+                   if not same(here.get(k), there.get(k)) and k not in LIBRARY_KEYS)  # fmt: skip
     if path.name in TOKENIZER_FILES:
         if other:
             what = f"other {', '.join(map(shown, other[:5]))}"
@@ -267,7 +268,7 @@ def _pipeline_config(where: str, path: Path, source: Source) -> list[Finding]:
     """Compare what decides how a pipeline runs; libraries spell out defaults that were left out."""
     here, there = read_json(source.path), read_json(path)
     other = sorted(k for k in here.keys() | there.keys()
-                   if here.get(k) != there.get(k) and k not in LIBRARY_KEYS)  # fmt: skip
+                   if not same(here.get(k), there.get(k)) and k not in LIBRARY_KEYS)  # fmt: skip
     wrong = [k for k in other if k in here]
     if wrong:
         what = ", ".join(f"{k} {shown(there.get(k))}, expected {shown(here[k])}" for k in wrong[:5])

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dora_export import fused
-from dora_export.errors import OutputError
+from dora_export.errors import OutputError, VerifyError
 from dora_export.machine import advice, start
 from dora_export.paged import BOUNCE_BYTES, PAGE, placed, whole_pages
 from dora_export.tensors import FileRange
@@ -197,8 +197,10 @@ class FileSink:
 
         Raises:
             OutputError: The disk is full, or writing fails.
+            VerifyError: It is held from a run before, and is not what that wrote.
         """
         if self.holds(file, 0, len(header)):
+            _check_held(self._files[file].path, header)
             return
         self.write(file, 0, np.frombuffer(header, np.uint8))
         target = self._files[file]
@@ -376,6 +378,20 @@ class FileSink:
             self._on_synced({file.name: ranges})
         if complete:
             file.close()
+
+
+def _check_held(path: Path, header: bytes) -> None:
+    """Refuse a header that has changed since it was written: what follows is read by it."""
+    try:
+        with path.open("rb") as file:
+            found = file.read(len(header))
+    except OSError as error:
+        raise refusal(path, error) from error
+    if found != header:
+        raise VerifyError(
+            f"{path}: begins otherwise than an earlier run has written it. Nothing was published; "
+            "check the disk, and run the same command again to start over."
+        )
 
 
 def make_folder(folder: Path) -> None:
