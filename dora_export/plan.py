@@ -21,6 +21,7 @@ from dora_export import (
     layer_biases,
     layouts,
     naming,
+    part_names,
     replication,
     row_orders,
     several,
@@ -297,7 +298,7 @@ def _placed(
     targets = [u.target for u in adapter.updates if u.kind != "replace"]
     targets = targets or [u.target for u in adapter.updates]
     absent_head = tying.head_of(base, targets)
-    others = diffusion_names.other_names(base)
+    others = {**diffusion_names.other_names(base), **part_names.other_names(base)}
     known = experts.KnownNames(base, [*others, *([absent_head] if absent_head else [])])
     required = [t for t in targets if t != absent_head] or targets
     rule = _rule(base, adapter, settings, known, required)

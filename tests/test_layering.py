@@ -20,6 +20,7 @@ FLOORS = (
     "adapters",
     "naming own_norm several tying layouts experts row_orders replication layer_biases report",
     "diffusion_names",
+    "part_names",
     "plan serving adapter_writers",
     "pieces",
     "worker verification",
