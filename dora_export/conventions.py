@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 Pairs = tuple[tuple[str, str], ...]
+Fused = tuple[tuple[str, tuple[str, ...]], ...]
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,13 @@ class Convention:
         inside: (checkpoint's, model class's) parts of names, all of them replaced, in this order
             both ways round.
         model_types: Of config.json; empty: any model, since the names say enough.
+        fused: (checkpoint's, model class's) last modules of a path, where the one holds the rows
+            of the others one after the other, as many of each (``part_names``).
     """
 
     prefixes: Pairs = ()
     inside: Pairs = ()
+    fused: Fused = ()
     model_types: frozenset[str] = frozenset()
 
 
@@ -66,6 +70,7 @@ _ATTENTION = (
     ("attention.attention.value.", "attention.v_proj."),
     ("attention.output.dense.", "attention.o_proj."),
 )
+_QKV = ("q_proj", "k_proj", "v_proj")
 
 CONVENTIONS = (
     # Multimodal models around a language model: Llava, Gemma 3, PaliGemma, Mistral 3, InternVL,
@@ -108,6 +113,7 @@ CONVENTIONS = (
     ),
     Convention(prefixes=(("backbone.", "model."),), model_types=frozenset({"nemotron_h"})),
     Convention(
+        prefixes=(("encoder.layer.", "layers."),),  # of the class without a head
         inside=(
             (".encoder.layer.", ".layers."),
             *_ATTENTION,
@@ -115,10 +121,79 @@ CONVENTIONS = (
             (".output.dense.", ".mlp.fc2."),
         ),
         model_types=frozenset(
-            {"vit", "deit", "audio-spectrogram-transformer", "ijepa", "vit_msn", "vivit"}
+            """vit deit audio-spectrogram-transformer beit ijepa vit_mae vit_msn vivit""".split()
         ),
     ),
-    Convention(inside=_ATTENTION, model_types=frozenset({"dinov2", "dinov2_with_registers"})),
+    Convention(
+        inside=(*_ATTENTION, (".mlp.weights_out.", ".mlp.down_proj.")),
+        fused=(("weights_in", ("gate_proj", "up_proj")),),
+        model_types=frozenset({"dinov2", "dinov2_with_registers"}),
+    ),
+    Convention(
+        inside=(
+            (".attention.self.query.", ".attention.q_proj."),
+            (".attention.self.key.", ".attention.k_proj."),
+            (".attention.self.value.", ".attention.v_proj."),
+            (".attention.output.dense.", ".attention.o_proj."),
+            (".intermediate.dense.", ".mlp.fc1."),
+            (".output.dense.", ".mlp.fc2."),
+        ),
+        model_types=frozenset({"swin"}),
+    ),
+    Convention(
+        prefixes=(("radio_model.model.blocks.", "encoder.layer."),),
+        inside=((".attn.proj.", ".attention.o_proj."), (".attn.", ".attention.")),
+        fused=(("qkv", _QKV),),
+        model_types=frozenset({"radio"}),
+    ),
+    # Text encoders that fuse q, k and v, as their authors' code has them.
+    Convention(
+        inside=(
+            ("encoder.layers.", "layers."),
+            ("emb_ln.", "embeddings.LayerNorm."),
+            (".attn.out_proj.", ".self_attn.o_proj."),
+            (".attn.", ".self_attn."),
+            (".fc11.", ".up_proj."),
+            (".fc12.", ".gate_proj."),
+            (".fc2.", ".down_proj."),
+            (".norm1.", ".post_attention_layernorm."),
+            (".norm2.", ".post_mlp_layernorm."),
+        ),
+        fused=(("Wqkv", _QKV),),
+        model_types=frozenset({"nomic_bert"}),
+    ),
+    Convention(
+        inside=(
+            ("encoder.layers.", "layers."),
+            ("emb_ln.", "embeddings.LayerNorm."),
+            (".mixer.out_proj.", ".self_attn.o_proj."),
+            (".mixer.", ".self_attn."),
+            (".norm1.", ".post_attention_layernorm."),
+            (".norm2.", ".post_mlp_layernorm."),
+        ),
+        fused=(("Wqkv", _QKV),),
+        model_types=frozenset({"jina_embeddings_v3"}),
+    ),
+    Convention(
+        inside=(
+            ("encoder.layer.", "layers."),
+            (".attention.o_proj.", ".self_attn.o_proj."),
+            (".attention.", ".self_attn."),
+            (".attn_ln.", ".post_attention_layernorm."),
+            (".mlp_ln.", ".post_mlp_layernorm."),
+            ("lm_head.norm.", "lm_head.layer_norm."),
+        ),
+        fused=(("qkv_proj", _QKV), ("up_gate_proj", ("up_proj", "gate_proj"))),
+        model_types=frozenset({"gte"}),
+    ),
+    Convention(
+        inside=((".attn.o_proj.", ".self_attn.o_proj."), (".attn.", ".self_attn.")),
+        fused=(
+            ("gqkv_proj", ("gate_proj", *_QKV)),
+            ("gate_up_proj", ("gate_proj", "up_proj")),
+        ),
+        model_types=frozenset({"hrm_text"}),
+    ),
 )
 
 # Ends of names: (checkpoint's, model class's). Source: as above, "legacy".
@@ -129,6 +204,16 @@ LEAVES: Pairs = (
     (".weight_v", ".parametrizations.weight.original1"),
 )
 HEADS: Mapping[str, Pairs] = {"gpt_neox": (("embed_out.weight", "lm_head.weight"),)}
+
+
+def fused_modules(model_types: tuple[object, ...]) -> Fused:
+    """Return the modules that checkpoints of these model types fuse, as in ``Convention``.
+
+    Args:
+        model_types: Of config.json and its text part.
+    """
+    types = set(map(str, model_types))
+    return tuple(pair for row in CONVENTIONS if types & row.model_types for pair in row.fused)
 
 
 def renamings(model_types: tuple[object, ...]) -> Iterator[Renaming]:

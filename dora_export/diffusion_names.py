@@ -156,7 +156,7 @@ def _apart(
             sizes = [rows]
     for leaf in leaves:
         tensor = f"{start}{module}.{leaf}"
-        spans = _spans(sizes)
+        spans = row_spans(sizes)
         if halves:
             places = tuple(Place(tensor, at, of) for at, of in zip(spans, spans[::-1], strict=True))
             yield f"transformer.{names[0]}.{leaf}", places
@@ -176,9 +176,9 @@ def _together(
         if any(ref is None for ref in refs):
             continue
         tensors = [f"{name}.{leaf}" for name in names]
-        spans = _spans([ref.shape[0] for ref in refs if ref is not None])
+        spans = row_spans([ref.shape[0] for ref in refs if ref is not None])
         if original == flux_names.HALVES_SWAPPED:
-            halves = _spans([spans[0][1] // 2] * 2)
+            halves = row_spans([spans[0][1] // 2] * 2)
             places = tuple(
                 Place(tensors[0], at, of) for at, of in zip(halves, halves[::-1], strict=True)
             )
@@ -224,7 +224,7 @@ def _open_clip(base: Checkpoint, name: str, own: str) -> Iterator[tuple[str, Pla
         layer = f"text_model.encoder.layers.{match['number']}"
         module, _, leaf = match["rest"].rpartition(".")
         if leaf in ("in_proj_weight", "in_proj_bias") and shape:
-            for word, span in zip("qkv", _spans([shape[0] // 3] * 3), strict=True):
+            for word, span in zip("qkv", row_spans([shape[0] // 3] * 3), strict=True):
                 path = f"{layer}.self_attn.{word}_proj.{leaf.removeprefix('in_proj_')}"
                 yield path, Place(name, span)
         elif module in OPEN_CLIP_LAYER:
@@ -264,7 +264,8 @@ def _renamed(
             yield f"{name}.{leaf}", (Place(f"{start}{module}.{leaf}"),)
 
 
-def _spans(sizes: Iterable[int]) -> list[Rows]:
+def row_spans(sizes: Iterable[int]) -> list[Rows]:
+    """Return the rows ``[start, stop)`` of parts of these sizes, one after the other."""
     ends = [0]
     for size in sizes:
         ends.append(ends[-1] + size)
@@ -278,11 +279,18 @@ def _indivisible(update: Update, places: Sequence[Place]) -> str | None:
     """Return why an update cannot go to several places, or to rows of one."""
     if all(place.rows is None and place.own is None for place in places):
         return None
-    if update.kind in ("replace", "rows"):
-        return f"kind '{update.kind}' for a part of a tensor of the base is not supported"
+    tensors = " and ".join(dict.fromkeys(shown(place.tensor) for place in places))
+    in_part = any(place.rows is not None for place in places)
+    if update.kind == "rows" or (update.kind == "replace" and in_part):
+        return (
+            f"the adapter replaces {'it' if update.kind == 'replace' else 'rows of it'}, and the "
+            f"base has it in parts or as a part of {tensors}. Save the base under the names that "
+            "the adapter was trained on"
+        )
     if len(places) == 1 and places[0].own is None:
         return None
-    tensors = " and ".join(shown(place.tensor) for place in places)
+    if (rows := _rows(update)) is not None and rows != (held := _own_rows(places)):
+        return f"{rows} outputs, but {tensors} have {held} together"
     if update.normalises and update.axis == "in":
         return (
             f"one magnitude per input, with a norm over all outputs at once, but the base keeps "
@@ -292,6 +300,19 @@ def _indivisible(update: Update, places: Sequence[Place]) -> str | None:
     if update.delta is not None and not isinstance(update.delta, Dense | Hadamard):
         return f"a Kronecker product (LoKr) cannot be cut along {tensors}"
     return None
+
+
+def _rows(update: Update) -> int | None:
+    """Return the outputs that an update has, as far as its shapes say."""
+    if update.added is not None:
+        return update.added.shape[0]
+    if update.value is not None:
+        return update.value.shape[0]
+    return update.magnitude.shape[0] if update.magnitude and update.axis == "out" else None
+
+
+def _own_rows(places: Sequence[Place]) -> int:
+    return max(place.own[1] for place in places if place.own is not None)
 
 
 def _at(update: Update, place: Place) -> Update:

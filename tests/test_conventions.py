@@ -5,16 +5,18 @@ import re
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 import dora_export
-from dora_export import DoraExportError, conventions
+from dora_export import DoraExportError, conventions, part_names
+from dora_export.checkpoints import open_checkpoint
+from dora_export.diffusion_names import Place
 from tests import rider_models
 from tests.peft_models import rekey
 from tests.rider_models import VOCABULARY, WARNINGS, edit_json, rewrite, shapes, tensors
-from tests.small import PREFIX
+from tests.small import PREFIX, write_json
 
 # Reasons stand beside the entries.
 pytestmark = [pytest.mark.filterwarnings(w) for w in WARNINGS]
@@ -193,6 +195,21 @@ ENCODERS = {
                   "num_mel_bins": 16}), ["v_proj", "fc2"]),
     "dinov2": (plain("Dinov2ForImageClassification", "Dinov2Config", **ENCODER, mlp_ratio=2),
                ["q_proj", "fc1"]),
+    "beit": (plain("BeitModel", "BeitConfig", **ENCODER), ["q_proj", "fc2"]),  # has no head
+    "swin": (plain("SwinModel", "SwinConfig", embed_dim=16, depths=[1, 1], num_heads=[2, 2],
+                   image_size=16, patch_size=2, window_size=2), ["q_proj", "o_proj", "fc1"]),
+    "dinov2 gated": (plain("Dinov2Model", "Dinov2Config", **ENCODER, use_swiglu_ffn=True),
+                     ["q_proj", "up_proj", "down_proj"]),
+    "radio": (plain("RadioModel", "RadioConfig", **ENCODER), ["k_proj", "v_proj", "o_proj"]),
+    "nomic_bert": (plain("NomicBertModel", "NomicBertConfig", **ENCODER, vocab_size=60),
+                   ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]),
+    "jina v3": (plain("JinaEmbeddingsV3Model", "JinaEmbeddingsV3Config", **ENCODER, vocab_size=60),
+                ["k_proj", "o_proj"]),
+    "gte": (plain("GteModel", "GteConfig", **ENCODER, vocab_size=60),
+            ["q_proj", "k_proj", "v_proj", "gate_proj"]),
+    "hrm": (plain("HrmTextForCausalLM", "HrmTextConfig", **{**ENCODER, "num_hidden_layers": 8},
+                  vocab_size=60, num_layers_per_stack=2, head_dim=8),
+            ["gate_proj", "v_proj", "o_proj"]),
     "clip text": (plain("CLIPTextModel", "CLIPTextConfig", **{**ENCODER, "vocab_size": 60}),
                   ["q_proj", "fc2"]),
     "siglip text": (plain("SiglipTextModel", "SiglipTextConfig", **{**ENCODER, "vocab_size": 60}),
@@ -200,8 +217,14 @@ ENCODERS = {
 }  # fmt: skip
 
 
+# The same machinery with other words.
+NIGHTLY = ("deit", "vit_msn", "vivit", "swin", "radio", "jina v3", "hrm")
+
+
 @pytest.mark.parametrize("original", [True, False], ids=["checkpoint names", "class names"])
-@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=[pytest.mark.nightly] if k in NIGHTLY else []) for k in ENCODERS]
+)
 def test_encoders_fit_under_the_names_of_either_age(kind, original, tmp_path):
     import peft
 
@@ -218,26 +241,241 @@ def test_encoders_fit_under_the_names_of_either_age(kind, original, tmp_path):
     wrapped.merge_and_unload().save_pretrained(tmp_path / "peft", save_original_format=original)
     base, found, theirs = (tensors(tmp_path / f) for f in ("base", "out", "peft"))
     assert found.keys() == theirs.keys()
-    changed = [n for n in base if not torch.equal(base[n], found[n])]
-    assert len(changed) >= 2 * len(targets)
+    changed, by_peft = (
+        {n for n in base if not torch.equal(base[n], t[n])} for t in (found, theirs)
+    )
+    assert changed == by_peft
+    assert len(changed) >= 4
     for name, tensor in found.items():
         size = theirs[name].abs().max()
         assert (tensor - theirs[name]).abs().max() <= 2e-6 * size, name
 
 
+# --- modules that one side fuses and the other keeps apart
+
+FUSED = {
+    "nomic_bert": ["Wqkv", "out_proj", "fc11", "fc2"],
+    "jina v3": ["Wqkv", "fc1"],
+    "gte": ["qkv_proj", "up_gate_proj", "down_proj"],
+    "hrm": ["gqkv_proj", "gate_up_proj"],
+}
+
+
+def of_linears(held):
+    """Modules under the names of a checkpoint's matrices: its author's code, as PEFT sees it."""
+    root = torch.nn.Module()
+    for name, weight in held.items():
+        *path, last, leaf = name.split(".")
+        if leaf != "weight" or weight.ndim != 2:
+            continue
+        module = root
+        for part in path:
+            if part not in module._modules:
+                module.add_module(part, torch.nn.Module())
+            module = module._modules[part]
+        bias = held.get(name.removesuffix("weight") + "bias")
+        linear = torch.nn.Linear(*weight.T.shape, bias=bias is not None)
+        linear.weight.data = weight.clone()
+        if bias is not None:
+            linear.bias.data = bias.clone()
+        module.add_module(last, linear)
+    return root
+
+
+def bases(folder, kind):
+    """The same model under the names of its checkpoint, fused, and of its class, apart."""
+    torch.manual_seed(0)
+    model = ENCODERS[kind][0]().eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_(0, 0.2)
+    model.save_pretrained(folder / "fused", save_original_format=True)
+    model.save_pretrained(folder / "apart", save_original_format=False)
+    return folder / "fused", folder / "apart"
+
+
+def of_fused(folder, fused, targets, **settings):
+    """PEFT's adapter of the checkpoint's own modules, and what PEFT merges it to."""
+    import peft
+
+    wrapped = peft.get_peft_model(
+        of_linears(tensors(fused)),
+        peft.LoraConfig(r=4, lora_alpha=10, target_modules=targets, **settings),
+    )
+    rider_models.train(wrapped)
+    wrapped.save_pretrained(folder / "adapter")
+    merged = wrapped.merge_and_unload().state_dict()
+    return folder / "adapter", {**tensors(fused), **merged}
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=[pytest.mark.nightly] if k in NIGHTLY else []) for k in FUSED]
+)
+def test_adapters_of_fused_modules_fit_checkpoints_that_fuse_and_that_do_not(kind, tmp_path):
+    fused, apart = bases(tmp_path, kind)
+    adapter, theirs = of_fused(tmp_path, fused, FUSED[kind], use_dora=True)
+    dora_export.merge(fused, adapter, tmp_path / "one", verify="full")
+    dora_export.merge(apart, adapter, tmp_path / "two", verify="full")
+    model = ENCODERS[kind][0]()
+    model.load_state_dict(tensors(tmp_path / "two"), strict=False)  # but for what is tied
+    model.save_pretrained(tmp_path / "two fused", save_original_format=True)
+    base = tensors(fused)
+    for found in (tensors(tmp_path / "one"), tensors(tmp_path / "two fused")):
+        assert found.keys() == base.keys()
+        for name, tensor in found.items():
+            size = theirs[name].abs().max()
+            assert (tensor - theirs[name]).abs().max() <= 2e-6 * size, name
+            if name.removesuffix(".weight").endswith(tuple(FUSED[kind])):
+                assert (tensor - base[name]).abs().max() > 0.1 * size, name
+
+
+def test_biases_of_fused_modules_are_added_and_replaced_part_by_part(tmp_path):
+    fused, apart = bases(tmp_path, "gte")
+    adapter, theirs = of_fused(tmp_path, fused, ["qkv_proj"], lora_bias=True)
+    dora_export.merge(apart, adapter, tmp_path / "added", verify="full")
+    adapter, replaced = of_fused(tmp_path / "b", fused, ["qkv_proj"], bias="lora_only")
+    dora_export.merge(apart, adapter, tmp_path / "replaced", verify="full")
+    for out, whole in (("added", theirs), ("replaced", replaced)):
+        found = tensors(tmp_path / out)
+        for leaf in ("weight", "bias"):
+            want = whole[f"encoder.layer.0.attention.qkv_proj.{leaf}"].chunk(3)
+            for part, rows in zip("qkv", want, strict=True):
+                got = found[f"layers.0.self_attn.{part}_proj.{leaf}"]
+                assert (got - rows).abs().max() <= 2e-6 * rows.abs().max()
+        assert not torch.equal(want[0], tensors(fused)["encoder.layer.0.attention.qkv_proj.bias"])
+
+
+def test_a_part_of_a_fused_bias_is_not_replaced(tmp_path):
+    import peft
+
+    fused, _ = bases(tmp_path, "gte")
+    model = ENCODERS["gte"][0]()
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], bias="lora_only")
+    wrapped = peft.get_peft_model(model, config)
+    rider_models.train(wrapped)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(
+        DoraExportError, match=r"q_proj.bias: the adapter replaces it.*Save the base"
+    ):
+        dora_export.merge(fused, tmp_path / "adapter", tmp_path / "out")
+
+
+def test_a_fused_module_of_another_size_is_refused_and_not_cut_short(tmp_path):
+    fused, apart = bases(tmp_path, "nomic_bert")
+    adapter, _ = of_fused(tmp_path, fused, ["Wqkv"], use_dora=True)
+
+    def taller(held):
+        return {n: torch.cat([t, t[:3]]) if "lora_A" not in n else t for n, t in held.items()}
+
+    rewrite(adapter, taller)
+    for base in (apart, fused):
+        with pytest.raises(DoraExportError, match=r"Wqkv.*(99 outputs, but .* have 96|\(99, 4\))"):
+            dora_export.merge(base, adapter, tmp_path / "out")
+
+
+def per_input(folder, modules, base):
+    """A LyCORIS file with one magnitude per input, and the weights of its modules in float64."""
+    generator = torch.Generator().manual_seed(3)
+    held, want = {}, {}
+    for module in modules:
+        W = base[f"{module}.weight"].double()
+        down, up = (torch.randn(s, generator=generator).mul(0.3) for s in
+                    ((4, W.shape[1]), (W.shape[0], 4)))  # fmt: skip
+        V = W + 2.5 * up.double() @ down.double()
+        m = (W.norm(dim=0) * (1 + torch.rand(W.shape[1], generator=generator))).float()
+        want[module] = m.double() * V / (V.norm(dim=0) + torch.finfo(torch.float32).eps)
+        start = f"lycoris_{module.replace('.', '_')}"
+        held |= {f"{start}.lora_down.weight": down, f"{start}.lora_up.weight": up,
+                 f"{start}.alpha": torch.tensor(10.0), f"{start}.dora_scale": m[None]}  # fmt: skip
+    folder.mkdir()
+    save_file(held, folder / "lora.safetensors")
+    return folder / "lora.safetensors", want
+
+
+def test_magnitudes_per_input_are_of_the_rows_they_were_trained_on(tmp_path):
+    fused, apart = bases(tmp_path, "nomic_bert")
+    whole = tensors(fused)
+    thirds = {}
+    for i in range(2):
+        rows = whole[f"encoder.layers.{i}.attn.Wqkv.weight"].chunk(3)
+        for part, third in zip("qkv", rows, strict=True):
+            thirds[f"encoder.layers.{i}.attn.{part}_proj.weight"] = third
+    parts = [n.removesuffix(".weight") for n in thirds if "k_proj" not in n]
+    adapter, want = per_input(tmp_path / "parts", parts, thirds)
+    dora_export.merge(fused, adapter, tmp_path / "out", verify="full")
+    for i in range(2):
+        q, k, v = tensors(tmp_path / "out")[f"encoder.layers.{i}.attn.Wqkv.weight"].chunk(3)
+        own = f"encoder.layers.{i}.attn"
+        assert torch.equal(k, thirds[f"{own}.k_proj.weight"])
+        for got, part in ((q, "q"), (v, "v")):
+            exact = want[f"{own}.{part}_proj"]
+            assert (got - exact).abs().max() <= 2e-6 * exact.abs().max()
+    adapter, _ = per_input(tmp_path / "whole", ["layers.0.self_attn.Wqkv"],
+                           {"layers.0.self_attn.Wqkv.weight":
+                            whole["encoder.layers.0.attn.Wqkv.weight"]})  # fmt: skip
+    with pytest.raises(DoraExportError, match=r"norm over all outputs at once.*stores them fused"):
+        dora_export.merge(apart, adapter, tmp_path / "no")
+
+
+def test_only_what_divides_and_is_complete_goes_by_other_names(tmp_path):
+    held = {"odd.Wqkv.weight": (7, 2), "none.Wqkv.weight": (), "other.Wqkv.scale": (6,),
+            "own.Wqkv.weight": (6, 2), "own.q_proj.weight": (2, 2), "gap.q_proj.weight": (2, 2),
+            "gap.v_proj.weight": (2, 2), "flat.q_proj.weight": (2, 2), "flat.k_proj.weight": (),
+            "flat.v_proj.weight": (2, 2)}  # fmt: skip
+    save_file({n: torch.ones(s) for n, s in held.items()}, tmp_path / "model.safetensors")
+    write_json(tmp_path / "config.json", {"model_type": "nomic_bert"})
+    found = part_names.other_names(open_checkpoint(tmp_path))
+    assert found == {
+        "own.k_proj.weight": (Place("own.Wqkv.weight", (2, 4)),),
+        "own.v_proj.weight": (Place("own.Wqkv.weight", (4, 6)),),
+    }
+
+
+def test_other_models_keep_what_they_fuse(tmp_path):
+    """ModernBERT and others have a Wqkv of their own, and no class that keeps it apart."""
+    fused, _ = bases(tmp_path, "nomic_bert")
+    edit_json(fused / "config.json", model_type="modernbert")
+    adapter, _ = of_fused(tmp_path, fused, ["Wqkv"], use_dora=True)
+    dora_export.merge(fused, adapter, tmp_path / "out")
+    rekey(adapter, lambda key: key.replace("Wqkv", "q_proj"))
+    with pytest.raises(DoraExportError, match="0 of 2 adapter targets match"):
+        dora_export.merge(fused, adapter, tmp_path / "no")
+
+
 # --- the table, row by row
+
+
+def converters(row):
+    """transformers' conversions of the modules that a row calls fused: (source, targets)."""
+    for model_type in row.model_types:
+        for key in CLASSES.get(model_type, [model_type]):
+            for c in get_checkpoint_conversion_mapping(key):
+                if isinstance(c, WeightConverter):
+                    yield c.source_patterns, c.target_patterns, c.operations
+
+
+def around_fused(row):
+    """Parts of names that a row renames because transformers' conversions do."""
+    for sources, targets, _ in converters(row):
+        source, target = (n.removesuffix(".weight").rpartition(".")[0].rpartition(".")[2]
+                          for n in (sources[0], targets[0]))  # fmt: skip
+        yield f".{source}.", f".{target}."
 
 
 def samples(row):
     """Checkpoint names that a row is about."""
+    apart = set(around_fused(row))
     tail = "layers.0.self_attn.q_proj.weight"
-    yield from (old + (tail if old.endswith(".") else "") for old, _ in row.prefixes
+    yield from (old + (tail[len("layers."):] if old.endswith(".layer.") else
+                       tail if old.endswith(".") else "") for old, _ in row.prefixes
                 if not old.endswith("lm_head."))  # fmt: skip
     yield from (old + "weight" for old, _ in row.prefixes if old.endswith("lm_head."))
-    start = "vit" if row.inside and ".encoder" in row.inside[0][0] else "model.layers.0"
+    has_layers = any("encoder.layer" in old for old, _ in row.inside)
+    start = "vit" if has_layers else "model.layers.0"
     yield from (
-        f"{start}{old if old.startswith('.') else '.' + old}weight" for old, _ in row.inside
-    )
+        f"{start}{old if old.startswith('.') else '.' + old}weight"
+        for old, new in row.inside if (old, new) not in apart
+    )  # fmt: skip
 
 
 def renamed_by_transformers(name, keys):
@@ -265,7 +503,9 @@ CLASSES = {
     "vit": ["ViTModel"],
     "deit": ["DeiTModel"],
     "audio-spectrogram-transformer": ["ASTModel"],
+    "beit": ["BeitModel"],
     "ijepa": ["IJepaModel"],
+    "vit_mae": ["ViTMAEModel"],
     "vit_msn": ["ViTMSNModel"],
     "vivit": ["VivitModel"],
     "dinov2": ["Dinov2Model"],
@@ -293,6 +533,26 @@ def test_every_row_is_what_transformers_does_while_it_loads(number):
             assert back(forward(name)) == name
             seen.add(name)
     assert seen == set(samples(row))
+
+
+@pytest.mark.parametrize("number", [n for n, r in enumerate(conventions.CONVENTIONS) if r.fused])
+def test_fused_modules_are_those_that_transformers_cuts_in_equal_parts(number):
+    row = conventions.CONVENTIONS[number]
+    theirs = {}
+    for sources, targets, operations in converters(row):
+        assert [type(o).__name__ for o in operations] == ["Chunk"]
+        assert operations[0].dim == 0
+        path, *rest = (
+            n.removesuffix(".bias").removesuffix(".weight") for n in (*sources, *targets)
+        )
+        parents = {n.rpartition(".")[0] for n in rest}
+        whole = path.rpartition(".")[2]
+        theirs[whole] = tuple(n.rpartition(".")[2] for n in rest)
+        for model_type in row.model_types:
+            forward = list(conventions.renamings((model_type,)))[-2]
+            renamed = forward(f"layers.0.{path}.weight").removesuffix(f".{whole}.weight")
+            assert {renamed} == {f"layers.0.{p}" for p in parents}
+    assert theirs == dict(row.fused)
 
 
 def test_ends_of_names_are_those_of_transformers():

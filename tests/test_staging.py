@@ -276,6 +276,24 @@ def test_output_is_the_same_where_writes_are_short(at, monkeypatch):
     assert small.entries(at / "out") == small.entries(at / "first")
 
 
+def test_writes_to_the_page_cache_end_where_pieces_of_128_kib_do(tmp_path, monkeypatch):
+    real, made = os.pwrite, []
+
+    def pwrite(file, data, offset):
+        made.append((offset, offset + len(data)))
+        return real(file, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    data = np.arange(300_000, dtype=np.uint32).view(np.uint8)
+    with FileSink(tmp_path, ["file"], [data.size + 100], sync=False) as sink:
+        sink.write(0, 100, data)
+        sink.write(0, 0, data[:100])
+    edge = 128 << 10
+    assert all(stop - start <= edge and (stop % edge == 0 or stop == data.size + 100)
+               for start, stop in made[:-1])  # fmt: skip
+    assert (tmp_path / "file").read_bytes() == data[:100].tobytes() + data.tobytes()
+
+
 def test_output_is_the_same_where_pwrite_and_fallocate_are_missing(at, monkeypatch):
     merge(at)
     (at / "out").rename(at / "first")

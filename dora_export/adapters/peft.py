@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from dora_export.adapters import (
     peft_config,
     peft_methods,
     peft_parameters,
+    peft_targets,
     torchtune,
 )
 from dora_export.adapters.config_files import CONFIG, config_of
@@ -148,7 +149,7 @@ def read(path: Path, options: ReadOptions) -> Adapter:
         base_name=config.base_name,
         ensure_weight_tying=config.ensure_weight_tying,
         saved_embeddings=_saved_embeddings(sorted_, config),
-        whole_families=_means_all_layers(raw) and not pruned,
+        whole_families=peft_targets.names_all_layers(raw) and not pruned,
         layer_replication=config.layer_replication,
         residual_init=None if config.recomputed else config.changed_base,
         doubtful_magnitudes=config.dora and options.magnitude_is_normalised is None,
@@ -176,21 +177,6 @@ def _config_path(path: Path) -> Path | None:
 
 def _bare(path: Path, options: ReadOptions) -> Path | None:
     return peft_bare.weights_of(path, CONFIG, WEIGHTS, options)
-
-
-def _means_all_layers(raw: Mapping[str, Any]) -> bool:
-    """Return whether the config names layers by what they are, not by their numbers."""
-    targets = raw.get("target_modules")
-    if (
-        not isinstance(targets, list)
-        or raw.get("exclude_modules")
-        or raw.get("layers_to_transform")
-    ):
-        return False
-    parameters = raw.get("target_parameters") or []
-    return not any(
-        part.isdigit() for target in (*targets, *parameters) for part in str(target).split(".")
-    )
 
 
 def _refuse_options(config_path: Path, options: ReadOptions, *, bare: bool) -> None:
@@ -418,29 +404,12 @@ def _doubts(
                "differs from the trained one by that quantisation's error")  # fmt: skip
     if config.idle_patterns:
         yield (
-            f"no layer takes its rank or alpha from {_few(config.idle_patterns)}; the layers meant "
-            "are merged with the values that the others have"
+            f"no layer takes its rank or alpha from {peft_targets.few(config.idle_patterns)}; the "
+            "layers meant are merged with the values that the others have"
         )
-    targets = raw.get("target_modules")
-    if not isinstance(targets, list):
-        return
     layers = [*modules, *(path.rpartition(".")[0] for path in parameters)]
-    named = {t: [m for m in layers if f".{m}".endswith(f".{t}")] for t in map(str, targets)}
-    if absent := [shown(t) for t, found in named.items() if not found]:
-        yield (
-            f"target_modules names {_few(absent)}, of which the file has no tensors: the model had "
-            "no such layers, or they are lost"
-        )
-    known = {m for found in named.values() for m in found}
     products = [m for m, parts in modules.items() if parts.keys() & {"A", "embedding_A"}]
-    if more := [shown(m) for m in products if m not in known]:
-        yield f"the file has layers that target_modules does not name: {_few(more)}"
-
-
-def _few(names: Sequence[str]) -> str:
-    """Return names as a list of at most three."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{', '.join(names[:3])}{more}"
+    yield from peft_targets.doubts(raw.get("target_modules"), layers, products)
 
 
 def _facts(config: PeftConfig, updates: list[Update], order: RowOrder | None) -> dict[str, object]:

@@ -16,21 +16,39 @@ from numpy.typing import NDArray
 
 from dora_export.errors import shown
 from dora_export.tensors import TensorRef
-from dora_export.verification import coarse
+from dora_export.verification import coarse, small_mistakes
 from dora_export.verification.exact import Exact, Part, rounded
 from dora_export.verification.neighbours import Neighbours
-from dora_export.verification.samples import LINES, Sample, as_lines, norm, pick, several, take
+from dora_export.verification.samples import (
+    LINES,
+    Sample,
+    as_lines,
+    line_count,
+    norm,
+    pick,
+    several,
+    take,
+)
+from dora_export.verification.small_mistakes import Mistake
 from dora_export.verification.values import Floats
 
 # A mistake must leave less than this share of the squared distance to the right result: rounding
 # that only leans its way leaves more.
 EXPLAINS = 0.1
+CLEARLY_NEARER = 0.9  # squared distance of the better of two explanations, relative
+ALL_BUT_NOISE = 0.01  # share that an explanation leaves where there is nothing more to explain
+# Squared distance of lines that hold a result, in units of rounding it once: as good as none, but
+# where a merge is computed in the precision that it is stored in.
+ROUNDED_ONCE, ROUNDED_OFTEN = 0.1, 16.0
+FITTED = ("strength-other", "scaling-other")  # with a number that comes nearer than a formula may
 ALL_BUT_ROUNDING = 1e-3  # the same for lengths of lines, which rounding of factors changes too
-ALL_BUT_NOTHING = 1e-2  # the same where a mistake is rounded as its arithmetic does
 MULTIPLES = (2.0, 0.5)  # of a scaling, where rounding is too large to see which fits best
 TOLD_ELEMENTS = 1 << 14  # that mistakes are tried on, where they could pass for rounding
+SMALL_ELEMENTS = 1 << 15  # that tell mistakes apart which are as small as rounding
 LEANING_ELEMENTS = 1 << 17  # at least a few lines; enough to see a thousandth of a part
 NEARER = 0.5  # share of the squared distance, or of the elements that differ
+RANKED = 8  # neighbours that are likely enough to be mixed up where rounding is that large
+RANKED_ELEMENTS, RANKED_LINES = 1 << 11, 16  # by which they are ranked
 SWAP_LINES = 4  # lines that mix-ups are tried on
 SAME_LINE = 0.05  # distance of two lines that count as one, relative to their length
 
@@ -63,6 +81,20 @@ class Candidate(NamedTuple):
     values: Floats
 
 
+class Explanation(NamedTuple):
+    """A diagnosis, and how much it explains.
+
+    Attributes:
+        diagnosis: It.
+        left: Share of the squared distance to the right result that it leaves.
+        but_rounding: It leaves no more than rounding its result about once does.
+    """
+
+    diagnosis: Diagnosis
+    left: float
+    but_rounding: bool
+
+
 class Rounding(NamedTuple):
     """How an arithmetic seems to have rounded.
 
@@ -86,13 +118,13 @@ def diagnose(
         lines: Lines that are wrong.
         others: Other regions of the same shape, for mix-ups.
     """
-    sample = take(exact, ref, lines[:LINES])
+    few = pick(lines)
+    sample = take(exact, ref, few)
     return (
-        _nearest(sample, [*_formulas(sample), *_combinations(exact, lines[:LINES])])
-        or _mixed_up(exact, ref, lines, others)
+        _explained(exact, ref, lines, few, sample, others)
         or _rearranged(sample, exact, ref)
-        or _nearest(sample, _lengths(sample), ALL_BUT_ROUNDING)
-        or _coarse_scaling(exact, ref, lines)
+        or _diagnosis(_nearest(sample, _lengths(sample), ALL_BUT_ROUNDING))
+        or _small(exact, ref, lines, others)
         or Diagnosis("wrong-values", _distance_words(sample))
     )
 
@@ -113,9 +145,7 @@ def hidden_mistake(
     few = pick(lines, max(LINES, TOLD_ELEMENTS // max(1, length)))
     sample = take(exact, ref, few, arithmetic)
     way = Rounding(arithmetic, coarse.fit(sample.terms, sample.merged, arithmetic, ref.dtype.name))
-    known = _nearest(
-        sample, [*_formulas(sample), *_combinations(exact, few)], rounding=way
-    ) or _mixed_up(exact, ref, few, others, way)
+    known = _explained(exact, ref, lines, few, sample, others, way)
     if known is not None:
         return known
     several = pick(lines, max(LINES, LEANING_ELEMENTS // max(1, length)))
@@ -123,7 +153,7 @@ def hidden_mistake(
     leaning = coarse.leaning(many.terms, many.merged, way.recipe, arithmetic, ref.dtype.name)
     if leaning is None:
         return None
-    found = diagnose(exact, ref, pick(lines), others)
+    found = diagnose(exact, ref, lines, others)
     what = f"{found.what}; {leaning}, which rounding to {arithmetic} is not"
     return Diagnosis(found.code, what, leans=True)
 
@@ -149,18 +179,67 @@ def in_coarse_arithmetic(exact: Exact, ref: TensorRef, lines: NDArray[np.int64])
     return bool(fewer < NEARER * (sample.merged != right).sum())
 
 
+def _explained(
+    exact: Exact,
+    ref: TensorRef,
+    lines: NDArray[np.int64],
+    few: NDArray[np.int64],
+    sample: Sample,
+    others: Neighbours,
+    rounding: Rounding | None = None,
+) -> Diagnosis | None:
+    """Return the formula or mix-up that some lines are far nearer to than to the right result.
+
+    Args:
+        exact: The region's exact result.
+        ref: What is stored.
+        lines: Lines that are wrong.
+        few: Those of the sample.
+        sample: What they hold.
+        others: Other regions of the same shape.
+        rounding: How their arithmetic rounded, if it did.
+    """
+    formula = _nearest(sample, [*_formulas(sample), *_combinations(exact, few)], rounding=rounding)
+    if formula is not None and formula.but_rounding:
+        return formula.diagnosis
+    limit = EXPLAINS if formula is None else CLEARLY_NEARER * formula.left
+    known = _mixed_up(exact, ref, few, others, rounding, limit) or formula
+    if known is None or (known.left <= ALL_BUT_NOISE and known.diagnosis.code not in FITTED):
+        return _diagnosis(known)
+    # What is left is no small part of the mistake: one that fits as it was rounded fits better.
+    return _small(exact, ref, lines, others) or known.diagnosis
+
+
+def _diagnosis(found: Explanation | None) -> Diagnosis | None:
+    return None if found is None else found.diagnosis
+
+
 def _nearest(
     sample: Sample,
     candidates: Iterable[Candidate],
     explains: float = EXPLAINS,
     rounding: Rounding | None = None,
-) -> Diagnosis | None:
-    best, limit = None, explains * _distance_to_right(sample, rounding)
+) -> Explanation | None:
+    """Return the candidate nearest to lines; the first of those that are as good as equally near.
+
+    Args:
+        sample: The lines.
+        candidates: What to choose from.
+        explains: Share of the squared distance to the right result that it has to fall below.
+        rounding: How the lines' arithmetic rounded, if it did.
+    """
+    right = _distance_to_right(sample, rounding)
+    best, nearest, limit = None, np.inf, explains * right
     for candidate in candidates:
         distance = sample.distance(candidate.values)
         if np.isfinite(distance) and distance < limit:
-            best, limit = Diagnosis(candidate.code, candidate.what), distance
-    return best
+            best, nearest, limit = candidate, distance, CLEARLY_NEARER * distance
+    if best is None:
+        return None
+    narrow = sample.dtype.name in coarse.ROUNDOFF
+    bound = ROUNDED_ONCE if narrow else ROUNDED_OFTEN
+    but_rounding = nearest <= bound * sample.one_rounding
+    return Explanation(Diagnosis(best.code, best.what), nearest / right, but_rounding)
 
 
 def _distance_to_right(sample: Sample, rounding: Rounding | None) -> float:
@@ -256,9 +335,18 @@ def _scalings(sample: Sample, finish: Callable[[Floats], Floats]) -> Iterator[Ca
 
 
 def _other_scalings(sample: Sample) -> Iterator[tuple[float, str]]:
+    """Yield other factors on ``B A`` and what to say of them: the usual ones, and the best."""
+    usual = list(_usual_scalings(sample))
+    yield from usual
+    s, best = sample.scaling, _fitted_scaling(sample) if sample.scaling else None
+    if best and abs(best - s) > 1e-3 * abs(s):
+        near = next((what for k, what in usual if abs(k - best) < 0.02 * abs(k)), "")
+        why = near[near.index("(") :] if "(" in near else ""
+        yield best, _scaling_words(best, s) + (f" {why}" if why else "")
+
+
+def _usual_scalings(sample: Sample) -> Iterator[tuple[float, str]]:
     s, root = sample.scaling, math.sqrt(sample.rank)
-    if not s:
-        return
     usual = {1.0: "alpha left out"}
     if sample.rank:
         usual |= {
@@ -266,40 +354,57 @@ def _other_scalings(sample: Sample) -> Iterator[tuple[float, str]]:
             s / root: "alpha/r for alpha/sqrt(r)",
             s * sample.rank: "alpha, not divided by r",
         }
-    fitted = _fitted_scaling(sample)
-    for other, why in (*usual.items(), (fitted, "")) if fitted else usual.items():
-        if abs(other - s) > 1e-3 * abs(s):
-            why = why or next((w for k, w in usual.items() if abs(k - other) < 0.02 * abs(k)), "")
-            yield other, f"scaling {other:.4g} instead of {s:.4g}" + (f" ({why})" if why else "")
+    for other, why in usual.items():
+        if s and abs(other - s) > 1e-3 * abs(s):
+            yield other, f"{_scaling_words(other, s)} ({why})"
 
 
-def _coarse_scaling(exact: Exact, ref: TensorRef, lines: NDArray[np.int64]) -> Diagnosis | None:
-    """Return another factor on ``B A`` that explains lines merged in 16-bit arithmetic, or None.
+def _scaling_words(other: float, s: float) -> str:
+    return f"scaling {other:.4g} instead of {s:.4g}"
 
-    Where an update is small, that arithmetic's rounding is as large as the mistake: told by the
-    mistake as such arithmetic rounds it.
-    """
-    arithmetic = ref.dtype.name
-    if arithmetic not in coarse.ROUNDOFF:
+
+def _small(
+    exact: Exact, ref: TensorRef, lines: NDArray[np.int64], others: Neighbours
+) -> Diagnosis | None:
+    """Return the mistake that 16-bit arithmetic's rounding is as large as, or None."""
+    name = ref.dtype.name
+    if name not in coarse.ROUNDOFF:
         return None
-    sample = take(exact, ref, lines[:LINES], arithmetic)
-    terms, product = sample.terms, sample.product
-    if not sample.simple or product is None or not np.isfinite(sample.merged).all():
+    length = max(1, exact.region.rows if exact.by_column else exact.region.columns)
+    sample = take(exact, ref, pick(lines, max(LINES, SMALL_ELEMENTS // length)), name)
+    s, product = sample.scaling, sample.product
+    if not sample.terms.formula or not sample.simple or not np.isfinite(sample.merged).all():
         return None
+    scalings = [(m * s, _scaling_words(m * s, s)) for m in MULTIPLES if s]
+    scalings = [*_usual_scalings(sample), *scalings] if product is not None else []
+    some = min(max(1, RANKED_ELEMENTS // length), RANKED_LINES)
+    everywhere = np.arange(line_count(exact)) if others.line is not None else lines
+    ranked = others.nearest(take(exact, ref, pick(everywhere, some)), RANKED)
+    tried = [*small_mistakes.formulas(sample, scalings), *_small_swaps(sample, ranked)]
+    found = small_mistakes.told(sample, tried)
+    if found is None and scalings and (best := _fitted_scaling(sample)):
+        what = _scaling_words(best, s)
+        fitted = Mistake("scaling-other", what, small_mistakes.times(sample.terms, best / s))
+        found = small_mistakes.told(sample, [fitted])
+    return None if found is None else Diagnosis(found.code, found.what)
 
-    def cooked(other: float) -> Floats:
-        share = other / sample.scaling
-        rough = None if terms.coarse_product is None else share * terms.coarse_product
-        wrong = replace(terms, product=share * product, coarse_product=rough, scaling=other)
-        recipe = coarse.fit(wrong, sample.merged, arithmetic, arithmetic)
-        return coarse.cooked(wrong, recipe, arithmetic, arithmetic)
 
-    s = sample.scaling
-    multiples = [(m * s, f"scaling {m * s:.4g} instead of {s:.4g}") for m in MULTIPLES if s]
-    tried = [*_other_scalings(sample), *multiples] if terms.formula else []
-    found = (Candidate("scaling-other", what, cooked(other)) for other, what in tried)
-    right = Rounding(arithmetic, coarse.fit(terms, sample.merged, arithmetic, arithmetic))
-    return _nearest(sample, found, ALL_BUT_NOTHING, right)
+def _small_swaps(sample: Sample, others: Iterable[tuple[str, Exact]]) -> Iterator[Mistake]:
+    terms = sample.terms
+    for name, other in others:
+        theirs = take(other, other.source, sample.lines, sample.dtype.name)
+        if not theirs.simple or (theirs.product is None) != (sample.product is None):
+            continue
+        label, of = shown(name), theirs.terms
+        factors = replace(
+            terms, product=of.product, coarse_product=of.coarse_product, scaling=of.scaling
+        )
+        if terms.magnitude is None:
+            yield Mistake("update-of-another", f"the update of '{label}'", factors)
+        elif of.magnitude is not None:
+            both = replace(factors, magnitude=of.magnitude)
+            yield Mistake("update-of-another", f"the update of '{label}'", both)
+            yield Mistake("update-of-another", f"A and B of '{label}'", factors)
 
 
 def _fitted_scaling(sample: Sample) -> float | None:
@@ -332,8 +437,9 @@ def _mixed_up(
     ref: TensorRef,
     lines: NDArray[np.int64],
     others: Neighbours,
-    rounding: Rounding | None = None,
-) -> Diagnosis | None:
+    rounding: Rounding | None,
+    explains: float,
+) -> Explanation | None:
     """Return which other tensor's values, update or magnitudes are in here, or None."""
     dtype = None if rounding is None else rounding.dtype
     few = pick(lines, SWAP_LINES)
@@ -342,9 +448,9 @@ def _mixed_up(
     sample = take(exact, ref, few, dtype)
     if not sample.simple:
         return None
-    limit = EXPLAINS * _distance_to_right(sample, rounding)
+    limit = explains * _distance_to_right(sample, rounding)
     near = others.near(sample, few[0] if others.line is None else others.line, limit)
-    return _nearest(sample, _swaps(sample, near), rounding=rounding)
+    return _nearest(sample, _swaps(sample, near), explains, rounding)
 
 
 def _swaps(sample: Sample, others: Iterable[tuple[str, Exact]]) -> Iterator[Candidate]:
@@ -353,10 +459,11 @@ def _swaps(sample: Sample, others: Iterable[tuple[str, Exact]]) -> Iterator[Cand
         theirs = take(other, other.source, sample.lines)
         yield Candidate("tensor-of-another", f"holds the values of '{label}'", theirs.exact)
         mixes = [(theirs.product, theirs.magnitude, "update-of-another", "the update")]
-        if sample.magnitude is not None:
-            mixes += [
+        if sample.magnitude is not None:  # what changes less first
+            mixes = [
                 (sample.product, theirs.magnitude, "magnitude-of-another", "the magnitudes"),
                 (theirs.product, sample.magnitude, "update-of-another", "A and B"),
+                *mixes,
             ]
         for product, m, code, what in mixes:
             values = sample.mixed(product, m)
@@ -417,7 +524,7 @@ def _other_axis(sample: Sample, exact: Exact) -> Diagnosis | None:
     axis = "row" if exact.by_column else "column"
     other = Candidate("norm-other-axis", f"one norm and magnitude per stored {axis}",
                       sample.at_strength(v_lines * factor))  # fmt: skip
-    return _nearest(sample, [other])
+    return _diagnosis(_nearest(sample, [other]))
 
 
 def _distance_words(sample: Sample) -> str:

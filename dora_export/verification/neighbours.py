@@ -114,16 +114,34 @@ class Neighbours:
             line: One of them.
             limit: Squared distance over all of them that would be an explanation.
         """
+        for member, distance in self._distances(sample, line):
+            if distance <= limit:
+                yield member.name, member.open()
+
+    def nearest(self, sample: Sample, count: int) -> list[tuple[str, Exact]]:
+        """Return the regions of which some mix comes nearest to what is stored, by name.
+
+        Args:
+            sample: Stored lines; all of them are looked at.
+            count: Regions to return, at most.
+        """
+        totals = np.zeros(len(self.members[:MOST_OTHERS]))
+        for line in sample.lines:
+            totals += [d for _, d in self._distances(sample, int(line), in_steps=True)]
+        first = np.argsort(totals, kind="stable")[:count]
+        return [(self.members[i].name, self.members[i].open()) for i in first]
+
+    def _distances(
+        self, sample: Sample, line: int, *, in_steps: bool = False
+    ) -> Iterator[tuple[Member, float]]:
+        """Yield how near any mix with each region comes to what one line holds, squared."""
         own = _one_line(sample, line)
         step = max(1, BLOCK_ELEMENTS // own.base.size)
         members = self.members[:MOST_OTHERS]
         for first in range(0, len(members), step):
             some = members[first : first + step]
-            lines = [self._line(member, line) for member in some]
-            least = _least_distances(own, lines)
-            for member, distance in zip(some, least, strict=True):
-                if distance <= limit:
-                    yield member.name, member.open()
+            least = _least_distances(own, [self._line(member, line) for member in some], in_steps)
+            yield from zip(some, map(float, least), strict=True)
 
     def _line(self, member: Member, line: int) -> Line:
         def make() -> Line:
@@ -156,10 +174,11 @@ def _one_line(sample: Sample, line: int) -> Sample:
     )
 
 
-def _least_distances(own: Sample, others: Sequence[Line]) -> Floats:
+def _least_distances(own: Sample, others: Sequence[Line], in_steps: bool = False) -> Floats:
     """Return how near any mix with each other region comes to what one line holds, squared.
 
-    Zero for regions that such a mix is not known of; infinite where none is finite.
+    Zero for regions that such a mix is not known of; infinite where none is finite. With
+    ``in_steps`` a mix may have been rounded before it was given its length as well.
     """
     alike = [
         i for i, other in enumerate(others)
@@ -181,6 +200,8 @@ def _least_distances(own: Sample, others: Sequence[Line]) -> Floats:
         mixes += [own.mixed(products, theirs), own.mixed(products, own.magnitude)]
         v = own.base if own.product is None else own.base + own.product
         mixes.append(own.at_strength(v * (theirs / norm(v))[:, None]))
+        if in_steps and products is not None:
+            mixes.append(own.lengthened(rounded(own.base + products, own.dtype), own.magnitude))
     found = [np.square(own.merged - rounded(np.ascontiguousarray(mix), own.dtype)).sum(axis=1)
              for mix in mixes]  # fmt: skip
     least[alike] = np.min(np.nan_to_num(found, nan=np.inf), axis=0)

@@ -40,7 +40,7 @@ from dora_export.verification.exact import (
 from dora_export.verification.model import Finding, Level, Status, TensorResult, TierResult
 from dora_export.verification.neighbours import KeptLines, Member, Neighbours
 from dora_export.verification.parallel import each
-from dora_export.verification.samples import line_count, pick
+from dora_export.verification.samples import line_count
 from dora_export.verification.values import Floats
 from dora_export.words import count, number
 
@@ -95,11 +95,30 @@ class Measurement:
     ratios: Floats | None
 
 
+TensorCheck = Callable[[Step, TensorRef], tuple[TensorResult, tuple[Finding, ...]]]
+
+
+def tensor_check(plan: Plan, level: Level) -> TensorCheck:
+    """Return what compares one changed tensor with the exact result; it may run in many threads.
+
+    Args:
+        plan: What should have been merged.
+        level: As in ``check_oracle``.
+    """
+    families = _Families([s for s in plan.steps if s.changes], plan.settings)
+
+    def one(step: Step, ref: TensorRef) -> tuple[TensorResult, tuple[Finding, ...]]:
+        return _check_tensor(step, ref, plan.settings, level, families)
+
+    return one
+
+
 def check_oracle(
     plan: Plan,
     merged: Mapping[str, TensorRef],
     level: Level,
     *,
+    work: TensorCheck | None = None,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[TierResult, tuple[TensorResult, ...], tuple[Finding, ...]]:
@@ -112,6 +131,7 @@ def check_oracle(
         merged: The merged model's tensors by name; dtypes may differ from the plan's.
         level: "full" compares every element; "fast" some rows of every changed region (columns,
             where norms run down columns), enough to fail whatever is wrong with a whole tensor.
+        work: What compares one tensor; None: ``tensor_check``.
         threads: Workers; None: one per CPU.
         progress: Called with elements done and in all.
 
@@ -124,10 +144,10 @@ def check_oracle(
     ]
     total = sum(s.source.size for s in steps)
     done = [0]
-    families = _Families(steps, plan.settings)
+    work = work or tensor_check(plan, level)
 
     def one(step: Step) -> tuple[TensorResult, tuple[Finding, ...]]:
-        found = _check_tensor(step, merged[step.name], plan.settings, level, families)
+        found = work(step, merged[step.name])
         done[0] += step.source.size
         if progress is not None:
             progress(done[0], total)
@@ -467,7 +487,7 @@ def _judge(
     usual = float(np.median(measured.excess)) if len(measured.excess) else 0.0
     arithmetic = _arithmetic(usual, limit, ref.dtype)
     if arithmetic is None:
-        found = diagnose.diagnose(exact, ref, pick(measured.lines), others)
+        found = diagnose.diagnose(exact, ref, measured.lines, others)
         return None, [Finding(found.code, place, found.what)]
     if arithmetic != "F32":
         # Within rounding on the whole, but a small mistake could hide in it.
@@ -538,7 +558,7 @@ def _odd_lines(
     others: Neighbours,
 ) -> Finding:
     """Return what is wrong with lines that stand out; all of a tensor's, or some."""
-    found = diagnose.diagnose(exact, ref, pick(odd), others)
+    found = diagnose.diagnose(exact, ref, odd, others)
     share = len(odd) / len(measured.lines)
     if share > 0.5:
         return Finding(found.code, place, found.what)

@@ -11,7 +11,15 @@ from numpy.typing import NDArray
 
 from dora_export.tensors import DTYPES, DType, TensorRef
 from dora_export.verification import coarse
-from dora_export.verification.exact import Exact, Part, read_columns, read_rows, rounded
+from dora_export.verification.exact import (
+    FRACTION,
+    Exact,
+    Part,
+    binade,
+    read_columns,
+    read_rows,
+    rounded,
+)
 from dora_export.verification.values import Floats
 
 LINES = 24  # rows or columns that mistakes are tried on
@@ -57,6 +65,12 @@ class Sample:
         return float(np.square(gap).sum())
 
     @property
+    def one_rounding(self) -> float:
+        """Squared distance that rounding the right lines once leaves, as expected."""
+        unit = binade(np.ascontiguousarray(self.exact), self.dtype)
+        return float(np.vdot(unit, unit)) * 4.0 ** -FRACTION[self.dtype.name] / 12
+
+    @property
     def terms(self) -> coarse.Terms:
         """What the right lines are made of."""
         magnitude = self.magnitude
@@ -69,7 +83,10 @@ class Sample:
 
     def mixed(self, product: Floats | None, magnitude: Floats | None) -> Floats:
         """Return the lines with another product, or other magnitudes, or both."""
-        v = self.base if product is None else self.base + product
+        return self.lengthened(self.base if product is None else self.base + product, magnitude)
+
+    def lengthened(self, v: Floats, magnitude: Floats | None) -> Floats:
+        """Return lines ``v`` given their magnitudes, at the user's strength."""
         values = v if magnitude is None else v * (magnitude / norm(v))[:, None]
         return self.at_strength(values)
 
