@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -133,10 +134,11 @@ def copy(source: Path, target: Path, *, sync: bool = True) -> None:
         InputError: It cannot be read.
         OutputError: The disk is full, or writing fails.
     """
-    write_chunks(target, _chunks(source), sync=sync)
+    with closing(_chunks(source)) as chunks:  # of a file that an error would leave open
+        write_chunks(target, chunks, sync=sync)
 
 
-def _chunks(path: Path) -> Iterator[bytes]:
+def _chunks(path: Path) -> Generator[bytes, None, None]:
     try:
         with path.open("rb") as file:
             while data := file.read(CHUNK):
