@@ -1,6 +1,7 @@
 """diffusers' LoRA files against diffusers itself: the unmerged pipeline's own forward."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -240,7 +241,8 @@ def test_magnitudes_per_input_keep_their_axis(pair, tmp_path):
     said = inspected(tmp_path / "adapter.safetensors")
     assert "OneTrainer" in said
     assert "in, by the shape of dora_scale" in said
-    assert "drops magnitudes per input" in said
+    assert re.search(r"! diffusers +drops dora_scale and applies plain LoRA", said)
+    assert re.search(r"✓ ComfyUI +where the file has its names", said)
     assert dora_export.verify(pair.base / "unet", tmp_path / "adapter.safetensors",
                               tmp_path / "out").exit_code == 0  # fmt: skip
 
@@ -309,6 +311,24 @@ EPS = {"said": (settings(lora_decompose_norm_epsilon=True), 2.0**-23),
        "its default": ({"ot_revision": "abc"}, 2.0**-23),
        "none": (settings(lora_decompose_norm_epsilon=False), 0.0),
        "nobody's": ({}, None)}  # fmt: skip
+
+
+def test_engines_go_by_the_name_that_magnitudes_have(tmp_path):
+    """diffusers reads lora_magnitude_vector, ComfyUI dora_scale, and outputs' wrongly."""
+    _, tensors = small_norms("out")
+    save_file(tensors, tmp_path / "a.safetensors")
+    said = inspected(tmp_path / "a.safetensors")
+    assert re.search(r"✓ diffusers +slow", said)
+    assert re.search(r"! ComfyUI +ignores the magnitudes", said)
+    end = "lora_magnitude_vector.weight"
+    scales = {n.replace(end, "dora_scale"): t.reshape(-1, *[1] * max(t.ndim - 1, 1))
+              for n, t in tensors.items() if n.endswith(end)}  # fmt: skip
+    factors = {n: t for n, t in tensors.items() if not n.endswith(end)}
+    save_file(factors | scales, tmp_path / "a.safetensors")
+    said = inspected(tmp_path / "a.safetensors")
+    assert "out, by the shape of dora_scale" in said
+    assert re.search(r"! diffusers +drops dora_scale", said)
+    assert re.search(r"! ComfyUI +divides by the norm of the base's rows", said)
 
 
 @pytest.mark.parametrize("dora", ["out", "in"])

@@ -7,7 +7,7 @@ import pytest
 import transformers
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 
-from dora_export.expert_names import EXPERT_MODELS, Address, address
+from dora_export.expert_names import EXPERT_MODELS, REGISTERED, Address, ExpertModel, address
 
 SINGLE = {
     "m.mlp.experts.3.gate_proj.weight": Address("m.mlp", "gate", 3),
@@ -77,3 +77,23 @@ def test_classes_hold_their_experts_as_transformers_declares_it():
     special = {folder for folder, settings in classes.items() if any(settings)}
     known = {model_type_to_module_name(t) for t in EXPERT_MODELS}
     assert special <= known
+
+
+def test_every_parameter_of_experts_has_its_place_among_those_of_a_module():
+    found = set()
+    for file in Path(transformers.__file__).parent.glob("models/*/modeling_*.py"):
+        for text in file.read_text().split("\nclass "):
+            names = re.findall(r"self\.(\w+) = nn\.Parameter\(", text)
+            if "down_proj" in names:
+                found |= {n for n in names if n.endswith(("_proj", "_proj_bias"))}
+    assert found == set(REGISTERED)
+
+
+def test_llama4_holds_its_experts_as_it_multiplies_with_them():
+    from transformers import Llama4TextConfig
+    from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
+
+    config = Llama4TextConfig(hidden_size=8, intermediate_size=6, num_local_experts=3)
+    experts = Llama4TextExperts(config)
+    assert tuple(experts.gate_up_proj.shape) == (3, 8, 12)  # (in, out) in each
+    assert EXPERT_MODELS["llama4"] == EXPERT_MODELS["llama4_text"] == ExpertModel("io")

@@ -16,9 +16,8 @@ from dora_export.verification.exact import Exact
 from tests.test_peft_parity import Bench, case
 
 
-def bench_of(folder, name, shape):
+def bench_of(folder, name, shape, rows):
     tensors = {name: torch.randn(shape) * 0.1, "other.weight": torch.randn(6, 4)}
-    rows = 8 if len(shape) > 2 else shape[0]
     return Bench(folder, tensors, A=torch.randn(2, shape[-1]), B=torch.randn(rows, 2))
 
 
@@ -32,12 +31,14 @@ def product(bench, target, **fields):
     [
         ("x.weight", (8, 6), {"rows": (0, 8)}, None),
         ("x.weight", (3, 8, 6), {"index": 1}, "changed in parts"),
+        ("x.weight", (8, 6), {"rows": (0, 4), "rows_of_b": 4}, "changed in parts"),
         ("x.kernel", (8, 6), {}, "not the weight of a layer"),
     ],
     ids=str,
 )
 def test_layers_are_whole_weights(target, shape, fields, why, tmp_path):
-    bench = bench_of(tmp_path, target, shape)
+    rows = fields.pop("rows_of_b", shape[-2])
+    bench = bench_of(tmp_path, target, shape, rows)
     update = product(bench, target, **fields)
     if why is None:
         (layer,) = nearest_lora.layers(bench.plan(update))
@@ -94,6 +95,31 @@ def test_factors_are_stored_as_peft_does(shape, kind, a, b, tmp_path):
     values = list(nearest_lora.approximate(plan, [layer], 3, losses, threads=None))
     assert [v.shape for v in values] == [a, b]
     assert [(loss.name, loss.energy) for loss in losses] == [("x.weight", found.energy)]
+
+
+def test_table_of_tokens_is_an_embedding_whatever_its_adapters_layout(tmp_path):
+    bench = bench_of(tmp_path, "embed_tokens.weight", (8, 6), 8)
+    plan = bench.plan(product(bench, "embed_tokens.weight", layout="oi"))
+    (layer,) = nearest_lora.layers(plan)
+    assert layer.embedding
+    found = lowrank.nearest(Exact.open(layer.step.source, layer.region, plan.settings), 3)
+    A, B = (raw.view(np.float32) for raw in layer.factors(found, 3))
+    assert (A.shape, B.shape) == ((3, 8), (6, 3))
+    assert pytest.approx(found.left @ found.right, rel=1e-5, abs=1e-6) == (B @ A).T
+
+
+def test_layers_are_called_as_the_adapter_does_and_flattened_ones_as_the_base(tmp_path):
+    bench = bench_of(tmp_path, "model.x.weight", (8, 6), 8)
+    plan = bench.plan(product(bench, "x.weight"))
+    (adapter,) = plan.adapters
+    adapter = replace(adapter, base_name="some/base", layer_replication=((0, 2), (1, 2)))
+    for naming, module in (("paths", "x"), ("flat", "model.x")):
+        plan = replace(plan, adapters=(replace(adapter, naming=naming),))
+        (layer,) = nearest_lora.layers(plan)
+        assert layer.module == module
+        config = nearest_lora.config(plan, [layer], 3)
+        assert config["base_model_name_or_path"] == "some/base"
+        assert config["layer_replication"] == [[0, 2], [1, 2]]
 
 
 def test_share_of_the_whole_weighs_layers_by_their_size():
