@@ -230,6 +230,17 @@ def test_pickled_file_needs_to_be_allowed(tmp_path):
     assert_near(got, wanted(base, made, "in"))
 
 
+def test_folder_of_no_file_or_of_two_is_none(tmp_path):
+    base, made = layers("in")
+    paths = write(tmp_path, base, named(made))
+    (tmp_path / "lora").mkdir()
+    asked = ("--adapter-format", "lycoris")
+    assert "not a weight file. Pass the" in refused(paths[0], tmp_path / "lora", paths[2], *asked)
+    for name in "xy":
+        save_file(named(made), tmp_path / f"lora/{name}.safetensors")
+    assert "not a weight file. Pass the" in refused(paths[0], tmp_path / "lora", paths[2], *asked)
+
+
 def test_folder_of_one_file_is_that_file(tmp_path):
     base, made = layers("in")
     paths = write(tmp_path, base, named(made))
