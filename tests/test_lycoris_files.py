@@ -675,6 +675,17 @@ def test_other_algorithms_are_refused_by_name(algorithm, tmp_path):
     assert "trainer's own tool" in message
 
 
+@pytest.mark.parametrize("ending", ["oft_R.weight", "oft_R.scaled_oft", "oft_blocks", "oft_diag",
+                                    "lokr_t1", "lambda_layer", "on_input"])  # fmt: skip
+def test_file_of_such_an_algorithm_alone_is_refused_by_name_too(ending, tmp_path):
+    """Under paths, which no prefix of kohya's tells."""
+    save_file({f"transformer.b.0.{ending}": torch.ones(4, 4)}, tmp_path / "a.safetensors")
+    said = small.run("inspect", tmp_path / "a.safetensors")
+    assert said.exit_code == 2
+    assert "not supported:" in said.stderr
+    assert "trainer's own tool" in said.stderr
+
+
 def test_options_that_the_file_answers_are_refused(tmp_path):
     base, made = layers("out")
     paths = write(tmp_path, base, named(made))
