@@ -123,8 +123,9 @@ def is_family(names: Iterable[str]) -> bool:
 
     Told by endings that only these trainers write (refused algorithms' too), by flattened names
     behind their prefixes, by ComfyUI's prefixes, or by ``alpha`` beside ``lora_A`` on a name
-    without a component of diffusers'. What diffusers itself writes (``unet.``, ``transformer.``, ``text_encoder.``,
-    with its spellings of A and B) is its own format, with or without ``alpha`` and ``dora_scale``.
+    without a component of diffusers'. What diffusers itself writes (``unet.``, ``transformer.``,
+    ``text_encoder.``, with its spellings of A and B) is its own format, with or without ``alpha``
+    and ``dora_scale``.
     """
     names = list(names)
     if any(n.startswith(FOREIGN_STARTS) or n.endswith(FOREIGN_ENDINGS) for n in names):
