@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dora_export import inputs, naming, several
-from dora_export.adapters import Adapter, Reading, ReadOptions, read_adapter
+from dora_export.adapters import Adapter, Reading, ReadOptions, read_adapter, read_adapters
 from dora_export.checkpoints import Checkpoint, locate, open_checkpoint
 from dora_export.engine import (
     Engine,
@@ -466,8 +466,7 @@ def _plan(
     checkpoint = open_checkpoint(
         base_path, allow_pickle=options.allow_pickle, variant=options.variant
     )
-    read = [read_adapter(path, options) for path in paths]
-    return plan_merge(checkpoint, read, settings), before
+    return plan_merge(checkpoint, read_adapters(paths, options), settings), before
 
 
 def _with_own_base(path: Path, options: ReadOptions, usage: str) -> Adapter:

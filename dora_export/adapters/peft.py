@@ -41,6 +41,11 @@ EMBEDDING_LEAVES = frozenset(
 )  # fmt: skip
 TRAINING_ONLY = ("lora_velora_embed", "lora_monteclora_sampler")
 
+NORMALISED = "one per output, divided by its norm already"
+# What the files of LoRA leave open, and those of PEFT's other methods do not.
+LORA_OPTIONS = ("torchtune_dora_fix", "magnitude_is_normalised", "base_is_residual",
+                "recompute_init", "moe_b_layout", "moe_transposed")  # fmt: skip
+
 # Part of a layer -> how its key ends. The adapter's name may stand before the last ".weight".
 LAYER_PARTS = {
     part: re.compile(rf"(?P<module>.+?)\.{pattern}")
@@ -105,6 +110,7 @@ def read(path: Path, options: ReadOptions) -> Adapter:
         stored = read_tensors(bare, allow_pickle=options.allow_pickle)
         raw = peft_bare.settings(bare, stored, CONFIG, options)
     if str(method := raw.get("peft_type")) in peft_methods.METHODS:
+        _refuse_lora_options(config_path, str(method), options)
         file = _weights(config_path.parent, options)
         stored = read_tensors(file, allow_pickle=options.allow_pickle)
         return peft_methods.read(path, config_path, raw, file, stored)
@@ -156,7 +162,7 @@ def read(path: Path, options: ReadOptions) -> Adapter:
         doubts=tuple(_doubts(config, raw, modules, parameters, bare=bare is not None)),
         square_io=None if bare is not None else config.fan_in_fan_out,
         square_experts_transposed=options.moe_transposed,
-        facts=_facts(config, updates, order)
+        facts=_facts(config, updates, order, normalised=bool(options.magnitude_is_normalised))
         | _experts_facts(parameters, packed)
         | ({"trainer": f"PEFT; its {CONFIG} is missing"} if bare is not None else {}),
     )
@@ -186,6 +192,14 @@ def _refuse_options(config_path: Path, options: ReadOptions, *, bare: bool) -> N
         raise AdapterError(
             f"{config_path}: PEFT has one magnitude per output row. Leave --axis out."
         )
+
+
+def _refuse_lora_options(config_path: Path, method: str, options: ReadOptions) -> None:
+    said = [name for name in LORA_OPTIONS if getattr(options, name)]
+    if said:
+        flag = f"--{said[0].replace('_', '-')}"
+        raise AdapterError(f"{config_path}: {flag} is about LoRA, this is {shown(method)}. "
+                           f"Leave {flag} out.")  # fmt: skip
 
 
 def _weights(folder: Path, options: ReadOptions) -> Path:
@@ -405,7 +419,9 @@ def _doubts(
     yield from peft_targets.doubts(raw.get("target_modules"), layers, products)
 
 
-def _facts(config: PeftConfig, updates: list[Update], order: RowOrder | None) -> dict[str, object]:
+def _facts(
+    config: PeftConfig, updates: list[Update], order: RowOrder | None, *, normalised: bool
+) -> dict[str, object]:
     modules = [u.target if u.orientation else u.target.removesuffix(".weight")
                for u in updates if u.kind in ("lora", "dora")]  # fmt: skip
     facts: dict[str, object] = {
@@ -414,7 +430,7 @@ def _facts(config: PeftConfig, updates: list[Update], order: RowOrder | None) ->
         "alpha": sorted({config.module_alpha(m) for m in modules}),
         "scaling": sorted({round(config.scaling(m), 6) for m in modules}),
         "rslora": config.rslora,
-        "magnitude": "one per output" if config.dora else "none",
+        "magnitude": (NORMALISED if normalised else "one per output") if config.dora else "none",
         "modules_to_save": sorted(u.target for u in updates if u.kind == "replace"),
         "trainer": {
             None: "PEFT",
