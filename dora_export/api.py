@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dora_export import inputs, naming, several
-from dora_export.adapters import Adapter, Reading, ReadOptions, read_adapter
+from dora_export.adapters import Adapter, Reading, ReadOptions, read_adapter, read_adapters
 from dora_export.checkpoints import Checkpoint, locate, open_checkpoint
 from dora_export.engine import (
     Engine,
@@ -36,6 +36,7 @@ from dora_export.serving import engines, ways_out
 from dora_export.storage.paths import links_followed
 from dora_export.tensors import OUTPUT_WORDS, DType
 from dora_export.update import Update
+from dora_export.verification.ahead import Ahead, bytes_beside
 from dora_export.verification.check import Checked, check, in_order, refuse_wrong
 from dora_export.verification.ledger import Source
 from dora_export.verification.model import (
@@ -200,10 +201,13 @@ def merge(
     place.check_space(target, total, leftover)
     if block_bytes is None and resources.on_cpu and sync and direct.pays(target):
         resources = replace(resources, block_bytes=direct.BLOCK_BYTES)
-    memory = memory_bound(plan, resources, tile_elements)
+    # The disk is what a merge waits for: checks go on beside the writing.
+    checkers = 0 if verify == "none" or resources.workers == 1 else min(4, resources.workers)
+    memory = memory_bound(plan, resources, tile_elements) + bytes_beside(plan, checkers)
     if not dry_run:
-        # the workers, the thread that syncs, and this one
-        require_space(memory + (resources.workers + 2) * THREAD_BYTES, "this merge")
+        # the workers, those that check, the thread that syncs, and this one
+        threads_ = resources.workers + checkers + 2
+        require_space(memory + threads_ * THREAD_BYTES, "this merge")
     with memory_told(memory), inputs.held(stamps):
         check_adapter(plan)
         plan = replace(plan, warnings=(*plan.warnings, *refuse_implausible(plan)))
@@ -217,10 +221,11 @@ def merge(
             memory_told(memory),
             staged(target, job, force=force, restart=restart, sync=sync) as stage,
             inputs.held(stamps),
+            Ahead(plan, stage.folder, "full" if verify == "full" else "fast", checkers) as ahead,
         ):
             resumed = stage.held_bytes
             # The disk takes the last of the weights while they are checked.
-            with _written(plan, stage, resources, progress, sync=sync):
+            with _written(plan, stage, resources, progress, ahead, sync=sync):
                 if not stage.published:
                     side_files.write(plan, beside, stage.folder, sync=sync)
                     content = manifest.manifest(plan, resources, beside, digests)
@@ -228,7 +233,7 @@ def merge(
                     write_small(stage.folder / MANIFEST, manifest.as_json(content), sync=sync)
                 if verify != "none":
                     subject, sources = open_subject(stage.folder), _sources(beside)
-                    checked = check(plan, subject, sources, verify, threads=threads)
+                    checked = check(plan, subject, sources, verify, ahead=ahead, threads=threads)
                     refuse_wrong(checked)
     elif leftover is not None:
         job = identity.job(plan, resources, adapter_digests(plan))
@@ -493,8 +498,7 @@ def _plan(
     checkpoint = open_checkpoint(
         base_path, allow_pickle=options.allow_pickle, variant=options.variant
     )
-    read = [read_adapter(path, options) for path in paths]
-    return plan_merge(checkpoint, read, settings), before
+    return plan_merge(checkpoint, read_adapters(paths, options), settings), before
 
 
 def _with_own_base(path: Path, options: ReadOptions, usage: str) -> Adapter:
@@ -514,7 +518,13 @@ def _with_own_base(path: Path, options: ReadOptions, usage: str) -> Adapter:
 
 @contextmanager
 def _written(
-    plan: Plan, stage: Stage, resources: Resources, progress: Progress | None, *, sync: bool
+    plan: Plan,
+    stage: Stage,
+    resources: Resources,
+    progress: Progress | None,
+    ahead: Ahead,
+    *,
+    sync: bool,
 ) -> Iterator[None]:
     """Write the weights, run the block, and wait until they are on the disk, with ``sync``."""
     if stage.published:
@@ -529,10 +539,19 @@ def _written(
             if progress is not None:
                 progress(done, total)
 
+    def on_finished(file: int, start: int, stop: int) -> None:
+        ahead.written(file, start, stop, sink.has)
+
     names = [file.name for file in plan.files]
     held = [stage.held.get(file.name, Ranges()) for file in plan.files]
     sizes = [file.nbytes for file in plan.files]
-    with FileSink(stage.folder, names, sizes, held, stage.record, sync=sync) as sink:
+    sink = FileSink(
+        stage.folder, names, sizes, held, stage.record, sync=sync, on_finished=on_finished
+    )
+    with sink:
+        for position, ranges in enumerate(held):
+            for start, stop in ranges:
+                on_finished(position, start, stop)
         for position, file in enumerate(plan.files):
             sink.write_header(position, file.header)
             on_bytes(len(file.header))

@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dora_export import api, inputs, naming, nearest_lora, row_orders
+from dora_export import api, inputs, naming, nearest_lora, own_norm, row_orders
 from dora_export._version import __version__
 from dora_export.adapter_writers import WRITERS, Source, Written
 from dora_export.adapters import Adapter, Reading, ReadOptions, read_adapter
@@ -58,8 +58,10 @@ def convert(
     """Write an adapter in another format, or as the plain LoRA nearest to it.
 
     To a format: tensors are only rearranged, bit for bit, and the converted adapter merges to the
-    same bytes; what the format cannot hold exactly is refused by name. Biases of the base that the
-    adapter's trainer scales along go to PEFT as trained ones, rounded once.
+    same bytes; what the format cannot hold exactly is refused by name. Two things are computed for
+    the base and rounded once, and the report says so: biases that the adapter's trainer scales
+    along, which go to PEFT as trained ones; B and magnitudes of ai-toolkit's DoRA whose alpha is
+    not the rank.
 
     To "lora": for every layer the product of rank ``rank`` nearest to ``W' - W`` in the Frobenius
     norm, in float32, as a PEFT folder without magnitudes; the report says what each layer loses.
@@ -118,10 +120,16 @@ def _to_format(
     nbytes = sum(t.dtype.itemsize * _size(t.shape) for t in written.tensors)
     tokenizer = side_files.tokenizer_of(found.folder) if found.folder else {}
     stamps = inputs.watch([*found.files, *tokenizer.values()], before)
+    rounded = bool(source.notes) or written.rounded
     content = {
         "schema": manifest.SCHEMA,
         "tool": {"name": "dora-export", "version": __version__},
-        "converted": {"from": found.format, "path": found.path.name, "to": to, "exact": True},
+        "converted": {
+            "from": found.format,
+            "path": found.path.name,
+            "to": to,
+            "exact": not rounded,
+        },
     }
     places = {"adapter": found.path, **({"base": source.base.path} if source.base else {})}
     config = {} if written.config is None else {CONFIG: manifest.as_json(dict(written.config))}
@@ -142,7 +150,8 @@ def _to_format(
         weights=written.weights,
         files=tuple(sorted([*names, *tokenizer])),
         nbytes=nbytes,
-        notes=written.notes,
+        rounded=rounded,
+        notes=(*source.notes, *written.notes),
         warnings=warnings,
     )
 
@@ -169,15 +178,16 @@ def _source(
     if found.naming == "flat":
         _refuse_parts(plan, found)
     steps = {key: step.name for step in plan.steps for key in step.consumes}
-    names = {u.target: steps[u.source_keys[0]] for u in found.updates if u.source_keys[0] in steps}
+    names = {u.target: steps[key] for u in found.updates for key in u.source_keys if key in steps}
     shapes = {name: ref.shape for name, ref in checkpoint.tensors.items()}
     here = [replace(u, target=names.get(u.target, u.target)) for u in found.updates]
     ordered = row_orders.with_row_orders(here, shapes, checkpoint)
+    ordered, notes = own_norm.in_terms_of_dora(ordered, checkpoint.tensors)
     if found.naming == "flat":
         whole = {u.target: u.target for u in ordered}
-        return Source(found, ordered, checkpoint, whole), warnings
+        return Source(found, ordered, checkpoint, whole, notes), warnings
     updates = tuple(_named(u, o.target) for u, o in zip(ordered, found.updates, strict=True))
-    return Source(found, updates, checkpoint, names), warnings
+    return Source(found, updates, checkpoint, names, notes), warnings
 
 
 def _refuse_parts(plan: Plan, found: Adapter) -> None:
@@ -189,7 +199,8 @@ def _refuse_parts(plan: Plan, found: Adapter) -> None:
         for c in step.changes
         if (c.start, c.rows * c.columns) == (0, step.source.size)
     }
-    keys = {u.target: u.source_keys[:1] for u in found.updates if u.kind in ("lora", "dora")}
+    keys = {u.target: u.source_keys[:1] for u in found.updates
+            if u.kind in ("lora", "dora", "function")}  # fmt: skip
     parts = [t for t, key in keys.items() if places[key] > 1 or (places[key] and key not in whole)]
     if parts:
         raise AdapterError(

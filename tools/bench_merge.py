@@ -778,6 +778,8 @@ def launch(argv: Sequence[str]) -> list[float]:
     """
     reader, writer = os.pipe()
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    # An installed package has its bytecode; without it a start is mostly the compiler's.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     with tempfile.TemporaryFile() as output, os.fdopen(reader) as report:
         try:
             subprocess.run(

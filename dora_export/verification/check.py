@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 from dora_export.errors import VerifyError, listing, shown
 from dora_export.plan import Plan
+from dora_export.verification.ahead import Ahead
 from dora_export.verification.catalog import FINDINGS
 from dora_export.verification.expert_pairs import as_the_base
 from dora_export.verification.ledger import Source, check_ledger
 from dora_export.verification.model import Finding, Level, TensorResult, TierResult
 from dora_export.verification.oracle import check_oracle
 from dora_export.verification.subject import Subject
+from dora_export.verification.tensor_ledger import difference
 
 SEVERITIES = ("wrong", "unchecked", "warning", "note")
 ORDER = {m.code: i for i, m in enumerate(FINDINGS)}
@@ -46,6 +48,7 @@ def check(
     sources: Mapping[str, Source],
     level: Level,
     *,
+    ahead: Ahead | None = None,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Checked:
@@ -57,13 +60,16 @@ def check(
         sources: Side files that belong in it.
         level: "fast" samples rows of changed tensors, "full" compares every element; both compare
             every byte of the tensors that do not change.
+        ahead: What has begun to check it while it was written, if anything has.
         threads: Workers; None: one per CPU.
         progress: Called with elements done and in all.
     """
-    ledger, found = check_ledger(plan, subject, sources, threads=threads)
+    compare = difference if ahead is None else ahead.compare
+    ledger, found = check_ledger(plan, subject, sources, threads=threads, compare=compare)
     named = as_the_base(subject, plan)
+    work = None if ahead is None else ahead.check
     oracle, tensors, more = check_oracle(
-        plan, named.tensors, level, threads=threads, progress=progress
+        plan, named.tensors, level, work=work, threads=threads, progress=progress
     )
     if tensors and all(t.status in ("exact", "rounded") for t in tensors):
         # An adapter that changes nothing (B = 0, an update below rounding) gives the base's bytes.

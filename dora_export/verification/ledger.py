@@ -19,7 +19,7 @@ from dora_export.verification.expert_pairs import as_the_base
 from dora_export.verification.model import Finding, TierResult
 from dora_export.verification.side_ledger import Source, check_manifest, check_side_files
 from dora_export.verification.subject import Subject
-from dora_export.verification.tensor_ledger import check_tensors
+from dora_export.verification.tensor_ledger import Compare, check_tensors, difference
 
 __all__ = ["Source", "check_ledger"]
 
@@ -27,7 +27,12 @@ ORDER = {m.code: i for i, m in enumerate(FINDINGS)}
 
 
 def check_ledger(
-    plan: Plan, subject: Subject, sources: Mapping[str, Source], *, threads: int | None = None
+    plan: Plan,
+    subject: Subject,
+    sources: Mapping[str, Source],
+    *,
+    threads: int | None = None,
+    compare: Compare = difference,
 ) -> tuple[TierResult, tuple[Finding, ...]]:
     """Compare a merged model with its plan, all but the values of changed tensors.
 
@@ -39,6 +44,7 @@ def check_ledger(
         sources: Side files that belong in the output: path within it, with "/" between folders ->
             where it comes from.
         threads: Workers; None: one per CPU.
+        compare: What compares a span of an untouched tensor.
 
     Returns:
         What was done, and all findings: those of opening the model too, sorted.
@@ -48,7 +54,7 @@ def check_ledger(
     """
     started = time.monotonic()
     subject = as_the_base(subject, plan)
-    tensors = check_tensors(plan, subject, threads)
+    tensors = check_tensors(plan, subject, threads, compare)
     config = check_config(plan, subject, quantised=bool(tensors.quantised))
     beside = check_side_files(subject, sources, plan.base.config_files)
     findings = [

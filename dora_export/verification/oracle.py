@@ -95,11 +95,30 @@ class Measurement:
     ratios: Floats | None
 
 
+TensorCheck = Callable[[Step, TensorRef], tuple[TensorResult, tuple[Finding, ...]]]
+
+
+def tensor_check(plan: Plan, level: Level) -> TensorCheck:
+    """Return what compares one changed tensor with the exact result; it may run in many threads.
+
+    Args:
+        plan: What should have been merged.
+        level: As in ``check_oracle``.
+    """
+    families = _Families([s for s in plan.steps if s.changes], plan.settings)
+
+    def one(step: Step, ref: TensorRef) -> tuple[TensorResult, tuple[Finding, ...]]:
+        return _check_tensor(step, ref, plan.settings, level, families)
+
+    return one
+
+
 def check_oracle(
     plan: Plan,
     merged: Mapping[str, TensorRef],
     level: Level,
     *,
+    work: TensorCheck | None = None,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[TierResult, tuple[TensorResult, ...], tuple[Finding, ...]]:
@@ -112,6 +131,7 @@ def check_oracle(
         merged: The merged model's tensors by name; dtypes may differ from the plan's.
         level: "full" compares every element; "fast" some rows of every changed region (columns,
             where norms run down columns), enough to fail whatever is wrong with a whole tensor.
+        work: What compares one tensor; None: ``tensor_check``.
         threads: Workers; None: one per CPU.
         progress: Called with elements done and in all.
 
@@ -124,10 +144,10 @@ def check_oracle(
     ]
     total = sum(s.source.size for s in steps)
     done = [0]
-    families = _Families(steps, plan.settings)
+    work = work or tensor_check(plan, level)
 
     def one(step: Step) -> tuple[TensorResult, tuple[Finding, ...]]:
-        found = _check_tensor(step, merged[step.name], plan.settings, level, families)
+        found = work(step, merged[step.name])
         done[0] += step.source.size
         if progress is not None:
             progress(done[0], total)

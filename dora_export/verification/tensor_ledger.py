@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,6 +72,10 @@ class Difference:
         )
 
 
+# (source, stored, first element, one past the last) -> the difference, or why it cannot be read
+Compare = Callable[[TensorRef, TensorRef, int, int], Difference | str]
+
+
 @dataclass(frozen=True)
 class TensorLedger:
     """What the comparison of tensors gave.
@@ -104,13 +108,16 @@ class _Book:
         self.findings.append(Finding(code, shown(where), what))
 
 
-def check_tensors(plan: Plan, subject: Subject, threads: int | None) -> TensorLedger:
+def check_tensors(
+    plan: Plan, subject: Subject, threads: int | None, compare: Compare
+) -> TensorLedger:
     """Compare all tensors; reads every untouched one, a few MB per thread at a time.
 
     Args:
         plan: What the merged model should be.
         subject: The merged model under the base's names.
         threads: Workers; None: one per CPU.
+        compare: What compares a span of a tensor, as ``difference`` does.
 
     Raises:
         InputError: The base, or the adapter, cannot be read.
@@ -121,7 +128,7 @@ def check_tensors(plan: Plan, subject: Subject, threads: int | None) -> TensorLe
     same = [s for s in book.steps.values() if _comparable(book, s) and _same_shape(book, s)]
     cast = _dtypes(book, same)
     kept = [s for s in same if not s.changes]
-    differences = _compare(book, kept, threads)
+    differences = _compare(book, kept, threads, compare)
     _report_values(book, kept, differences)
     _nothing_applied(book, same)
     _unreadable_types(book)
@@ -367,24 +374,26 @@ def _main_dtype(steps: Iterable[Step]) -> DType | None:
 # --- values
 
 
-def _compare(book: _Book, steps: Sequence[Step], threads: int | None) -> dict[str, Difference]:
+def _compare(
+    book: _Book, steps: Sequence[Step], threads: int | None, compare: Compare
+) -> dict[str, Difference]:
     """Return how each tensor's values differ from its source's, in parallel."""
     stored = book.subject.tensors
-    spans = [
-        (step, start, min(start + SPAN_ELEMENTS, step.source.size))
+    parts = [
+        (step, start, stop)
         for step in sorted(steps, key=lambda s: -s.source.nbytes)
-        for start in range(0, step.source.size, SPAN_ELEMENTS)
+        for start, stop in spans(step)
         if stored[step.name].dtype is step.source.dtype
         or (stored[step.name].dtype.mergeable and step.source.dtype.mergeable)
     ]
 
     def work(span: tuple[Step, int, int]) -> tuple[str, int, Difference | str]:
         step, start, stop = span
-        return step.name, start, difference(step.source, stored[step.name], start, stop)
+        return step.name, start, compare(step.source, stored[step.name], start, stop)
 
     found: dict[str, Difference] = {s.name: Difference() for s in steps}
     unreadable: dict[str, str] = {}
-    for name, start, part in each(work, spans, threads):
+    for name, start, part in each(work, parts, threads):
         if isinstance(part, str):
             unreadable[name] = part
         else:
@@ -397,6 +406,12 @@ def _compare(book: _Book, steps: Sequence[Step], threads: int | None) -> dict[st
         "bytes_compared": sum(stored[name].nbytes for name in found),
     }
     return found
+
+
+def spans(step: Step) -> list[tuple[int, int]]:
+    """Return the parts of a tensor that are compared at once: first element, one past the last."""
+    size = step.source.size
+    return [(start, min(start + SPAN_ELEMENTS, size)) for start in range(0, size, SPAN_ELEMENTS)]
 
 
 def difference(

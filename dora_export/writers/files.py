@@ -46,6 +46,7 @@ WAITING = 8
 
 
 Synced = Callable[[Mapping[str, Ranges]], None]
+Finished = Callable[[int, int, int], None]  # position of a file, first byte, one past the last
 
 
 class _File:
@@ -138,6 +139,7 @@ class FileSink:
         sync: Put files on the disk; without it they are complete, and the system writes them out
             when it likes. ``on_synced`` is never called then.
         read_again: Whether all of it will be read right after: it is kept in the page cache.
+        on_finished: Called from any thread with bytes that can be read from now on.
     """
 
     def __init__(
@@ -150,6 +152,7 @@ class FileSink:
         *,
         sync: bool = True,
         read_again: bool = False,
+        on_finished: Finished = lambda *_: None,
     ) -> None:
         held = held or [Ranges() for _ in names]
         # What must be on the disk goes there at once. What need not is sooner in the page cache.
@@ -160,7 +163,7 @@ class FileSink:
             _File(folder / name, name, nbytes, ranges, past_cache=past_cache)
             for name, nbytes, ranges in zip(names, sizes, held, strict=True)
         ]
-        self._on_synced = on_synced
+        self._on_synced, self._on_finished = on_synced, on_finished
         self._sync_wanted = sync
         self._to_sync: queue.Queue[_File | None] = queue.Queue(WAITING)
         self._failure: BaseException | None = None
@@ -194,6 +197,12 @@ class FileSink:
         """Return whether bytes were on the disk before this run."""
         return self._files[file].held.covers(offset, offset + nbytes)
 
+    def has(self, file: int, offset: int, nbytes: int) -> bool:
+        """Return whether bytes can be read: from a run before, or written by this one."""
+        target = self._files[file]
+        with target.lock:
+            return target.finished.covers(offset, offset + nbytes)
+
     def write_header(self, file: int, header: bytes) -> None:
         """Make a file, reserve its space and put its first bytes into place.
 
@@ -222,7 +231,7 @@ class FileSink:
         target = self._files[file]
         data = data.reshape(-1)
         self._put(target, offset, data)
-        self._finish(target, offset, offset + data.size)
+        self._finish(file, offset, offset + data.size)
 
     def put(self, file: int, offset: int, stride: int, rows: NDArray[np.uint8]) -> None:
         """Put rows of bytes into an output file, ``stride`` bytes apart; ``finish`` tells of them.
@@ -248,7 +257,7 @@ class FileSink:
 
     def finish(self, file: int, offset: int, nbytes: int) -> None:
         """Note that all bytes of a range have been put into place."""
-        self._finish(self._files[file], offset, offset + nbytes)
+        self._finish(file, offset, offset + nbytes)
 
     def copy(self, file: int, offset: int, source: FileRange) -> None:
         """Put a range of another file into an output file.
@@ -271,7 +280,7 @@ class FileSink:
             self._copy(target, offset, source, 0, shared.start)
             self._copy(target, offset, source, shared.stop, source.nbytes)
         # Only now, in one go: a file is closed as soon as all of its bytes are said to be in.
-        self._finish(target, offset, offset + source.nbytes)
+        self._finish(file, offset, offset + source.nbytes)
 
     def _copy(self, target: _File, offset: int, source: FileRange, start: int, stop: int) -> None:
         """Read bytes ``[start, stop)`` of a source, and write them."""
@@ -342,10 +351,12 @@ class FileSink:
             at = offset + done
             done += _pwrite(descriptor, view[done : done + WRITE_BYTES - at % WRITE_BYTES], at)
 
-    def _finish(self, target: _File, start: int, stop: int) -> None:
+    def _finish(self, file: int, start: int, stop: int) -> None:
+        target = self._files[file]
         if target.finish(start, stop):
             self._to_sync.put(target)
         self._check_sync()
+        self._on_finished(file, start, stop)
 
     def _check_sync(self) -> None:
         if self._failure is not None:
