@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from dora_export.engine import (
     check_adapter,
     memory_bound,
 )
-from dora_export.errors import AdapterError, DoraExportError, PlanError
+from dora_export.errors import AdapterError, DoraExportError, PlanError, shown
 from dora_export.flat_names import is_flat, prefix_of
 from dora_export.formula import ZeroNorm
 from dora_export.limits import FACTOR
@@ -277,7 +277,8 @@ def verify(
         adapter: As in ``merge``.
         merged: Folder or weight file of the merged model, or an ``.onnx`` graph of it, which is run
             beside the unmerged model instead (needs transformers); of an encoder-decoder's graphs
-            any one, the others beside it.
+            any one, the others beside it. A graph that swaps adapters is run with the one that is
+            called as ``adapter`` is.
         level: "full" compares every element, "fast" sampled rows of every changed tensor.
         forward: Run the model too, merged and unmerged (needs transformers).
         prompts: Texts for that; none: generated inputs.
@@ -334,7 +335,11 @@ def verify(
     else:
         from dora_export.verification.graph import check_graph  # noqa: PLC0415 - loads torch
 
-        tier, found = check_graph(plan, merged_path, prompts=prompts, budget=budget)
+        swapped = _swapped(plan, merged_path, said)
+        tier, found = check_graph(
+            plan, merged_path, adapter=swapped, prompts=prompts, budget=budget
+        )
+        notes = (*notes, f"run with {shown(swapped.name)}") if swapped else notes
         tiers, findings = [tier], [*found]
     if forward and subject is not None:
         from dora_export.verification.forward import check_forward  # noqa: PLC0415 - loads torch
@@ -356,6 +361,33 @@ def verify(
         seconds=time.monotonic() - started,
         peak_rss_bytes=peak_rss(),
     )
+
+
+def _swapped(plan: Plan, graph: Path, said: Mapping[str, Any] | None) -> Path | None:
+    """Return the file that holds a plan's adapter for a graph that swaps them, by its name.
+
+    None where the manifest beside the graph, if any, does not say that it swaps adapters.
+
+    Raises:
+        DoraExportError: It has no adapter of that name.
+    """
+    made = said.get("onnx") if said is not None else None
+    if not isinstance(made, dict) or made.get("way") != "adapters":
+        return None
+    from dora_export.onnx.swappable import adapter_files, adapter_names  # noqa: PLC0415 - as above
+
+    files = adapter_files(graph.parent, made)
+    if len(plan.adapters) != 1:
+        raise DoraExportError(
+            f"{graph}: runs one adapter at a time, of {', '.join(files)}. Pass one."
+        )
+    (name,) = adapter_names((plan,))
+    if name not in files:
+        raise DoraExportError(
+            f"{graph}: its adapters are {', '.join(files)}; none is called '{name}'. Pass one of "
+            "them, in a folder or file of that name."
+        )
+    return files[name]
 
 
 def _sources(beside: Iterable[side_files.SideFile]) -> dict[str, Source]:

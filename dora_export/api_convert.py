@@ -181,7 +181,7 @@ def _source(
     if found.naming == "flat":
         _refuse_parts(plan, found)
     steps = {key: step.name for step in plan.steps for key in step.consumes}
-    names = {u.target: steps[u.source_keys[0]] for u in found.updates if u.source_keys[0] in steps}
+    names = {u.target: steps[key] for u in found.updates for key in u.source_keys if key in steps}
     shapes = {name: ref.shape for name, ref in checkpoint.tensors.items()}
     here = [replace(u, target=names.get(u.target, u.target)) for u in found.updates]
     ordered = row_orders.with_row_orders(here, shapes, checkpoint)

@@ -16,6 +16,7 @@ from typing import Any
 from dora_export.adapters import (
     peft_bare,
     peft_config,
+    peft_init,
     peft_methods,
     peft_parameters,
     peft_targets,
@@ -24,11 +25,10 @@ from dora_export.adapters import (
 from dora_export.adapters.config_files import CONFIG, config_of
 from dora_export.adapters.model import Adapter, ReadOptions
 from dora_export.adapters.peft_config import PeftConfig
-from dora_export.adapters.peft_factors import Factors, factors
+from dora_export.adapters.peft_factors import factors
 from dora_export.adapters.peft_keys import plain_name
 from dora_export.checkpoints.folder import read_json
 from dora_export.errors import AdapterError, InputError, listing, shown
-from dora_export.residual import INITS, Residual
 from dora_export.storage import read_tensors
 from dora_export.storage.paths import contained
 from dora_export.tensors import Operand, TensorRef
@@ -319,7 +319,8 @@ def _product_updates(
         problems.append(found)
         return
     if config.recomputed and pair[0] == "A":  # PEFT begins embeddings as plain LoRA's
-        yield _residual(module, found, config)
+        rank = found.down.shape[0]
+        yield peft_init.residual(module, config.changed_base, rank, found.scaling)
     m = parts.get("m")
     kind: Kind = "lora" if m is None else "dora"
     keys = [*found.keys] + ([m.name] if m else [])
@@ -348,14 +349,6 @@ def _product_updates(
             scaling=config.scaling(module),
             value=bias,
         )
-
-
-def _residual(module: str, found: Factors, config: PeftConfig) -> Update:
-    """Return the change that makes the base what the adapter was trained on."""
-    init = next((i for i in INITS if i == config.changed_base), None)
-    assert init is not None, "Bug: no other one can be recomputed"
-    function = Residual(init, found.down.shape[0], found.scaling)
-    return Update(f"{module}.weight", "function", (), function=function)
 
 
 def _token_rows(
