@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import dora_export
 from dora_export.errors import DoraExportError, InputError
 from dora_export.onnx import swappable
-from dora_export.onnx.model import GraphError, ParityError
+from dora_export.onnx.model import BUDGETS, GraphError, GraphOptions, ParityError
 from dora_export.tensors import DTYPES
 from dora_export.verification import graph, named, reference
 from tests import onnx_graphs, oracle, rider_models, small
@@ -673,10 +673,10 @@ def test_an_adapter_beside_the_weights_is_held_to_the_noise_of_the_graph(
 ):
     """Not to the base's: a merge into bfloat16 is rounded, and here nothing is merged."""
     asked = []
-    monkeypatch.setattr(named, "measure", lambda *args: asked.append(args[-1]))
+    monkeypatch.setattr(named, "measure", lambda *args: asked.append(args[-2]))
     plan = SimpleNamespace(base=SimpleNamespace(config={"model_type": "llama"}))
     runner = SimpleNamespace(precision="F32", swaps=swaps)
-    graph._measure(plan, None, runner, None, None, (), None, "any", 0, None, None)
+    graph._measure(plan, None, runner, None, None, (), None, "any", 0, None, None, None)
     assert [t and t.name for t in asked] == [expected]
     coarse = SimpleNamespace(steps=[SimpleNamespace(dtype=DTYPES["BF16"], copies_bytes=False)])
     rounded = reference.precisions(coarse, DTYPES["F32"], asked[0])[1]
@@ -691,6 +691,20 @@ def test_the_base_is_traced_where_no_graph_is_given(llama, tmp_path):
     facts = json.loads((tmp_path / "out/dora_export.json").read_text())["onnx"]
     assert (facts["way"], facts["task"]) == ("adapters", "text-generation")
     assert dora_export.AdapterSession(tmp_path / "out").adapters == ("two",)
+
+
+@pytest.mark.nightly
+def test_a_base_traced_and_quantised_is_the_noise_of_its_adapters(llama, tmp_path):
+    """Alone it is held to a traced graph's budget, with an adapter to what it is alone."""
+    options = GraphOptions(quantize="int4", block_size=16)
+    report = dora_export.export_onnx(llama / "base", llama / "two", tmp_path / "out",
+                                     adapters=True, options=options)  # fmt: skip
+    assert (report.verdict, report.exit_code) == ("right", 0)
+    bare, active = (t.figures for t in report.verified.tiers if t.tier == "onnx")
+    assert (bare["budget"], bare["noise_of_base"]) == (BUDGETS["int4"], False)
+    assert (active["budget"], active["noise_of_base"]) == (None, True)
+    noise = active["outputs"]["logits"]["noise"]["rms"]
+    assert 0.5 < noise / bare["outputs"]["logits"]["error"]["rms"] < 2
 
 
 def test_a_forgotten_factor_is_found_before_anything_is_published(llama, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import stat
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -23,6 +24,7 @@ from dora_export.onnx import engines, files, pooling, quantise, share, tasks, ti
 from dora_export.onnx.model import GraphError, Made, Parity, ParityError
 from dora_export.onnx.wrappers import Flat, Part
 from dora_export.verification.graph import check_graph
+from dora_export.verification.model import Finding
 from dora_export.verification.pooling import embedding
 from tests.forward_models import KINDS, prepare
 from tests.rider_models import WARNINGS
@@ -280,6 +282,23 @@ def other_alpha(pair, folder):
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 5}))
     return folder
+
+
+@pytest.mark.parametrize(("code", "method", "said"), [
+    ("graph-differs", None, "--budget allows larger differences"),
+    ("graph-mistaken", None, "No --budget allows that; a graph that is not quantised"),
+    ("graph-mistaken", "int8", "rounding to int8 costs this model more than the adapter changes. "
+                               "Try --quantize int4"),
+    ("graph-mistaken", "int4", "Try no --quantize; --allow-mismatch"),
+])  # fmt: skip
+def test_a_refusal_names_the_way_out_that_there_is(code, method, said, exported):
+    """A budget has no say in which mistake a graph is nearest to."""
+    report = exported[1]
+    facts = dict(report.facts) | ({"quantized": {"method": method}} if method else {})
+    wrong = replace(report.verified, findings=(Finding(code, "model.onnx", "..."),))
+    error = api_onnx._mismatch(replace(report, facts=facts, verified=wrong))
+    assert said in str(error)
+    assert str(error).endswith("--allow-mismatch publishes it all the same.")
 
 
 @pytest.mark.usefixtures("traced_already")
