@@ -130,11 +130,13 @@ def test_stored_alpha_leaves_no_choice(tmp_path):
     assert "alpha is in the file. Leave --alpha out" in said
 
 
-def test_stored_alpha_of_zero_is_the_rank(tmp_path):
+def test_stored_alpha_counts_and_zero_is_the_rank(tmp_path):
     made = adapter()
     zero = {f"{n.removesuffix('.magnitude')}.alpha": torch.zeros(()) for n in made
             if n.endswith(".magnitude")}  # fmt: skip
     assert re.search(r"scaling +1\n", inspected(write(tmp_path, made | zero)))
+    two = {n: t + 2 for n, t in zero.items()}
+    assert re.search(r"scaling +0\.666667\n", inspected(write(tmp_path, made | two)))
 
 
 def alpha(value):
@@ -150,6 +152,14 @@ REFUSED = {
     "twice": (
         lambda ts: ts | {n.replace("lora_up", "lora_B"): t.clone() for n, t in ts.items()},
         "its tensor is there twice",
+    ),
+    "kernel of A": (
+        lambda ts: {n: t[..., None] if "lora_down" in n else t for n, t in ts.items()},
+        "expected two ranks",
+    ),
+    "kernel of B": (
+        lambda ts: {n: t[..., None] if "lora_up" in n else t for n, t in ts.items()},
+        "expected two ranks",
     ),
     "kernel": (
         lambda ts: {
@@ -183,7 +193,10 @@ def test_axis_is_the_formats(tmp_path):
     base = pipelines.write(tmp_path / "base")
     said = refused(base, file, tmp_path / "out", "--alpha", "3", "--axis", "in")
     assert "one magnitude per output. Leave --axis out" in said
-    assert "out, by the format: ai-toolkit" in inspected(file, "--alpha", "3")
+    shown = inspected(file, "--alpha", "4")
+    assert "out, by the format: ai-toolkit" in shown
+    for words in (f"rank +{RANK}", "alpha +4", r"scaling +1\.33333"):
+        assert re.search(rf"{words}\n", shown)
 
 
 # --- in other formats' terms
@@ -216,7 +229,7 @@ def trainers_weight(made, name, dtype, alpha):
 
 
 @pytest.mark.parametrize(
-    ("alpha", "dtype"), [(ALPHA, torch.float32), (0.6, torch.bfloat16)], ids=str
+    ("alpha", "dtype"), [(ALPHA, torch.float32), (2.0 * RANK, torch.bfloat16)], ids=str
 )
 def test_dora_of_peft_says_the_same_with_factors_of_its_own(alpha, dtype, tmp_path):
     made, base = adapter(), pipelines.write(tmp_path / "base", dtype)
@@ -262,6 +275,36 @@ def test_dora_of_diffusers_says_the_same_and_other_formats_say_why_not(tmp_path)
     assert "in another's terms it can be said for one base, pass --base" in result.stderr
     report = dora_export.convert(own, "lora", tmp_path / "plain", base=base, rank=64, alpha=ALPHA)
     assert report.energy == pytest.approx(1.0, abs=1e-12)
+
+
+def test_layers_whose_alpha_is_the_rank_stay_as_they_are(tmp_path):
+    made, base = adapter(), pipelines.write(tmp_path / "base", torch.float32)
+    modules = [n.removesuffix(".magnitude") for n in made if n.endswith(".magnitude")]
+    alphas = {f"{m}.alpha": torch.tensor(float(RANK)) for m in modules}
+    own = write(tmp_path, made | alphas)
+    report = dora_export.convert(own, "diffusers", tmp_path / "all", base=base)
+    assert (report.rounded, report.notes) == (False, ())
+    alphas[f"{modules[0]}.alpha"] += 1
+    own = write(tmp_path, made | alphas)
+    report = dora_export.convert(own, "diffusers", tmp_path / "lora", base=base)
+    assert "of 1 layer are computed" in report.notes[0]
+    got = load_file(tmp_path / "lora/pytorch_lora_weights.safetensors")
+    assert len(got) == 3 * len(LINEARS)
+    for name in LINEARS:
+        key = f"lora_unet_{name.replace('.', '_')}"
+        B, m = (got[f"unet.{name}.{p}"] for p in ("lora_B.weight", "lora_magnitude_vector"))
+        copied = torch.equal(B, made[f"{key}.lora_up.weight"])
+        assert copied == torch.equal(m, made[f"{key}.magnitude"]) == (key != modules[0]), name
+
+
+def test_factors_that_do_not_fit_or_are_no_floats_are_refused(tmp_path):
+    made, base = adapter(), pipelines.write(tmp_path / "base", torch.float32)
+    narrow = {n: t[:, :-1].contiguous() if "lora_down" in n else t for n, t in made.items()}
+    said = refused(base, write(tmp_path, narrow), tmp_path / "out", "--alpha", ALPHA)
+    assert "base weight is (16, 16), adapter has A (3, 15) and B (16, 3)" in said
+    whole = {n: t.to(torch.int8) if "lora_down" in n else t for n, t in made.items()}
+    said = refused(base, write(tmp_path, whole), tmp_path / "out", "--alpha", ALPHA)
+    assert "lora_down.weight' is stored as I8, not a float" in said
 
 
 def test_row_without_magnitude_has_no_such_terms(tmp_path):

@@ -1,6 +1,7 @@
 """diffusers' LoRA files against diffusers itself: the unmerged pipeline's own forward."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -240,7 +241,8 @@ def test_magnitudes_per_input_keep_their_axis(pair, tmp_path):
     said = inspected(tmp_path / "adapter.safetensors")
     assert "OneTrainer" in said
     assert "in, by the shape of dora_scale" in said
-    assert "drops magnitudes per input" in said
+    assert re.search(r"! diffusers +drops dora_scale and applies plain LoRA", said)
+    assert re.search(r"✓ ComfyUI +where the file has its names", said)
     assert dora_export.verify(pair.base / "unet", tmp_path / "adapter.safetensors",
                               tmp_path / "out").exit_code == 0  # fmt: skip
 
@@ -309,6 +311,24 @@ EPS = {"said": (settings(lora_decompose_norm_epsilon=True), 2.0**-23),
        "its default": ({"ot_revision": "abc"}, 2.0**-23),
        "none": (settings(lora_decompose_norm_epsilon=False), 0.0),
        "nobody's": ({}, None)}  # fmt: skip
+
+
+def test_engines_go_by_the_name_that_magnitudes_have(tmp_path):
+    """diffusers reads lora_magnitude_vector, ComfyUI dora_scale, and outputs' wrongly."""
+    _, tensors = small_norms("out")
+    save_file(tensors, tmp_path / "a.safetensors")
+    said = inspected(tmp_path / "a.safetensors")
+    assert re.search(r"✓ diffusers +slow", said)
+    assert re.search(r"! ComfyUI +ignores the magnitudes", said)
+    end = "lora_magnitude_vector.weight"
+    scales = {n.replace(end, "dora_scale"): t.reshape(-1, *[1] * max(t.ndim - 1, 1))
+              for n, t in tensors.items() if n.endswith(end)}  # fmt: skip
+    factors = {n: t for n, t in tensors.items() if not n.endswith(end)}
+    save_file(factors | scales, tmp_path / "a.safetensors")
+    said = inspected(tmp_path / "a.safetensors")
+    assert "out, by the shape of dora_scale" in said
+    assert re.search(r"! diffusers +drops dora_scale", said)
+    assert re.search(r"! ComfyUI +divides by the norm of the base's rows", said)
 
 
 @pytest.mark.parametrize("dora", ["out", "in"])
@@ -436,6 +456,58 @@ def test_targets_without_tensors_and_tensors_that_are_no_targets_are_told(tmp_pa
     assert "target_modules names proj_in, of which the file has no tensors" in second
     assert "the file has layers that target_modules does not name: blocks.0.conv" in third
     assert third.endswith("(of transformer)")
+
+
+VARIANTS = {
+    "layer_replication": [[0, 2], [1, 3]], "use_bdlora": {"nblocks": 2}, "use_qalora": True,
+    "target_parameters": ["w"], "peft_type": "ADALORA",
+}  # fmt: skip
+
+
+def said_of(**fields):
+    """The metadata of an adapter of ``small_norms``."""
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 3, "use_dora": True,
+              "target_modules": ["to_q", "to_out.0", "conv"]} | fields  # fmt: skip
+    return {"lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in config.items()})}
+
+
+@pytest.mark.parametrize("field", VARIANTS)
+def test_settings_that_mean_other_tensors_are_refused_by_name(field, tmp_path):
+    base, tensors = small_norms("out")
+    small.write_base(tmp_path / "base", base, config={"model_type": "net"})
+    said = said_of(**{field: VARIANTS[field]})
+    save_file(tensors, tmp_path / "a.safetensors", said)
+    message = refused(tmp_path / "base", tmp_path / "a.safetensors", tmp_path / "out")
+    assert field in message
+    assert "not known in this layout. Save the adapter with PEFT" in message
+
+
+def test_bias_of_b_is_there_where_the_metadata_says_so(tmp_path):
+    base, tensors = small_norms("out")
+    small.write_base(tmp_path / "base", base, config={"model_type": "net"})
+    plain = {n: t for n, t in tensors.items() if "magnitude" not in n}
+    biases = {f"transformer.{n}.lora_B.bias": torch.ones(s[0]) for n, s in SHAPES.items()}
+    for own, said, reason in (
+        (plain, True, "lora_bias is true by the metadata, but its B has none"),
+        (plain | biases, False, "lora_bias is false by the metadata, but its B has one"),
+    ):
+        file = tmp_path / "a.safetensors"
+        save_file(own, file, said_of(use_dora=False, lora_bias=said))
+        assert reason in refused(tmp_path / "base", file, tmp_path / "out")
+
+
+def test_settings_say_nothing_of_how_weights_lie(tmp_path):
+    """PEFT does not keep fan_in_fan_out true; diffusers' layers are (out, in), square ones too."""
+    base, tensors = small_norms("out")
+    small.write_base(tmp_path / "base", base, config={"model_type": "net"})
+    for flag in (True, False):
+        file = tmp_path / f"{flag}.safetensors"
+        save_file(tensors, file, said_of(fan_in_fan_out=flag))
+        got = merged(tmp_path / "base", file, tmp_path / str(flag))
+        for name in SHAPES:
+            exact = trained_weight(base, tensors, name, "out", 0.0)
+            weight = got[f"transformer.{name}.weight"].flatten(1)
+            assert distance(weight, exact.reshape(len(exact), -1)) <= RELATIVE
 
 
 def test_metadata_of_one_component_says_nothing_of_another(pair, tmp_path):

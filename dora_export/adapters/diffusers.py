@@ -32,6 +32,7 @@ from dora_export.adapters import (
     lycoris_keys,
     lycoris_metadata,
     peft_config,
+    peft_init,
     peft_targets,
 )
 from dora_export.adapters.diffusers_metadata import ENTRY, ONE_COMPONENT
@@ -39,13 +40,15 @@ from dora_export.adapters.lycoris_axis import axis_of
 from dora_export.adapters.lycoris_layers import EPS, finite_number
 from dora_export.adapters.lycoris_metadata import Said
 from dora_export.adapters.model import Adapter, ReadOptions
-from dora_export.adapters.peft_config import PeftConfig
+from dora_export.adapters.peft_config import READ_AS_IT_IS, PeftConfig
 from dora_export.adapters.state_dict import needed_alpha, tensors_of
 from dora_export.errors import AdapterError, InputError, listing, shown
 from dora_export.storage.paths import contained
 from dora_export.tensors import Operand, TensorRef
 from dora_export.update import Axis, Update
 
+# Settings of PEFT's under which tensors of the same names mean something else.
+VARIANTS = ("layer_replication", "use_bdlora", "use_qalora", "target_parameters")
 NAMES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 
 
@@ -77,7 +80,7 @@ def read(path: Path, options: ReadOptions) -> Adapter:
     metadata = diffusers_metadata.of(file)
     found = keys.sort(tensors)
     raw = diffusers_metadata.raw_configs(file, metadata)
-    configs = _configs(file, raw, found.layers)
+    configs = _configs(file, raw, found.layers, options)
     _refuse_alpha(path, options, configs, found)
     by_onetrainer = lycoris_metadata.by_onetrainer(metadata)
     layers, problems = [], [shown(p, 300) for p in found.problems]
@@ -104,6 +107,9 @@ def read(path: Path, options: ReadOptions) -> Adapter:
         updates=tuple(u for layer in layers for u in layer.updates),
         naming="flat",
         whole_families=whole_families,
+        residual_init=next(
+            (c.changed_base for c in configs.values() if c.changed_base and not c.recomputed), None
+        ),
         numbered_ends=tuple(
             str(t) for own in raw.values() if whole_families for t in own["target_modules"]
         ),
@@ -145,18 +151,31 @@ def _file(path: Path) -> Path | None:
 
 
 def _configs(
-    path: Path, raw: Mapping[str, Mapping[str, Any]], layers: Mapping[str, Any]
+    path: Path,
+    raw: Mapping[str, Mapping[str, Any]],
+    layers: Mapping[str, Any],
+    options: ReadOptions,
 ) -> dict[str, PeftConfig]:
     """Return the config of each component that the metadata names.
 
     Raises:
         AdapterError: It says what this tool does not reproduce.
     """
-    found = {}
+    found, changed = {}, [c for c, settings in raw.items() if peft_init.changed(settings)]
     for component, settings in raw.items():
         where = path.with_name(f"{path.name}, metadata of {shown(component or 'the adapter')}")
+        variants = [name for name in VARIANTS if settings.get(name)]
+        if settings.get("peft_type", "LORA") != "LORA":
+            variants.append(f"peft_type {shown(settings['peft_type'])}")
+        if variants:
+            raise AdapterError(
+                f"{where}: {', '.join(variants)}: not known in this layout. Save the adapter with "
+                "PEFT (save_pretrained) and pass that folder with the component's own as BASE."
+            )
+        # What is said of the base is said of the components whose base the training changed.
+        said = options if component in changed or not changed else READ_AS_IT_IS
         own = _own_paths(component, layers)
-        found[component] = peft_config.parse(where, settings).for_modules(where, own)
+        found[component] = peft_config.parse(where, settings, said).for_modules(where, own)
     return found
 
 
@@ -302,6 +321,11 @@ def _layer(
         layout="oi",
     )
     updates = [update]
+    if config is not None and config.recomputed:
+        updates.insert(0, peft_init.residual(module, config.changed_base, rank, scaling))
+    if config is not None and config.lora_bias != ("B.bias" in parts):
+        return f"lora_bias is {str(config.lora_bias).lower()} by the metadata, but its B has " + (
+            "none" if config.lora_bias else "one")  # fmt: skip
     if "B.bias" in parts:
         bias = parts["B.bias"]
         updates.append(Update(f"{module}.bias", "add", (bias.name,), scaling=scaling, value=bias))
@@ -363,7 +387,7 @@ def _facts(
         "trainer": _trainer(found, metadata, tensors),
         "rank": sorted({layer.rank for layer in layers}),
         "alpha": sorted({round(layer.alpha, 6) for layer in layers}),
-        "scaling": sorted({round(layer.updates[0].scaling, 6) for layer in layers}),
+        "scaling": sorted({round(layer.alpha / layer.rank, 6) for layer in layers}),
         "scaling from": ", ".join(sorted({layer.scaled_by for layer in layers})),
         "magnitude": ", ".join(f"one per {axis}put" for axis in axes) or "none",
     }

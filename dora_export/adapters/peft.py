@@ -16,6 +16,7 @@ from typing import Any
 from dora_export.adapters import (
     peft_bare,
     peft_config,
+    peft_init,
     peft_methods,
     peft_parameters,
     peft_targets,
@@ -24,11 +25,10 @@ from dora_export.adapters import (
 from dora_export.adapters.config_files import CONFIG, config_of
 from dora_export.adapters.model import Adapter, ReadOptions
 from dora_export.adapters.peft_config import PeftConfig
-from dora_export.adapters.peft_factors import Factors, factors
+from dora_export.adapters.peft_factors import factors
 from dora_export.adapters.peft_keys import plain_name
 from dora_export.checkpoints.folder import read_json
 from dora_export.errors import AdapterError, InputError, listing, shown
-from dora_export.residual import INITS, Residual
 from dora_export.storage import read_tensors
 from dora_export.storage.paths import contained
 from dora_export.tensors import Operand, TensorRef
@@ -40,6 +40,11 @@ EMBEDDING_LEAVES = frozenset(
      "tok_embeddings")
 )  # fmt: skip
 TRAINING_ONLY = ("lora_velora_embed", "lora_monteclora_sampler")
+
+NORMALISED = "one per output, divided by its norm already"
+# What the files of LoRA leave open, and those of PEFT's other methods do not.
+LORA_OPTIONS = ("torchtune_dora_fix", "magnitude_is_normalised", "base_is_residual",
+                "recompute_init", "moe_b_layout", "moe_transposed")  # fmt: skip
 
 # Part of a layer -> how its key ends. The adapter's name may stand before the last ".weight".
 LAYER_PARTS = {
@@ -105,6 +110,7 @@ def read(path: Path, options: ReadOptions) -> Adapter:
         stored = read_tensors(bare, allow_pickle=options.allow_pickle)
         raw = peft_bare.settings(bare, stored, CONFIG, options)
     if str(method := raw.get("peft_type")) in peft_methods.METHODS:
+        _refuse_lora_options(config_path, str(method), options)
         file = _weights(config_path.parent, options)
         stored = read_tensors(file, allow_pickle=options.allow_pickle)
         return peft_methods.read(path, config_path, raw, file, stored)
@@ -156,7 +162,7 @@ def read(path: Path, options: ReadOptions) -> Adapter:
         doubts=tuple(_doubts(config, raw, modules, parameters, bare=bare is not None)),
         square_io=None if bare is not None else config.fan_in_fan_out,
         square_experts_transposed=options.moe_transposed,
-        facts=_facts(config, updates, order)
+        facts=_facts(config, updates, order, normalised=bool(options.magnitude_is_normalised))
         | _experts_facts(parameters, packed)
         | ({"trainer": f"PEFT; its {CONFIG} is missing"} if bare is not None else {}),
     )
@@ -186,6 +192,14 @@ def _refuse_options(config_path: Path, options: ReadOptions, *, bare: bool) -> N
         raise AdapterError(
             f"{config_path}: PEFT has one magnitude per output row. Leave --axis out."
         )
+
+
+def _refuse_lora_options(config_path: Path, method: str, options: ReadOptions) -> None:
+    said = [name for name in LORA_OPTIONS if getattr(options, name)]
+    if said:
+        flag = f"--{said[0].replace('_', '-')}"
+        raise AdapterError(f"{config_path}: {flag} is about LoRA, this is {shown(method)}. "
+                           f"Leave {flag} out.")  # fmt: skip
 
 
 def _weights(folder: Path, options: ReadOptions) -> Path:
@@ -305,7 +319,8 @@ def _product_updates(
         problems.append(found)
         return
     if config.recomputed and pair[0] == "A":  # PEFT begins embeddings as plain LoRA's
-        yield _residual(module, found, config)
+        rank = found.down.shape[0]
+        yield peft_init.residual(module, config.changed_base, rank, found.scaling)
     m = parts.get("m")
     kind: Kind = "lora" if m is None else "dora"
     keys = [*found.keys] + ([m.name] if m else [])
@@ -334,14 +349,6 @@ def _product_updates(
             scaling=config.scaling(module),
             value=bias,
         )
-
-
-def _residual(module: str, found: Factors, config: PeftConfig) -> Update:
-    """Return the change that makes the base what the adapter was trained on."""
-    init = next((i for i in INITS if i == config.changed_base), None)
-    assert init is not None, "Bug: no other one can be recomputed"
-    function = Residual(init, found.down.shape[0], found.scaling)
-    return Update(f"{module}.weight", "function", (), function=function)
 
 
 def _token_rows(
@@ -412,7 +419,9 @@ def _doubts(
     yield from peft_targets.doubts(raw.get("target_modules"), layers, products)
 
 
-def _facts(config: PeftConfig, updates: list[Update], order: RowOrder | None) -> dict[str, object]:
+def _facts(
+    config: PeftConfig, updates: list[Update], order: RowOrder | None, *, normalised: bool
+) -> dict[str, object]:
     modules = [u.target if u.orientation else u.target.removesuffix(".weight")
                for u in updates if u.kind in ("lora", "dora")]  # fmt: skip
     facts: dict[str, object] = {
@@ -421,7 +430,7 @@ def _facts(config: PeftConfig, updates: list[Update], order: RowOrder | None) ->
         "alpha": sorted({config.module_alpha(m) for m in modules}),
         "scaling": sorted({round(config.scaling(m), 6) for m in modules}),
         "rslora": config.rslora,
-        "magnitude": "one per output" if config.dora else "none",
+        "magnitude": (NORMALISED if normalised else "one per output") if config.dora else "none",
         "modules_to_save": sorted(u.target for u in updates if u.kind == "replace"),
         "trainer": {
             None: "PEFT",
