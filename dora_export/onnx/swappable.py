@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from dora_export import inputs as watched
 from dora_export.engine import check_adapter
-from dora_export.errors import VerifyError, listing, shown
+from dora_export.errors import InputError, VerifyError, listing, shown
 from dora_export.onnx import files, into
 from dora_export.onnx.graph_file import Graph, open_graph
 from dora_export.onnx.matching import Weight, weights_of
@@ -38,10 +38,12 @@ from dora_export.onnx.slot_values import (
 )
 from dora_export.onnx.slots import Slot, find_slots
 from dora_export.plan import Plan, plan_unchanged
+from dora_export.storage.paths import inside
 from dora_export.verification.parallel import each
 from dora_export.verification.plausible import refuse_implausible
 from dora_export.verification.runner import OnnxRuntime, Runner, is_quantised
 from dora_export.writers.files import write_small
+from dora_export.writers.staging import MANIFEST
 
 FOLDER = "adapters"
 SUFFIX = ".onnx_adapter"
@@ -188,6 +190,27 @@ def adapter_names(plans: Sequence[Plan]) -> tuple[str, ...]:
             f"--adapters: two adapters would be called '{twice[0]}'. Rename the folder of one."
         )
     return tuple(names)
+
+
+def adapter_files(folder: Path, facts: Mapping[str, Any]) -> dict[str, Path]:
+    """Return the files that onnxruntime reads a folder's adapters from, by name.
+
+    Args:
+        folder: What ``make`` has written.
+        facts: What its manifest says of it.
+
+    Raises:
+        InputError: The manifest is damaged, or names a file outside the folder.
+    """
+    adapters = facts.get("adapters")
+    where = folder / MANIFEST
+    try:
+        return {str(n): inside(folder, said["file"], where) for n, said in adapters.items()}  # type: ignore[union-attr]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{where}: does not say where the graph's adapters are. Pass the folder as it was "
+            "published."
+        ) from error
 
 
 def _weights(plans: Sequence[Plan]) -> tuple[Weight, ...]:

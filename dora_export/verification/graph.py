@@ -24,7 +24,7 @@ from dora_export.verification.graph_weights import merged_in
 from dora_export.verification.measured import GraphMeasured, Progress, Unsupported, library_of
 from dora_export.verification.model import Finding, TierResult
 from dora_export.verification.parity import Compared, Distance, Tolerance, peak_of, tolerance
-from dora_export.verification.runner import GraphUnusable, Runner
+from dora_export.verification.runner import GraphUnusable, OnnxRuntime, Runner
 from dora_export.verification.script import PRESENT, Padding
 from dora_export.verification.stale import stale
 from dora_export.verification.together import graphs_of, opened
@@ -46,6 +46,7 @@ def check_graph(
     graph: Path,
     *,
     runner: Runner | None = None,
+    adapter: Path | None = None,
     outputs: Sequence[str] | None = None,
     budget: float | None = None,
     prompts: Sequence[str] = (),
@@ -66,6 +67,8 @@ def check_graph(
         graph: The ``.onnx`` file of the merged model; any of an encoder-decoder's, which lie
             beside each other.
         runner: Runs it; None: onnxruntime on the CPU.
+        adapter: The file that onnxruntime runs a graph of the base with; None: what it runs is
+            merged.
         outputs: Outputs that the graph is meant to have, beside a cache's; None: all the model's.
         budget: Largest difference allowed, relative to the largest expected value, in place of
             the measured noise; a quantised graph needs it or ``unmerged``.
@@ -86,13 +89,15 @@ def check_graph(
     name = shown(graph.name)
     found: tuple[Finding, ...]
     figures: dict[str, Any] = {}
-    own_runner = runner is None
+    merged = runner is None and adapter is None
     try:
+        if adapter is not None:
+            runner = OnnxRuntime(graph, adapter)
         measured = _measure(
             plan, graph, runner, outputs, budget, prompts, progress, padding, tokens, cls, derive,
             unmerged,
         )  # fmt: skip
-        held = [f for one in graphs_of(graph) for f in stale(plan, one)] if own_runner else []
+        held = [f for one in graphs_of(graph) for f in stale(plan, one)] if merged else []
         found = (*_judge(name, measured, budget), *held)
         figures = _figures(measured, budget) if measured.error else {}
     except GraphUnusable as why:
