@@ -32,6 +32,7 @@ from dora_export.limits import FACTOR
 from dora_export.machine import faults_told, memory_told, require_space
 from dora_export.plan import Plan, Precision, Settings, plan_merge
 from dora_export.report import InspectReport, MergeReport
+from dora_export.roles import roles_told
 from dora_export.serving import engines, ways_out
 from dora_export.storage.paths import links_followed
 from dora_export.tensors import OUTPUT_WORDS, DType
@@ -72,6 +73,7 @@ THREAD_BYTES = (8 + 64 + 32) << 20
 
 MERGE = "dora-export merge BASE ADAPTER -o OUT"
 VERIFY = "dora-export verify BASE ADAPTER MERGED"
+INSPECT = "dora-export inspect ADAPTER --base BASE"
 
 
 @faults_told()
@@ -417,7 +419,13 @@ def inspect(
             report says why.
     """
     options = ReadOptions(**reading)
-    found = read_adapter(locate(adapter, "adapter"), options)
+    path, base_path = locate(adapter, "adapter"), None if base is None else locate(base, "base")
+    with roles_told(base_path, [path], options, INSPECT):
+        found, checkpoint = read_adapter(path, options), None
+        if base_path is not None:
+            checkpoint = open_checkpoint(
+                base_path, allow_pickle=options.allow_pickle, variant=options.variant
+            )
     report = InspectReport(
         path=found.path,
         format=found.format,
@@ -434,11 +442,7 @@ def inspect(
         ),
         warnings=found.doubts,
     )
-    checkpoint = found.own_base
-    if base is not None:
-        checkpoint = open_checkpoint(
-            locate(base, "base"), allow_pickle=options.allow_pickle, variant=options.variant
-        )
+    checkpoint = checkpoint or found.own_base
     if checkpoint is None:
         return report
     return _held_against(report, found, checkpoint, map_prefix)
@@ -495,10 +499,12 @@ def _plan(
     paths = [locate(one, "adapter") for one in adapters]
     several.refuse_repeated(paths)
     before = {k: v for path in (base_path, *paths) for k, v in inputs.seen(path).items()}
-    checkpoint = open_checkpoint(
-        base_path, allow_pickle=options.allow_pickle, variant=options.variant
-    )
-    return plan_merge(checkpoint, read_adapters(paths, options), settings), before
+    with roles_told(base_path, paths, options, usage):
+        checkpoint = open_checkpoint(
+            base_path, allow_pickle=options.allow_pickle, variant=options.variant
+        )
+        read = read_adapters(paths, options)
+    return plan_merge(checkpoint, read, settings), before
 
 
 def _with_own_base(path: Path, options: ReadOptions, usage: str) -> Adapter:

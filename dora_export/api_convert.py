@@ -21,6 +21,7 @@ from dora_export.errors import AdapterError, DoraExportError, listing, shown
 from dora_export.machine import faults_told
 from dora_export.plan import Plan, Settings, plan_merge
 from dora_export.report import ConvertReport, LayerLoss
+from dora_export.roles import roles_told
 from dora_export.storage.paths import links_followed
 from dora_export.tensors import BY_TORCH
 from dora_export.update import Update
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 CONFIG = "adapter_config.json"
 LORA = "lora"
+USAGE = "dora-export convert ADAPTER --base BASE --to FORMAT -o OUT"
 TARGETS = (*(writer.name for writer in WRITERS), LORA)
 SIDE_BYTES = 1 << 20  # room for configs
 
@@ -113,7 +115,8 @@ def _to_format(
     assert isinstance(adapter, str) or hasattr(adapter, "__fspath__"), "Bug: checked above"
     path = locate(adapter, "adapter")
     before = inputs.seen(path)
-    found = read_adapter(path, options)
+    with roles_told(None, [path], options, USAGE):
+        found = read_adapter(path, options)
     writer = next(w for w in WRITERS if w.name == to)
     source, warnings = _source(found, base, options, settings, needs_paths=writer.needs_paths)
     written = writer.write(source)
@@ -137,7 +140,7 @@ def _to_format(
     with _publishing(target, places, nbytes, names) as stage, inputs.held(stamps):
         _write(written, stage.folder)
         for name, file in tokenizer.items():
-            write_small(stage.folder / name, file.read_bytes())
+            side_files.copy(file, stage.folder / name)
         for name, text in config.items():
             write_small(stage.folder / name, text)
         write_small(stage.folder / MANIFEST, manifest.as_json(content))
@@ -222,7 +225,7 @@ def _to_lora(
         raise DoraExportError(f"--to {LORA}: needs --rank, at least 1, e.g. --rank 32.")
     if base is None:
         raise DoraExportError(f"--to {LORA}: needs --base, which magnitudes and norms belong to.")
-    plan, before = api._plan(base, adapter, options, settings)
+    plan, before = api._plan(base, adapter, options, settings, USAGE)
     chosen = nearest_lora.layers(plan)
     entries = [entry for layer in chosen for entry in layer.entries(rank)]
     nbytes = sum(dtype.itemsize * _size(shape) for _, dtype, shape in entries)

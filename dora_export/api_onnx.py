@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 
 PathLike = api.PathLike
 
+USAGE = "dora-export onnx BASE ADAPTER -o OUT"
+
 
 @faults_told()
 @links_followed
@@ -216,8 +218,8 @@ def _plans(
     if each and not isinstance(adapter, str | os.PathLike):
         if not adapter:
             raise AdapterError("--adapters: no adapter given. Name at least one.")
-        return tuple(api._plan(base, one, options, settings)[0] for one in adapter)
-    return (api._plan(base, adapter, options, settings)[0],)
+        return tuple(api._plan(base, one, options, settings, USAGE)[0] for one in adapter)
+    return (api._plan(base, adapter, options, settings, USAGE)[0],)
 
 
 def _side_files(plan: Plan, into: PathLike | None) -> tuple[side_files.SideFile, ...]:
