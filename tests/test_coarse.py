@@ -231,6 +231,18 @@ def test_a_right_merge_is_no_small_mistake():
         W = torch.from_numpy(x.W + noise).to(BF16)
         other = ref(x.name, throughout(W, *x.stored[1:], x.scaling, BF16))
         assert small_mistakes.told(take(exact, other, lines, "BF16"), tried) is None
+        # nor another update
+        B = x.stored[2].roll(1, 0)
+        other = ref(x.name, throughout(*x.stored[:2], B, x.stored[3], x.scaling, BF16))
+        assert small_mistakes.told(take(exact, other, lines, "BF16"), tried) is None
+
+
+def test_zeros_are_no_known_mistake():
+    layers, _ = model(7, BF16, "trained", each=1)
+    x = replace(layers[0], stored=(8 * layers[0].stored[0], *layers[0].stored[1:3],
+                                   8 * layers[0].stored[3]))  # fmt: skip
+    _, findings = judge([x], {x.name: np.zeros(x.W.shape)}, BF16)
+    assert {f.code for f in findings.values()} == {"wrong-values"}
 
 
 def test_a_larger_mistake_that_is_nearly_another_is_not_named_by_it():

@@ -482,6 +482,55 @@ def test_settings_that_mean_other_tensors_are_refused_by_name(field, tmp_path):
     assert "not known in this layout. Save the adapter with PEFT" in message
 
 
+Q = "transformer.blocks.0.to_q"
+ODD = {
+    "ranks differ": (lambda ts: ts | {f"{Q}.lora_B.weight": torch.ones(16, 4)}, {},
+                     "lora_A is (3, 16) and lora_B (16, 4); their ranks differ"),
+    "kernel of B": (lambda ts: ts | {f"{Q}.lora_B.weight": torch.ones(16, 3, 1, 3)}, {},
+                    "lora_B is (16, 3, 1, 3), expected a kernel of 1"),
+    "vectors": (lambda ts: ts | {f"{Q}.lora_A.weight": torch.ones(3)}, {}, "their ranks differ"),
+    "both missing": (
+        lambda ts: {n: t for n, t in ts.items() if not n.startswith(f"{Q}.lora_A")
+                    and not n.startswith(f"{Q}.lora_B")}, {}, "lora_A and lora_B missing"),
+    "twice": (lambda ts: ts | {f"{Q}.lora_A.default.weight": torch.ones(3, 16)}, {},
+              "are the same part of one layer"),
+    "alpha of two": (lambda ts: ts | {f"{Q}.alpha": torch.ones(2)}, {}, "(2,) F32, expected one"),
+    "no use_dora": (dict, said_of(use_dora=False),
+                    "a magnitude, but the metadata says that use_dora is false"),
+    "no JSON": (dict, {"lora_adapter_metadata": "{"}, "lora_adapter_metadata is not JSON"),
+    "no object": (dict, {"lora_adapter_metadata": "[]"}, "is not a JSON object"),
+    "another part": (dict, said_of(r=4), "rank 4 by the metadata, but its factors have 3"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_small_file_that_does_not_add_up_is_refused(case, tmp_path):
+    change, metadata, reason = ODD[case]
+    base, tensors = small_norms("out")
+    small.write_base(tmp_path / "base", base, config={"model_type": "net"})
+    save_file(change(tensors), tmp_path / "a.safetensors", metadata or None)
+    message = refused(tmp_path / "base", tmp_path / "a.safetensors", tmp_path / "out")
+    assert reason in message
+
+
+def test_folders_hold_one_file_of_the_known_names(tmp_path):
+    base, tensors = small_norms("out")
+    small.write_base(tmp_path / "base", base, config={"model_type": "net"})
+    (tmp_path / "lora").mkdir()
+    paths = tmp_path / "base", tmp_path / "lora", tmp_path / "out"
+    asked = ("--adapter-format", "diffusers")
+    assert "no pytorch_lora_weights.safetensors here" in refused(*paths, *asked)
+    torch.save(tensors, tmp_path / "lora/pytorch_lora_weights.bin")
+    assert "--allow-pickle" in refused(*paths)
+    got = merged(*paths, "--allow-pickle")
+    for name in SHAPES:
+        exact = trained_weight(base, tensors, name, "out", 0.0)
+        assert distance(got[f"transformer.{name}.weight"], exact) <= RELATIVE
+    save_file({}, tmp_path / "lora/pytorch_lora_weights.safetensors")
+    message = refused(*paths[:2], tmp_path / "other", "--allow-pickle")
+    assert "holds no LoRA tensors" in message
+
+
 def test_bias_of_b_is_there_where_the_metadata_says_so(tmp_path):
     base, tensors = small_norms("out")
     small.write_base(tmp_path / "base", base, config={"model_type": "net"})

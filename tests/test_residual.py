@@ -302,6 +302,10 @@ def test_files_of_diffusers_are_begun_alike(option, tmp_path):
     for path, exact in right.items():
         assert_right(got[f"transformer.{path}.weight"], exact)
     assert_right(got["text_encoder.q.weight"], plain)
+    bare = tmp_path / "bare.safetensors"
+    save_file(load_file(file), bare)
+    with pytest.raises(AdapterError, match=r"no metadata of an initialisation.* Leave --"):
+        dora_export.merge(base, bare, tmp_path / "x", **{option: True})
     if option == "recompute_init":
         for to in ("diffusers", "peft"):
             with pytest.raises(AdapterError, match="the base is made olora's residual"):

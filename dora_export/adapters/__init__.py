@@ -87,8 +87,8 @@ LITGPT = "lit_model.pth.lora"
 TAKEN_BY: Mapping[str, tuple[str, ...]] = {
     "torchtune_dora_fix": ("peft",),
     "magnitude_is_normalised": ("peft", "nvlabs"),
-    "base_is_residual": ("peft",),
-    "recompute_init": ("peft",),
+    "base_is_residual": ("peft", "diffusers"),
+    "recompute_init": ("peft", "diffusers"),
     "moe_b_layout": ("peft",),
     "moe_transposed": ("peft",),
     "trained_in": ("lycoris",),

@@ -82,6 +82,12 @@ def read(path: Path, options: ReadOptions) -> Adapter:
     raw = diffusers_metadata.raw_configs(file, metadata)
     configs = _configs(file, raw, found.layers, options)
     _refuse_alpha(path, options, configs, found)
+    if not configs and (options.base_is_residual or options.recompute_init):
+        option = "--base-is-residual" if options.base_is_residual else "--recompute-init"
+        raise AdapterError(
+            f"{path}: has no metadata of an initialisation that changed the base. Leave {option} "
+            "out; where the base was changed, pass the model that training began with as BASE."
+        )
     by_onetrainer = lycoris_metadata.by_onetrainer(metadata)
     layers, problems = [], [shown(p, 300) for p in found.problems]
     for module, parts in found.layers.items():

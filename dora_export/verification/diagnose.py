@@ -238,7 +238,8 @@ def _nearest(
     best, nearest, limit = None, np.inf, explains * right
     for candidate in candidates:
         distance = sample.distance(candidate.values)
-        if np.isfinite(distance) and distance < limit:
+        size = float(np.square(candidate.values).sum())  # zeros are near to all that is small
+        if np.isfinite(distance) and distance < min(limit, EXPLAINS * size):
             best, nearest, limit = candidate, distance, CLEARLY_NEARER * distance
     if best is None:
         return None

@@ -24,6 +24,7 @@ TOLD = 0.04  # standard deviation up to which a place on the way between two res
 AT_THE_END = 0.2  # of the way: five of them
 CLEARLY_NEARER = 0.9  # squared distance of the better of two results, relative
 NAMED = 3  # mistakes with results alike
+LEFT = 0.2  # share of the squared distance to the right lines that a mistake may leave
 ALIKE = 1e-3  # share of the nearest result's squared distance by which others are the same
 
 
@@ -164,6 +165,9 @@ def _stands_at(
 
     left = [_distance(across(stored - side.rounded), 0.0) for side in results]
     best = int(np.argmin(left))
+    right = min(_distance(across(stored - side.rounded), 0.0) for side in rights)
+    if not left[best] <= LEFT * right:
+        return []  # something is left that rounding is not
     rest, same = across(stored - results[best].rounded), [best]
     for i, side in enumerate((*results, *rights)):
         if i == best:
