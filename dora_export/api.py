@@ -9,14 +9,14 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dora_export import inputs, naming, several
-from dora_export.adapters import Adapter, Reading, ReadOptions, read_adapter
+from dora_export.adapters import Adapter, Reading, ReadOptions, read_adapter, read_adapters
 from dora_export.checkpoints import Checkpoint, locate, open_checkpoint
 from dora_export.engine import (
     Engine,
@@ -25,13 +25,14 @@ from dora_export.engine import (
     check_adapter,
     memory_bound,
 )
-from dora_export.errors import AdapterError, DoraExportError, PlanError
+from dora_export.errors import AdapterError, DoraExportError, PlanError, shown
 from dora_export.flat_names import is_flat, prefix_of
 from dora_export.formula import ZeroNorm
 from dora_export.limits import FACTOR
 from dora_export.machine import faults_told, memory_told, require_space
 from dora_export.plan import Plan, Precision, Settings, plan_merge
 from dora_export.report import InspectReport, MergeReport
+from dora_export.roles import roles_told
 from dora_export.serving import engines, ways_out
 from dora_export.storage.paths import links_followed
 from dora_export.tensors import OUTPUT_WORDS, DType
@@ -72,6 +73,7 @@ THREAD_BYTES = (8 + 64 + 32) << 20
 
 MERGE = "dora-export merge BASE ADAPTER -o OUT"
 VERIFY = "dora-export verify BASE ADAPTER MERGED"
+INSPECT = "dora-export inspect ADAPTER --base BASE"
 
 
 @faults_told()
@@ -275,7 +277,8 @@ def verify(
         adapter: As in ``merge``.
         merged: Folder or weight file of the merged model, or an ``.onnx`` graph of it, which is run
             beside the unmerged model instead (needs transformers); of an encoder-decoder's graphs
-            any one, the others beside it.
+            any one, the others beside it. A graph that swaps adapters is run with the one that is
+            called as ``adapter`` is.
         level: "full" compares every element, "fast" sampled rows of every changed tensor.
         forward: Run the model too, merged and unmerged (needs transformers).
         prompts: Texts for that; none: generated inputs.
@@ -332,7 +335,11 @@ def verify(
     else:
         from dora_export.verification.graph import check_graph  # noqa: PLC0415 - loads torch
 
-        tier, found = check_graph(plan, merged_path, prompts=prompts, budget=budget)
+        swapped = _swapped(plan, merged_path, said)
+        tier, found = check_graph(
+            plan, merged_path, adapter=swapped, prompts=prompts, budget=budget
+        )
+        notes = (*notes, f"run with {shown(swapped.name)}") if swapped else notes
         tiers, findings = [tier], [*found]
     if forward and subject is not None:
         from dora_export.verification.forward import check_forward  # noqa: PLC0415 - loads torch
@@ -354,6 +361,33 @@ def verify(
         seconds=time.monotonic() - started,
         peak_rss_bytes=peak_rss(),
     )
+
+
+def _swapped(plan: Plan, graph: Path, said: Mapping[str, Any] | None) -> Path | None:
+    """Return the file that holds a plan's adapter for a graph that swaps them, by its name.
+
+    None where the manifest beside the graph, if any, does not say that it swaps adapters.
+
+    Raises:
+        DoraExportError: It has no adapter of that name.
+    """
+    made = said.get("onnx") if said is not None else None
+    if not isinstance(made, dict) or made.get("way") != "adapters":
+        return None
+    from dora_export.onnx.swappable import adapter_files, adapter_names  # noqa: PLC0415 - as above
+
+    files = adapter_files(graph.parent, made)
+    if len(plan.adapters) != 1:
+        raise DoraExportError(
+            f"{graph}: runs one adapter at a time, of {', '.join(files)}. Pass one."
+        )
+    (name,) = adapter_names((plan,))
+    if name not in files:
+        raise DoraExportError(
+            f"{graph}: its adapters are {', '.join(files)}; none is called '{name}'. Pass one of "
+            "them, in a folder or file of that name."
+        )
+    return files[name]
 
 
 def _sources(beside: Iterable[side_files.SideFile]) -> dict[str, Source]:
@@ -385,7 +419,13 @@ def inspect(
             report says why.
     """
     options = ReadOptions(**reading)
-    found = read_adapter(locate(adapter, "adapter"), options)
+    path, base_path = locate(adapter, "adapter"), None if base is None else locate(base, "base")
+    with roles_told(base_path, [path], options, INSPECT):
+        found, checkpoint = read_adapter(path, options), None
+        if base_path is not None:
+            checkpoint = open_checkpoint(
+                base_path, allow_pickle=options.allow_pickle, variant=options.variant
+            )
     report = InspectReport(
         path=found.path,
         format=found.format,
@@ -402,11 +442,7 @@ def inspect(
         ),
         warnings=found.doubts,
     )
-    checkpoint = found.own_base
-    if base is not None:
-        checkpoint = open_checkpoint(
-            locate(base, "base"), allow_pickle=options.allow_pickle, variant=options.variant
-        )
+    checkpoint = checkpoint or found.own_base
     if checkpoint is None:
         return report
     return _held_against(report, found, checkpoint, map_prefix)
@@ -463,10 +499,11 @@ def _plan(
     paths = [locate(one, "adapter") for one in adapters]
     several.refuse_repeated(paths)
     before = {k: v for path in (base_path, *paths) for k, v in inputs.seen(path).items()}
-    checkpoint = open_checkpoint(
-        base_path, allow_pickle=options.allow_pickle, variant=options.variant
-    )
-    read = [read_adapter(path, options) for path in paths]
+    with roles_told(base_path, paths, options, usage):
+        checkpoint = open_checkpoint(
+            base_path, allow_pickle=options.allow_pickle, variant=options.variant
+        )
+        read = read_adapters(paths, options)
     return plan_merge(checkpoint, read, settings), before
 
 

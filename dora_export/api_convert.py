@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dora_export import api, inputs, naming, nearest_lora, row_orders
+from dora_export import api, inputs, naming, nearest_lora, own_norm, row_orders
 from dora_export._version import __version__
 from dora_export.adapter_writers import WRITERS, Source, Written
 from dora_export.adapters import Adapter, Reading, ReadOptions, read_adapter
@@ -21,6 +21,7 @@ from dora_export.errors import AdapterError, DoraExportError, listing, shown
 from dora_export.machine import faults_told
 from dora_export.plan import Plan, Settings, plan_merge
 from dora_export.report import ConvertReport, LayerLoss
+from dora_export.roles import roles_told
 from dora_export.storage.paths import links_followed
 from dora_export.tensors import BY_TORCH
 from dora_export.update import Update
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 CONFIG = "adapter_config.json"
 LORA = "lora"
+USAGE = "dora-export convert ADAPTER --base BASE --to FORMAT -o OUT"
 TARGETS = (*(writer.name for writer in WRITERS), LORA)
 SIDE_BYTES = 1 << 20  # room for configs
 
@@ -58,8 +60,10 @@ def convert(
     """Write an adapter in another format, or as the plain LoRA nearest to it.
 
     To a format: tensors are only rearranged, bit for bit, and the converted adapter merges to the
-    same bytes; what the format cannot hold exactly is refused by name. Biases of the base that the
-    adapter's trainer scales along go to PEFT as trained ones, rounded once.
+    same bytes; what the format cannot hold exactly is refused by name. Two things are computed for
+    the base and rounded once, and the report says so: biases that the adapter's trainer scales
+    along, which go to PEFT as trained ones; B and magnitudes of ai-toolkit's DoRA whose alpha is
+    not the rank.
 
     To "lora": for every layer the product of rank ``rank`` nearest to ``W' - W`` in the Frobenius
     norm, in float32, as a PEFT folder without magnitudes; the report says what each layer loses.
@@ -111,17 +115,24 @@ def _to_format(
     assert isinstance(adapter, str) or hasattr(adapter, "__fspath__"), "Bug: checked above"
     path = locate(adapter, "adapter")
     before = inputs.seen(path)
-    found = read_adapter(path, options)
+    with roles_told(None, [path], options, USAGE):
+        found = read_adapter(path, options)
     writer = next(w for w in WRITERS if w.name == to)
     source, warnings = _source(found, base, options, settings, needs_paths=writer.needs_paths)
     written = writer.write(source)
     nbytes = sum(t.dtype.itemsize * _size(t.shape) for t in written.tensors)
     tokenizer = side_files.tokenizer_of(found.folder) if found.folder else {}
     stamps = inputs.watch([*found.files, *tokenizer.values()], before)
+    rounded = bool(source.notes) or written.rounded
     content = {
         "schema": manifest.SCHEMA,
         "tool": {"name": "dora-export", "version": __version__},
-        "converted": {"from": found.format, "path": found.path.name, "to": to, "exact": True},
+        "converted": {
+            "from": found.format,
+            "path": found.path.name,
+            "to": to,
+            "exact": not rounded,
+        },
     }
     places = {"adapter": found.path, **({"base": source.base.path} if source.base else {})}
     config = {} if written.config is None else {CONFIG: manifest.as_json(dict(written.config))}
@@ -129,7 +140,7 @@ def _to_format(
     with _publishing(target, places, nbytes, names) as stage, inputs.held(stamps):
         _write(written, stage.folder)
         for name, file in tokenizer.items():
-            write_small(stage.folder / name, file.read_bytes())
+            side_files.copy(file, stage.folder / name)
         for name, text in config.items():
             write_small(stage.folder / name, text)
         write_small(stage.folder / MANIFEST, manifest.as_json(content))
@@ -142,7 +153,8 @@ def _to_format(
         weights=written.weights,
         files=tuple(sorted([*names, *tokenizer])),
         nbytes=nbytes,
-        notes=written.notes,
+        rounded=rounded,
+        notes=(*source.notes, *written.notes),
         warnings=warnings,
     )
 
@@ -169,15 +181,16 @@ def _source(
     if found.naming == "flat":
         _refuse_parts(plan, found)
     steps = {key: step.name for step in plan.steps for key in step.consumes}
-    names = {u.target: steps[u.source_keys[0]] for u in found.updates if u.source_keys[0] in steps}
+    names = {u.target: steps[key] for u in found.updates for key in u.source_keys if key in steps}
     shapes = {name: ref.shape for name, ref in checkpoint.tensors.items()}
     here = [replace(u, target=names.get(u.target, u.target)) for u in found.updates]
     ordered = row_orders.with_row_orders(here, shapes, checkpoint)
+    ordered, notes = own_norm.in_terms_of_dora(ordered, checkpoint.tensors)
     if found.naming == "flat":
         whole = {u.target: u.target for u in ordered}
-        return Source(found, ordered, checkpoint, whole), warnings
+        return Source(found, ordered, checkpoint, whole, notes), warnings
     updates = tuple(_named(u, o.target) for u, o in zip(ordered, found.updates, strict=True))
-    return Source(found, updates, checkpoint, names), warnings
+    return Source(found, updates, checkpoint, names, notes), warnings
 
 
 def _refuse_parts(plan: Plan, found: Adapter) -> None:
@@ -189,7 +202,8 @@ def _refuse_parts(plan: Plan, found: Adapter) -> None:
         for c in step.changes
         if (c.start, c.rows * c.columns) == (0, step.source.size)
     }
-    keys = {u.target: u.source_keys[:1] for u in found.updates if u.kind in ("lora", "dora")}
+    keys = {u.target: u.source_keys[:1] for u in found.updates
+            if u.kind in ("lora", "dora", "function")}  # fmt: skip
     parts = [t for t, key in keys.items() if places[key] > 1 or (places[key] and key not in whole)]
     if parts:
         raise AdapterError(
@@ -211,7 +225,7 @@ def _to_lora(
         raise DoraExportError(f"--to {LORA}: needs --rank, at least 1, e.g. --rank 32.")
     if base is None:
         raise DoraExportError(f"--to {LORA}: needs --base, which magnitudes and norms belong to.")
-    plan, before = api._plan(base, adapter, options, settings)
+    plan, before = api._plan(base, adapter, options, settings, USAGE)
     chosen = nearest_lora.layers(plan)
     entries = [entry for layer in chosen for entry in layer.entries(rank)]
     nbytes = sum(dtype.itemsize * _size(shape) for _, dtype, shape in entries)

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 PathLike = api.PathLike
+
+USAGE = "dora-export onnx BASE ADAPTER -o OUT"
 
 
 @faults_told()
@@ -215,8 +218,8 @@ def _plans(
     if each and not isinstance(adapter, str | os.PathLike):
         if not adapter:
             raise AdapterError("--adapters: no adapter given. Name at least one.")
-        return tuple(api._plan(base, one, options, settings)[0] for one in adapter)
-    return (api._plan(base, adapter, options, settings)[0],)
+        return tuple(api._plan(base, one, options, settings, USAGE)[0] for one in adapter)
+    return (api._plan(base, adapter, options, settings, USAGE)[0],)
 
 
 def _side_files(plan: Plan, into: PathLike | None) -> tuple[side_files.SideFile, ...]:
@@ -338,13 +341,12 @@ def _verified(
     tiers: list[TierResult] = [*made.tiers]
     findings: list[Finding] = []
     for one in made.parity:
-        if one.needs_budget and budget is None:
-            continue
         graph = stage.folder / one.graph
         tier, found = check_graph(
             one.plan, graph, runner=one.runner(graph) if one.runner else None,
             outputs=one.outputs, budget=one.budget if budget is None else budget, prompts=prompts,
             padding=one.padding, cls=one.cls, derive=one.derive,
+            unmerged=partial(one.unmerged, graph) if one.unmerged else None,
         )  # fmt: skip
         tiers.append(tier)
         findings += found
@@ -370,10 +372,26 @@ def _mismatch(found: GraphReport) -> ParityError:
                 if f.severity == "wrong"]  # fmt: skip
     error = ParityError(
         f"the graph does not compute what base and adapter do:{listing(problems)}\n"
-        "Not published. --budget allows more, --allow-mismatch publishes all the same."
+        f"Not published. {_ways_out(found, found.verified)}"
     )
     error.report = found
     return error
+
+
+def _ways_out(found: GraphReport, verified: VerifyReport) -> str:
+    """Return what to do about a graph that computes something else."""
+    anyway = "--allow-mismatch publishes it all the same."
+    if {f.code for f in verified.findings if f.severity == "wrong"} != {"graph-mistaken"}:
+        return f"--budget allows larger differences, {anyway}"
+    # It is within what is allowed, so a budget changes nothing.
+    method = found.facts.get("quantized", {}).get("method")
+    if method is None:
+        return f"No --budget allows that; a graph that is not quantised loses nothing; {anyway}"
+    finer = " --quantize int4 (it rounds weights only) or" if method == "int8" else ""
+    return (
+        f"No --budget allows that: rounding to {method} costs this model more than the adapter "
+        f"changes. Try{finer} no --quantize; {anyway}"
+    )
 
 
 def _write_manifest(

@@ -116,6 +116,7 @@ class NumpyArithmetic:
             np.matmul(left[whole:], right, out=work[whole:])
         np.add(values, work, out=values)
 
+    @np.errstate(over="ignore")  # told of as rows beyond the range, see row_factor.py
     def row_squares(self, values: Array) -> Array:  # noqa: D102
         rows, columns = values.shape
         if columns % SQUARES_PER_SUM == 0:
@@ -133,6 +134,7 @@ class NumpyArithmetic:
         squares = np.vecdot(chunks, chunks).sum(axis=1, dtype=np.float64)
         return squares + np.vecdot(rest, rest)
 
+    @np.errstate(over="ignore")  # as above
     def column_squares(self, values: Array, work: Array) -> Array:  # noqa: D102
         np.multiply(values, values, out=work)
         return work.sum(axis=0, dtype=np.float64)

@@ -63,7 +63,7 @@ class Renaming:
 
 _TOWERS = ("vision_tower.", "multi_modal_projector.", "audio_tower.", "vision_model.",
            "image_newline", "image_tower.", "video_tower.", "vision_embed_tokens.", "projector.",
-           "encoder.")  # fmt: skip
+           "encoder.", "acoustic_tokenizer_encoder.", "semantic_tokenizer_encoder.")  # fmt: skip
 _ATTENTION = (
     ("attention.attention.query.", "attention.q_proj."),
     ("attention.attention.key.", "attention.k_proj."),
@@ -94,6 +94,24 @@ CONVENTIONS = (
         prefixes=(("model.", "model.language_model."), ("visual.", "model.visual.")),
         model_types=frozenset({"qwen2_vl", "qwen2_5_vl"}),
     ),
+    Convention(
+        prefixes=(
+            ("model.", "model.language_model."),
+            ("visual.", "model.visual."),
+            ("mlp_AR.", "model.projector."),
+        ),
+        model_types=frozenset({"paddleocr_vl"}),
+    ),
+    # Of the thinker alone; the whole model has its checkpoint's names.
+    Convention(
+        prefixes=(
+            ("thinker.model.", "model.language_model."),
+            ("thinker.visual.", "model.visual."),
+            ("thinker.audio_tower.", "model.audio_tower."),
+            ("thinker.lm_head.", "lm_head."),
+        ),
+        model_types=frozenset({"qwen2_5_omni", "qwen3_omni_moe"}),
+    ),
     # The text part of a multimodal checkpoint, loaded as a language model of its own.
     Convention(
         prefixes=(("model.language_model.", "model."),),
@@ -112,6 +130,26 @@ CONVENTIONS = (
         model_types=frozenset({"granitemoe", "granitemoeshared", "granitemoehybrid"}),
     ),
     Convention(prefixes=(("backbone.", "model."),), model_types=frozenset({"nemotron_h"})),
+    Convention(
+        prefixes=(("model.word_embeddings.", "model.embed_tokens."),),
+        inside=((".attention.dense.", ".self_attn.o_proj."), (".attention.", ".self_attn.")),
+        model_types=frozenset({"bailing_hybrid"}),
+    ),
+    Convention(
+        inside=((".self_attn.gate_proj.", ".self_attn.g_proj."),),
+        model_types=frozenset({"lfm3"}),
+    ),
+    Convention(
+        inside=((".ff0.", ".fc1."), (".ff1.", ".fc2.")), model_types=frozenset({"timesfm2_5"})
+    ),
+    Convention(
+        inside=(
+            (".out_proj.", ".o_proj."),
+            (".fc1.", ".mlp.fc1."),
+            (".fc2.", ".mlp.fc2."),
+        ),
+        model_types=frozenset({"detr"}),
+    ),
     Convention(
         prefixes=(("encoder.layer.", "layers."),),  # of the class without a head
         inside=(

@@ -18,8 +18,10 @@ whole is fit for a terminal, whatever went into it.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import accumulate
 
 MAX_LISTED = 12  # problems shown in one message; the rest are counted
+LINE_CHARS = 800  # of those that stand in one line
 
 
 class DoraExportError(Exception):
@@ -83,6 +85,15 @@ def printable(text: str) -> str:
     return "".join(
         c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
     )
+
+
+def in_line(parts: Iterable[str]) -> str:
+    """Return parts in one line: ``MAX_LISTED`` or ``LINE_CHARS`` of them, the rest counted."""
+    found = list(parts)
+    ends = accumulate(len(part) + 2 for part in found[:MAX_LISTED])
+    count = max(1, sum(end <= LINE_CHARS for end in ends))
+    more = f" and {len(found) - count} more" if len(found) > count else ""
+    return ", ".join(found[:count]) + more
 
 
 def listing(problems: Iterable[str]) -> str:

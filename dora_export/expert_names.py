@@ -33,7 +33,7 @@ SINGLE = re.compile(
 STACKED = re.compile(
     r"(?P<block>.+)\.(?:(?:experts|switch_mlp)\.(?P<leaf>gate_up_proj|gate_proj|up_proj|down_proj)"
     r"(?:\.weight)?|experts\.(?P<aria>fc1|fc2)\.weight"
-    r"|(?:experts\.)?(?P<granite>input_linear|output_linear)\.weight)"
+    r"|(?P<granite>input_linear|output_linear)\.weight)"
 )
 # Parameters of one experts module, in the order in which every class registers them.
 REGISTERED = ("gate_up_proj", "gate_up_proj_bias", "gate_proj", "up_proj", "down_proj",

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from dora_export import fused, refine
 from dora_export.arithmetic import Arithmetic, Array
-from dora_export.row_factor import factor
+from dora_export.row_factor import coarse, factor
 from dora_export.tensors import DType
 from dora_export.update import Change, Dense, Hadamard, Kronecker, Product
 
@@ -59,6 +59,18 @@ class LoadedChange:
 
 class UndefinedRows(Exception):  # noqa: N818 - a finding, turned into a refusal by the engine
     """Rows of the tile whose ``||W + s B A||`` is zero although their magnitude is not."""
+
+
+class CoarseRows(Exception):  # noqa: N818 - as above
+    """Rows of the tile whose squares float32 cannot hold.
+
+    Attributes:
+        rows: Within the change's matrix.
+    """
+
+    def __init__(self, rows: NDArray[np.intp]) -> None:
+        super().__init__()
+        self.rows = rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,6 +150,7 @@ def merge_tile(
 
     Raises:
         UndefinedRows: ``zero_norm`` is "refuse" and there is such a row.
+        CoarseRows: In float32 there is such a row.
     """
     row_factor = None
     for number, (_, group) in enumerate(groupby(changes, key=lambda c: c.change.adapter)):
@@ -222,6 +235,8 @@ def _normalise_rows(
     if squares is None:
         squares = ops.row_squares(tile.values)
     scale, undefined = factor(ops.xp, magnitude, squares, loaded.change.eps)
+    if loaded.product is not None:  # that is, in float32
+        _refuse_coarse(ops, tile, scale, squares)
     ops.xp.multiply(tile.values, ops.as_working(scale)[:, None], out=tile.values)
     if bool(undefined.any()):
         if zero_norm == "refuse":
@@ -230,6 +245,17 @@ def _normalise_rows(
             kept = _base_or(ops, tile, before)
             tile.values[undefined] = kept[undefined]
     return scale
+
+
+def _refuse_coarse(ops: Arithmetic, tile: Tile, scale: Array, squares: Array) -> None:
+    wrong = coarse(ops.xp, scale, squares, int(tile.values.shape[1])) | (squares == 0)
+    if bool(wrong.any()):
+        rows = np.flatnonzero(ops.host(wrong))
+        values = ops.host(tile.values)[rows]
+        # Rows of zeros have no direction, and what is not finite is refused as that.
+        told = (values != 0).any(axis=1) & np.isfinite(values).all(axis=1)
+        if told.any():
+            raise CoarseRows(rows[told] + tile.first_row)
 
 
 def _normalise_columns(

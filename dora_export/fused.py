@@ -93,11 +93,13 @@ class Merged:
 
     Attributes:
         undefined: Rows without direction whose magnitude is not zero, ascending.
+        coarse: Rows whose norm float32 has not the range for, ascending.
         nonfinite: Whether any element is inf or NaN.
         again: How many elements were computed again in float64.
     """
 
     undefined: NDArray[np.intp]
+    coarse: NDArray[np.intp]
     nonfinite: bool
     again: int
 
@@ -189,7 +191,7 @@ def merge(
         none if column_factor is None else column_factor,
         undefined,
     )
-    return Merged(np.flatnonzero(undefined) + first_row, nonfinite, again)
+    return _merged(undefined, first_row, nonfinite, again)
 
 
 def merge_wide(
@@ -235,7 +237,12 @@ def merge_wide(
         none if magnitude is None or mode == "none" else magnitude[these],
         undefined,
     )
-    return Merged(np.flatnonzero(undefined) + first_row, nonfinite, 0)
+    return _merged(undefined, first_row, nonfinite, 0)
+
+
+def _merged(flags: NDArray[np.uint8], first_row: int, nonfinite: bool, again: int) -> Merged:
+    undefined, coarse = (np.flatnonzero(flags == kind) + first_row for kind in (1, 2))
+    return Merged(undefined, coarse, nonfinite, again)
 
 
 def turned(matrix: NDArray[Any]) -> NDArray[Any] | None:

@@ -43,7 +43,7 @@ ZIP_DIRECTORY_BYTES = 16_000_000  # a tensor takes about 70
 # --- side files ---
 
 SIDE_FILE_BYTES = 256 << 20
-CARD_BYTES = 1 << 20  # of the model card, read for its licence
+CARD_BYTES = 1 << 20  # of a model card, read for its licence or for who made the adapter
 TEMPLATE_BYTES = 16 << 20  # of a chat template
 
 # --- staged work ---

@@ -66,12 +66,13 @@ def nearest(exact: Exact, rank: int, seed: int = 0) -> LowRank:
     Raises:
         ArithmeticRefusal: The update is not finite.
     """
-    exact = exact.with_factors()
     rows, columns = exact.region.rows, exact.region.columns
-    if min(rows, columns) <= max(WHOLE_SIDE, rank + OVERSAMPLED):
-        left, right, values, size = _whole(exact, rank)
-    else:
-        left, right, values, size = _randomised(exact, rank, np.random.default_rng(seed))
+    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is refused
+        exact = exact.with_factors()
+        if min(rows, columns) <= max(WHOLE_SIDE, rank + OVERSAMPLED):
+            left, right, values, size = _whole(exact, rank)
+        else:
+            left, right, values, size = _randomised(exact, rank, np.random.default_rng(seed))
     root = np.sqrt(values)
     padded = np.zeros((rows, rank)), np.zeros((rank, columns))
     padded[0][:, : len(root)] = left * root

@@ -112,7 +112,12 @@ def start(thread: threading.Thread) -> None:
     try:
         thread.start()
     except (RuntimeError, MemoryError) as error:  # RuntimeError: can't start new thread
-        raise MachineError(
-            f"cannot start thread '{thread.name}': {error}. Pass --threads 1, or raise the limits "
-            "on processes and memory (ulimit -u, ulimit -v)."
-        ) from error
+        raise no_thread(thread.name, error) from error
+
+
+def no_thread(name: str, error: Exception) -> MachineError:
+    """Return the refusal for a thread that the system does not give."""
+    return MachineError(
+        f"cannot start thread '{name}': {error}. Pass --threads 1, or raise the limits on "
+        "processes and memory (ulimit -u, ulimit -v)."
+    )

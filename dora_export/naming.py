@@ -47,9 +47,7 @@ class Rule:
         for old, new in self.mapped:
             if name.startswith(old):
                 return new + name[len(old) :]
-        if self.strip:
-            name = name.removeprefix(self.strip)
-        return self.then(self.add + name)
+        return self.then(self.add + name.removeprefix(self.strip))
 
 
 def parse_map_prefix(options: Iterable[str]) -> tuple[tuple[str, str], ...]:
@@ -138,7 +136,7 @@ def _groups(
     adding, stripping = _adding(known), _stripping(targets)
     others = tuple(conventions.renamings(model_types))
     # A class of transformers may lack the segment of both conventions, or the checkpoint may.
-    prefixes = [*(r for r in _adding({*known, "model."}) if others), *stripping]
+    prefixes = [*_adding({*known, "model."}), *stripping]
     return [
         [Rule("as they are")],
         adding,
@@ -158,7 +156,7 @@ def _distinct(rules: list[Rule], targets: Sequence[str]) -> list[Rule]:
 
 
 def _adding(known: AbstractSet[str]) -> list[Rule]:
-    prefixes = sorted({f"{n.partition('.')[0]}." for n in known if "." in n})
+    prefixes = sorted({f"{n.partition('.')[0]}." for n in known})
     return [Rule(f"'{p}' added", add=p) for p in prefixes]
 
 
@@ -187,7 +185,7 @@ def _no_rule(
 
 def _hint(targets: Sequence[str], known: AbstractSet[str]) -> str:
     old, new = _differing_prefixes(targets, known)
-    if old is None or old == new:
+    if old is None:
         return "Check that this is the base it was trained on, or pass --map-prefix OLD=NEW."
     return f"If they are the same layers, pass --map-prefix {old}={new}"
 

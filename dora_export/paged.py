@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 # Of files and of memory. Devices ask for multiples of their block, 512 or 4096 bytes; and a page
 # that is written past the page cache must share no page with one that goes through it.
 PAGE = max(4096, mmap.PAGESIZE)
+# Of a thread's buffer for what lies otherwise in memory than in its file, and is copied over.
+BOUNCE_BYTES = (2 << 20) + PAGE
 
 
 def placed(buffer: NDArray[np.uint8], offset: int, nbytes: int) -> NDArray[np.uint8]:

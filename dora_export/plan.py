@@ -261,7 +261,11 @@ def plan_merge(base: Checkpoint, adapters: Adapter | Sequence[Adapter], settings
         )
     for adapter, one in zip(adapters, placed, strict=True):
         targets = {u.target for u in one.tied.updates if u.kind != "replace"}
-        _check_families(base, adapter, targets)
+        # A base that names its layers otherwise has other families than the trained model.
+        moved = adapter.naming == "flat" and any(one.rule(u.target) not in base.tensors
+                                                 for u in adapter.updates)  # fmt: skip
+        if adapter.whole_families and not moved:
+            _check_families(base, adapter, targets)
     files = _files(base, by_target, tied, settings)
     for adapter in adapters:
         _check_ledger(adapter, files, tied)
@@ -469,21 +473,27 @@ def _resize_problems(name: str, ref: TensorRef, value: TensorRef, strength: floa
 
 def _check_families(base: Checkpoint, adapter: Adapter, targets: set[str]) -> None:
     """Refuse an adapter with gaps: layers alike but for their numbers are adapted all or none."""
-    if not adapter.whole_families:
-        return
-    adapted = {_family(u) for u in targets if _family(u) != u}
+    ends = adapter.numbered_ends
+    families = {target: _family(target, ends) for target in targets}
+    adapted = {family for target, family in families.items() if family != target}
     gaps = [n for n, ref in base.tensors.items()
-            if _family(n) in adapted and n not in targets and len(ref.shape) > 1]  # fmt: skip
+            if n not in targets and len(ref.shape) > 1 and _family(n, ends) in adapted]  # fmt: skip
     if gaps:
+        where = "adapter_config.json" if adapter.format == "peft" else "its settings"
         raise PlanError(
             f"{adapter.path}: {len(gaps)} layers like those adapted have no adapter tensors:"
             f"{listing(shown(n) for n in gaps)}\nThe adapter is incomplete. If it was trained on "
-            "some layers only, say which in layers_to_transform of adapter_config.json."
+            f"some layers only, say which in layers_to_transform of {where}."
         )
 
 
-def _family(name: str) -> str:
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+def _family(name: str, ends: Iterable[str]) -> str:
+    """Return what layers that differ in their number only have in common."""
+    module, dot, leaf = name.rpartition(".")
+    end = max((e for e in ends if f".{module}".endswith(f".{e}")), key=len, default="")
+    front = module.removesuffix(end)
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", front if end else name) + (
+        f"{end}{dot}{leaf}" if end else "")  # fmt: skip
 
 
 def _files(

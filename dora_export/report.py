@@ -176,6 +176,7 @@ class ConvertReport:
         files: Names of all files.
         nbytes: Bytes of the weight file.
         rank: Rank of a plain LoRA that approximates it; None: the conversion is exact.
+        rounded: Some tensors are computed for the base and rounded once; all others are copied.
         layers: What each layer of that LoRA keeps, the worst first.
         energy: Share of the squared norm of all updates together that is kept; None: exact.
         seconds: Wall time.
@@ -192,6 +193,7 @@ class ConvertReport:
     files: tuple[str, ...]
     nbytes: int
     rank: int | None = None
+    rounded: bool = False
     layers: tuple[LayerLoss, ...] = ()
     energy: float | None = None
     seconds: float = 0.0

@@ -4,6 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
+# A float32 square loses bits below 2**-126, at most 2**-150 of its value, and a factor as well.
+LEAST, LEAST_SQUARE = 2.0**-126, 2.0**-129
+MOST = 1e300  # below infinity, which a float32 square above 3.4e38 is
+
+
+def coarse(xp: Any, scale: Any, squares: Any, count: int) -> Any:
+    """Return which lines float32 has not the range for, in their squares or their factor.
+
+    Between the bounds a norm is off by at most 2**-20 of itself for this reason.
+
+    Args:
+        xp: numpy or torch.
+        scale: Factor on each line, float64, an array of ``xp``.
+        squares: Sums of float32 squares, float64, same shape; a zero is for the caller to judge.
+        count: How many were summed.
+    """
+    size = xp.abs(scale)
+    wrong = (squares > MOST) | (squares < count * LEAST_SQUARE) | ((size > 0) & (size < LEAST))
+    return wrong & (squares != 0)
+
 
 def factor(xp: Any, magnitude: Any, squares: Any, eps: float) -> tuple[Any, Any]:
     """Return ``m / (sqrt(squares) + eps)`` in float64, and where it has no defined value.

@@ -14,6 +14,8 @@ from dora_export.adapters import peft_methods
 from dora_export.adapters.model import Adapter
 from dora_export.report import Engine
 
+DIVIDES_BY_BASE = "divides by the norm of the base's rows, not of the sum"
+
 
 def _single_file_engines(adapter: Adapter) -> tuple[Engine, ...]:
     """Return who takes a file of LyCORIS, kohya or OneTrainer unmerged.
@@ -27,7 +29,7 @@ def _single_file_engines(adapter: Adapter) -> tuple[Engine, ...]:
     lora = all(u.kind in ("lora", "dora") and u.rank is not None for u in adapter.updates)
     comfy = Engine("ComfyUI", "yes", "its own format")
     if "out" in axes:
-        comfy = Engine("ComfyUI", "wrong", "divides by the norm of the base's rows, not of the sum")
+        comfy = Engine("ComfyUI", "wrong", DIVIDES_BY_BASE)
     if not lora:
         return comfy, Engine("diffusers", "no", "reads LoRA alone")
     if axes:
@@ -122,12 +124,12 @@ def _image_engines(adapter: Adapter) -> tuple[Engine, ...]:
     axes = {u.axis for u in adapter.updates if u.normalises}
     if not axes:
         return (Engine("diffusers", "yes", "plain LoRA"), Engine("ComfyUI", "yes", "plain LoRA"))
-    if axes == {"out"}:
+    if not any(name.endswith(".dora_scale") for name in adapter.tensors):
         return (
             Engine("diffusers", "yes", "slow: the norm is computed in every forward"),
             Engine("ComfyUI", "wrong", "ignores the magnitudes without a word"),
         )
-    return (
-        Engine("diffusers", "wrong", "drops magnitudes per input and applies plain LoRA"),
-        Engine("ComfyUI", "yes", "where the file has its names"),
-    )
+    drops = Engine("diffusers", "wrong", "drops dora_scale and applies plain LoRA")
+    if "out" in axes:
+        return drops, Engine("ComfyUI", "wrong", DIVIDES_BY_BASE)
+    return drops, Engine("ComfyUI", "yes", "where the file has its names")

@@ -75,16 +75,47 @@ class UnscaledNorm:
         up, down = (cast.operand_values(o, np.float64) for o in (self.up, self.down))
         product: Floats = up @ down
         V = W + product
+        V *= self._factors(V)[:, None]
+        V += (self.scaling - 1) * product
+        return V
+
+    def as_dora(self, W: Floats) -> tuple[Floats, Floats]:
+        """Return B' and m' of the DoRA that gives the new weight: ``m' (W + B' A) / ||W + B' A||``.
+
+        With ``f = m / ||W + B A||`` the new weight is ``f (W + B' A)``, where
+        ``B' = (1 + (s - 1) / f) B`` and ``m' = f ||W + B' A||``; A stays.
+
+        Args:
+            W: ``(out, in)``.
+
+        Raises:
+            ArithmeticRefusal: A magnitude is zero: what is left of its row has no share of W.
+        """
+        up, down = (cast.operand_values(o, np.float64) for o in (self.up, self.down))
+        f = self._factors(W + up @ down)
+        if (zero := np.flatnonzero(f == 0)).size:
+            raise ArithmeticRefusal(
+                f"the magnitude is zero in {zero.size} rows (first: {zero[0]}), which leaves of "
+                "them what DoRA cannot say. Merge it instead"
+            )
+        scaled = up * (1 + (self.scaling - 1) / f)[:, None]
+        return scaled, f * np.linalg.norm(W + scaled @ down, axis=1)
+
+    def _factors(self, V: Floats) -> Floats:
+        """Return ``m / ||V||`` of every row.
+
+        Raises:
+            ArithmeticRefusal: A row is zero although its magnitude is not.
+        """
         m = cast.operand_values(self.magnitude, np.float64).ravel()
-        scale, without = factor(np, m, np.einsum("ij,ij->i", V, V), eps=0.0)
+        f, without = factor(np, m, np.einsum("ij,ij->i", V, V), eps=0.0)
         if (undefined := np.flatnonzero(without)).size:
             raise ArithmeticRefusal(
                 f"||W + B A|| is zero in {undefined.size} rows (first: {undefined[0]}) whose "
                 "magnitude is not zero, so they have no direction to scale. Merge with ai-toolkit."
             )
-        V *= scale[:, None]
-        V += (self.scaling - 1) * product
-        return V
+        found: Floats = f
+        return found
 
     def working_bytes(self) -> int:
         """Return the bytes of the product, of V, and of A and B."""

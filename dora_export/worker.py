@@ -18,6 +18,7 @@ from dora_export import cast, fused
 from dora_export.arithmetic import Arithmetic, Array
 from dora_export.errors import ArithmeticRefusal, shown
 from dora_export.formula import (
+    CoarseRows,
     LoadedChange,
     Tile,
     UndefinedRows,
@@ -29,7 +30,7 @@ from dora_export.paged import PAGE, placed
 from dora_export.pieces import ColumnSquares, Copy, Merge, Region, regions
 from dora_export.plan import Precision, Settings, Step
 from dora_export.refine import product, recompute_cancelled
-from dora_export.row_factor import factor
+from dora_export.row_factor import coarse, factor
 from dora_export.tensors import BF16, F32, F64, DType, FileRange, Operand
 from dora_export.update import Change, Product
 
@@ -211,6 +212,11 @@ class Worker:
         assert change.magnitude is not None, "Bug: a norm without a magnitude"
         magnitude = cast.operand_values(change.magnitude, np.float64)
         scale, undefined = factor(np, magnitude, grouped, change.eps)
+        if self._precision_now == "float32":
+            count = piece.region.rows * change.group
+            wrong = coarse(np, scale, grouped, count)
+            if wrong.any():
+                raise _coarse(piece.step, "columns", np.flatnonzero(wrong))
         if undefined.any() and self._settings.zero_norm == "refuse":
             raise _undefined(piece.step, "columns", np.flatnonzero(undefined))
         ops = self._lane(piece.step).ops
@@ -276,6 +282,8 @@ class Worker:
             raise _undefined(piece.step, "rows", self._zero_rows(piece, [loaded]))
         if merged.nonfinite:
             self._refuse_nonfinite(piece.step, piece.region, block, written)
+        if merged.coarse.size:
+            raise _coarse(piece.step, "rows", merged.coarse)
         if self._settings.zero_norm == "keep-base":
             dtype, kept = piece.step.source.dtype, merged.undefined - block.first_row
             written[kept] = _restored(block.raw[kept], dtype, piece.step.dtype)
@@ -292,6 +300,8 @@ class Worker:
         except UndefinedRows:
             rows = self._zero_rows(piece, changes)
             raise _undefined(piece.step, "rows", rows) from None
+        except CoarseRows as found:
+            raise _coarse(piece.step, "rows", found.rows) from None
 
     def _tiles(self, step: Step, region: Region, first: int, last: int) -> Iterator[Tile]:
         """Read rows [first, last) and yield them tile by tile, widened."""
@@ -448,6 +458,15 @@ def _precision_of(operand: Operand, at_least: Any) -> Any:
 
 def _is_power_of_two(value: float) -> bool:
     return abs(math.frexp(value)[0]) == 0.5
+
+
+def _coarse(step: Step, what: str, where: NDArray[np.intp]) -> ArithmeticRefusal:
+    listed = ", ".join(map(str, where[:8])) + (" ..." if where.size > 8 else "")
+    return ArithmeticRefusal(
+        f"{shown(step.name)}: W + s B A is too large or too small in {where.size} {what} "
+        f"({listed}) for its norm to be summed up in float32. Pass --precision float64; and check "
+        "that the base is not damaged."
+    )
 
 
 def _undefined(step: Step, what: str, where: NDArray[np.intp]) -> ArithmeticRefusal:

@@ -13,7 +13,16 @@ from dora_export.verification import small_mistakes
 from dora_export.verification.exact import Exact
 from dora_export.verification.samples import take
 from tests.pairs import LINEARS, SCALING, Pair, Q
-from tests.plants import ARITHMETIC, judge, model, norm_only, ref, throughout
+from tests.plants import (
+    ARITHMETIC,
+    in_float32,
+    judge,
+    mistakes,
+    model,
+    norm_only,
+    ref,
+    throughout,
+)
 from tests.small import PREFIX
 from tests.test_oracle import run
 
@@ -74,6 +83,24 @@ def test_right_merges_in_bfloat16_are_right(tmp_path, dora, size, adapter_dtype)
             _, findings = run(tmp_path / "base", tmp_path / "adapter", pair.merged, level)
             wrong = [(f.code, f.where, f.what) for f in findings if f.severity == "wrong"]
             assert wrong == [], (compute.__name__, level)
+
+
+@pytest.mark.parametrize("size", ["weak", "trained"])
+def test_merges_in_bfloat16_that_were_cast_to_float16_are_right(size):
+    """As is done for devices without bfloat16; mistakes are found there as well."""
+    layers, random = model(2, BF16, size, each=2)
+    layers = [x for x in layers if x.W.size < 40_000]
+    for compute in (in_float32, throughout, norm_only):
+        values = {x.name: compute(*x.stored, x.scaling, BF16).to(BF16) for x in layers}
+        _, findings = judge(layers, values, torch.float16)
+        assert {f.code for f in findings.values()} == {"coarse-rounding"}, compute.__name__
+    planted = {}
+    for x in layers:
+        possible = mistakes(x, layers, random)
+        kinds = [k for k in possible if k not in ("plain LoRA", "norm of W")]  # lengths alone
+        planted[x.name] = torch.from_numpy(possible[str(random.choice(kinds))]).to(BF16)
+    results, _ = judge(layers, planted, torch.float16)
+    assert {t.status for t in results.values()} == {"wrong"}
 
 
 def all_of(factor):
@@ -182,6 +209,7 @@ def test_mistakes_as_small_as_rounding_are_named(kind, named, word, share):
     assert {n for n, t in results.items() if t.status == "wrong"} == expected.keys()
     right = [n for n, (code, what) in found.items() if code in named and expected[n] in what]
     assert len(expected) >= 5
+    assert not any(", or scaling" in what for _, what in found.values())  # the same twice
     assert len(right) >= share * len(expected), found
 
 
@@ -195,11 +223,26 @@ def test_a_right_merge_is_no_small_mistake():
         sample = take(exact, stored, lines, "BF16")
         tried = [*small_mistakes.formulas(sample, [(2 * x.scaling, "twice")])]
         assert small_mistakes.told(sample, tried) is None
-        # nor is a mistake that nobody tried: another base
+        # nor is a mistake that nobody tried: other magnitudes, another base
+        m = x.stored[3] * (1 + 0.02 * torch.cos(torch.arange(region.rows)))
+        other = ref(x.name, throughout(*x.stored[:3], m, x.scaling, BF16))
+        assert small_mistakes.told(take(exact, other, lines, "BF16"), tried) is None
         noise = 0.02 * x.W.std() * np.random.default_rng(1).standard_normal(x.W.shape)
         W = torch.from_numpy(x.W + noise).to(BF16)
         other = ref(x.name, throughout(W, *x.stored[1:], x.scaling, BF16))
         assert small_mistakes.told(take(exact, other, lines, "BF16"), tried) is None
+        # nor another update
+        B = x.stored[2].roll(1, 0)
+        other = ref(x.name, throughout(*x.stored[:2], B, x.stored[3], x.scaling, BF16))
+        assert small_mistakes.told(take(exact, other, lines, "BF16"), tried) is None
+
+
+def test_zeros_are_no_known_mistake():
+    layers, _ = model(7, BF16, "trained", each=1)
+    x = replace(layers[0], stored=(8 * layers[0].stored[0], *layers[0].stored[1:3],
+                                   8 * layers[0].stored[3]))  # fmt: skip
+    _, findings = judge([x], {x.name: np.zeros(x.W.shape)}, BF16)
+    assert {f.code for f in findings.values()} == {"wrong-values"}
 
 
 def test_a_larger_mistake_that_is_nearly_another_is_not_named_by_it():

@@ -465,7 +465,7 @@ def around_fused(row):
 def samples(row):
     """Checkpoint names that a row is about."""
     apart = set(around_fused(row))
-    tail = "layers.0.self_attn.q_proj.weight"
+    tail = "layers.0.mlp.weight"
     yield from (old + (tail[len("layers."):] if old.endswith(".layer.") else
                        tail if old.endswith(".") else "") for old, _ in row.prefixes
                 if not old.endswith("lm_head."))  # fmt: skip
@@ -505,6 +505,9 @@ CLASSES = {
     "audio-spectrogram-transformer": ["ASTModel"],
     "beit": ["BeitModel"],
     "ijepa": ["IJepaModel"],
+    "detr": ["DetrModel"],
+    "qwen2_5_omni": ["Qwen2_5OmniThinkerForConditionalGeneration"],
+    "qwen3_omni_moe": ["Qwen3OmniMoeThinkerForConditionalGeneration"],
     "vit_mae": ["ViTMAEModel"],
     "vit_msn": ["ViTMSNModel"],
     "vivit": ["VivitModel"],
@@ -514,7 +517,7 @@ CLASSES = {
 NESTED = {"emu3": "Emu3Model"}
 ANY_TYPE = ("llava", "gemma3", "paligemma", "mistral3", "internvl", "aria", "got_ocr2",
             "aya_vision", "vipllava", "llava_next", "llava_onevision", "qwen2_audio", "voxtral",
-            "granite_speech", "video_llava", "fuyu", "mllama")  # fmt: skip
+            "granite_speech", "video_llava", "fuyu", "mllama", "vibevoice_asr")  # fmt: skip
 
 
 @pytest.mark.parametrize("number", range(len(conventions.CONVENTIONS)))

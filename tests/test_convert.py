@@ -19,7 +19,7 @@ import dora_export
 from dora_export.adapter_writers import WRITERS
 from dora_export.api_convert import TARGETS, convert
 from dora_export.errors import AdapterError, DoraExportError, OutputError
-from tests import oracle, peft_models, pipelines, small, test_aitoolkit, test_small_trainers
+from tests import oracle, peft_models, small, test_small_trainers
 from tests.fixtures import MLX, TORCHTUNE
 from tests.peft_models import ZOO, Zoo
 from tests.trainers import loaded
@@ -442,19 +442,6 @@ def test_torchtunes_biases_stay_torchtunes_and_become_pefts(tmp_path):
     dora_export.merge(base, tmp_path / "peft", tmp_path / "two", verify="full")
     one, two = (tmp_path / n / "model.safetensors" for n in ("one", "two"))
     assert one.read_bytes() == two.read_bytes()
-
-
-def test_ai_toolkits_unscaled_norm_has_no_place_and_the_way_out_is_one(tmp_path):
-    base = pipelines.write(tmp_path / "base", torch.float32)
-    own = test_aitoolkit.write(tmp_path, test_aitoolkit.adapter(flat=False))
-    for to in ("peft", "mlx", "torchtune", "lycoris", "diffusers"):
-        with pytest.raises(
-            AdapterError, match=r"(?s)norm leaves the scaling out.*--to lora --rank"
-        ):
-            convert(own, to, tmp_path / "out", base=base, alpha=test_aitoolkit.ALPHA)
-    report = convert(own, "lora", tmp_path / "lora", base=base, rank=64,
-                     alpha=test_aitoolkit.ALPHA)  # fmt: skip
-    assert report.energy == pytest.approx(1.0, abs=1e-12)
 
 
 # --- the nearest plain LoRA

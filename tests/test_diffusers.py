@@ -1,6 +1,7 @@
 """diffusers' LoRA files against diffusers itself: the unmerged pipeline's own forward."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,8 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import dora_export
-from tests import oracle
-from tests.trainers import RELATIVE, inspected, merged, refused
+from tests import oracle, small
+from tests.trainers import RELATIVE, distance, inspected, merged, refused
 
 dm = pytest.importorskip("tests.diffusion_models", reason="diffusers is not installed")
 SCALING = dm.ALPHA / dm.RANK
@@ -240,7 +241,8 @@ def test_magnitudes_per_input_keep_their_axis(pair, tmp_path):
     said = inspected(tmp_path / "adapter.safetensors")
     assert "OneTrainer" in said
     assert "in, by the shape of dora_scale" in said
-    assert "drops magnitudes per input" in said
+    assert re.search(r"! diffusers +drops dora_scale and applies plain LoRA", said)
+    assert re.search(r"✓ ComfyUI +where the file has its names", said)
     assert dora_export.verify(pair.base / "unet", tmp_path / "adapter.safetensors",
                               tmp_path / "out").exit_code == 0  # fmt: skip
 
@@ -258,6 +260,109 @@ def test_flat_magnitudes_of_a_square_layer_are_ambiguous(pair, tmp_path):
     )
     name = f"{square.removeprefix('unet.')}weight"
     assert not torch.allclose(one[name], other[name], rtol=1e-2)
+
+
+# --- OneTrainer's eps, on layers with small norms
+
+SHAPES = {"blocks.0.to_q": (16, 16), "blocks.0.to_out.0": (24, 16), "blocks.0.conv": (12, 8, 3, 3)}
+
+
+def small_norms(dora, seed=3):
+    """Base weights with norms of about 1e-5, and a trained adapter in diffusers' layout."""
+    make = torch.Generator().manual_seed(seed)
+    base, tensors = {}, {}
+    for name, (out, *inner) in SHAPES.items():
+        ones = [1] * (len(inner) - 1)
+        W = torch.randn(out, *inner, generator=make) * 2e-6
+        A = torch.randn(3, *inner, generator=make) * 1e-3
+        B = torch.randn(out, 3, *ones, generator=make) * 1e-3
+        norm = (W if dora == "out" else W.transpose(0, 1)).flatten(1).norm(dim=1)
+        m = norm * (0.6 + 0.8 * torch.rand(norm.shape, generator=make))
+        key = f"transformer.{name}"
+        base[f"{key}.weight"] = W
+        tensors |= {f"{key}.lora_A.weight": A, f"{key}.lora_B.weight": B}
+        if dora == "out":
+            tensors[f"{key}.lora_magnitude_vector.weight"] = m.reshape(1, -1, *ones) if ones else m
+        else:
+            tensors[f"{key}.dora_scale"] = m.reshape(1, -1, *ones)
+    return base, tensors
+
+
+def trained_weight(base, tensors, name, dora, eps):
+    """By the definition of OneTrainer's DoRAModule.forward, float64."""
+    key = f"transformer.{name}"
+    W, A, B = (oracle.float64(t) for t in (base[f"{key}.weight"], tensors[f"{key}.lora_A.weight"],
+                                           tensors[f"{key}.lora_B.weight"]))  # fmt: skip
+    V = W + (B.reshape(len(B), -1) @ A.reshape(len(A), -1)).reshape(W.shape)
+    kept = 0 if dora == "out" else 1
+    over = tuple(i for i in range(V.ndim) if i != kept)
+    norm = np.sqrt((V * V).sum(axis=over, keepdims=True)) + eps
+    ending = "lora_magnitude_vector.weight" if dora == "out" else "dora_scale"
+    return oracle.float64(tensors[f"{key}.{ending}"]).reshape(norm.shape) * V / norm
+
+
+def settings(**config):
+    config = {"peft_type": "LORA", "lora_decompose": True} | config
+    return {"ot_branch": "master", "ot_config": json.dumps(config)}
+
+
+# Metadata, what was added to norms: OneTrainer tells, else the name of the magnitudes does.
+EPS = {"said": (settings(lora_decompose_norm_epsilon=True), 2.0**-23),
+       "its default": ({"ot_revision": "abc"}, 2.0**-23),
+       "none": (settings(lora_decompose_norm_epsilon=False), 0.0),
+       "nobody's": ({}, None)}  # fmt: skip
+
+
+def test_engines_go_by_the_name_that_magnitudes_have(tmp_path):
+    """diffusers reads lora_magnitude_vector, ComfyUI dora_scale, and outputs' wrongly."""
+    _, tensors = small_norms("out")
+    save_file(tensors, tmp_path / "a.safetensors")
+    said = inspected(tmp_path / "a.safetensors")
+    assert re.search(r"✓ diffusers +slow", said)
+    assert re.search(r"! ComfyUI +ignores the magnitudes", said)
+    end = "lora_magnitude_vector.weight"
+    scales = {n.replace(end, "dora_scale"): t.reshape(-1, *[1] * max(t.ndim - 1, 1))
+              for n, t in tensors.items() if n.endswith(end)}  # fmt: skip
+    factors = {n: t for n, t in tensors.items() if not n.endswith(end)}
+    save_file(factors | scales, tmp_path / "a.safetensors")
+    said = inspected(tmp_path / "a.safetensors")
+    assert "out, by the shape of dora_scale" in said
+    assert re.search(r"! diffusers +drops dora_scale", said)
+    assert re.search(r"! ComfyUI +divides by the norm of the base's rows", said)
+
+
+@pytest.mark.parametrize("dora", ["out", "in"])
+@pytest.mark.parametrize("case", EPS)
+def test_onetrainer_adds_its_eps_to_the_norms_of_either_axis(case, dora, tmp_path):
+    metadata, eps = EPS[case]
+    base, tensors = small_norms(dora)
+    small.write_base(tmp_path / "base", base, config={"model_type": "net"})
+    save_file(tensors, tmp_path / "adapter.safetensors", metadata or None)
+    got = merged(tmp_path / "base", tmp_path / "adapter.safetensors", tmp_path / "out")
+    if eps is None:
+        eps = 0.0 if dora == "out" else 2.0**-23
+    for name in SHAPES:
+        weight = got[f"transformer.{name}.weight"].flatten(1)
+        for added in (0.0, 2.0**-23):
+            exact = trained_weight(base, tensors, name, dora, added)
+            far = distance(weight, exact.reshape(len(exact), -1))
+            assert far <= RELATIVE if added == eps else far > 100 * RELATIVE, (name, added)
+
+
+def test_onetrainers_settings_are_held_against_the_magnitudes(tmp_path):
+    base, tensors = small_norms("out")
+    small.write_base(tmp_path / "base", base, config={"model_type": "net"})
+    file = tmp_path / "adapter.safetensors"
+    lost = {n: t for n, t in tensors.items() if "magnitude" not in n}
+    for own, said, reason in (
+        (tensors, settings(lora_decompose_output_axis=False), "count inputs, their shapes say out"),
+        (lost, settings(), "decomposed (DoRA), but there is no dora_scale"),
+        (tensors, settings(lora_decompose=False), "not decomposed, but there is dora_scale"),
+    ):
+        save_file(own, file, said)
+        message = refused(tmp_path / "base", file, tmp_path / "out")
+        assert reason in message
+        assert "save them without metadata" in message
 
 
 # --- refusals
@@ -278,6 +383,9 @@ def with_scale(ts):
     return ts | {name: ts[first].reshape(-1, 1)}
 
 
+# One whose number tells layers apart, and one of which a number is part of the name.
+LOST = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+KEPT = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0"
 CASES = {
     "no magnitude": (without("conv1.lora_magnitude"), "no magnitude, but the metadata says", ()),
     "a factor": (without("conv1.lora_B"), "lora_B missing", ()),
@@ -290,6 +398,11 @@ CASES = {
         lambda ts: {n: torch.cat([t, t], 0 if "lora_A" in n else 1) if ".conv1.lora_" in n
                     and "magnitude" not in n else t for n, t in ts.items()},
         "rank 3 by the metadata, but its factors have 6", (),
+    ),
+    "a layer": (
+        lambda ts: {n: t for n, t in ts.items()
+                    if not n.startswith(f"unet.{LOST}.") and not n.startswith(f"unet.{KEPT}.")},
+        f"2 layers like those adapted have no adapter tensors: unet.{KEPT}.weight unet.{LOST}.", (),
     ),
     "magnitude length": (
         lambda ts: {n: t[:, :-1] if n.endswith("conv1.lora_magnitude_vector") else t
@@ -311,6 +424,139 @@ def test_alpha_of_some_layers_only_is_refused(pair, tmp_path):
     adapter = save(tmp_path / "lora", with_alpha(pair.tensors))
     said = refused(pair.base, adapter, tmp_path / "out")
     assert "has no alpha, though other layers have" in said
+
+
+@pytest.mark.parametrize(
+    ("alpha", "reason"),
+    [(0.0, "alpha is 0, so it would have no effect"), (float("inf"), "alpha is inf"),
+     (float("nan"), "alpha is nan")],
+)  # fmt: skip
+def test_stored_alpha_that_scales_nothing_is_refused(alpha, reason, tmp_path):
+    base, tensors = small_norms("out")
+    small.write_base(tmp_path / "base", base, config={"model_type": "net"})
+    alphas = {f"transformer.{name}.alpha": torch.tensor(alpha) for name in SHAPES}
+    save_file(tensors | alphas, tmp_path / "adapter.safetensors")
+    assert reason in refused(tmp_path / "base", tmp_path / "adapter.safetensors", tmp_path / "out")
+
+
+def test_targets_without_tensors_and_tensors_that_are_no_targets_are_told(tmp_path):
+    base, tensors = small_norms("out")
+    base["transformer.blocks.0.to_out.2.weight"] = torch.ones(4, 4)  # no layer of to_out.0's kind
+    small.write_base(tmp_path / "base", base, config={"model_type": "net"})
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 3, "use_dora": True,
+              "target_modules": ["to_q", "to_out.0", "proj_in"],
+              "alpha_pattern": {"nothing": 2}}  # fmt: skip
+    said = {f"transformer.{k}": v for k, v in config.items()}
+    save_file(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(said)})
+    report = dora_export.merge(
+        tmp_path / "base", tmp_path / "a.safetensors", tmp_path / "x", dry_run=True
+    )
+    first, second, third = report.warnings
+    assert "no layer takes its rank or alpha from alpha_pattern 'nothing' of transformer" in first
+    assert "target_modules names proj_in, of which the file has no tensors" in second
+    assert "the file has layers that target_modules does not name: blocks.0.conv" in third
+    assert third.endswith("(of transformer)")
+
+
+VARIANTS = {
+    "layer_replication": [[0, 2], [1, 3]], "use_bdlora": {"nblocks": 2}, "use_qalora": True,
+    "target_parameters": ["w"], "peft_type": "ADALORA",
+}  # fmt: skip
+
+
+def said_of(**fields):
+    """The metadata of an adapter of ``small_norms``."""
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 3, "use_dora": True,
+              "target_modules": ["to_q", "to_out.0", "conv"]} | fields  # fmt: skip
+    return {"lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in config.items()})}
+
+
+@pytest.mark.parametrize("field", VARIANTS)
+def test_settings_that_mean_other_tensors_are_refused_by_name(field, tmp_path):
+    base, tensors = small_norms("out")
+    small.write_base(tmp_path / "base", base, config={"model_type": "net"})
+    said = said_of(**{field: VARIANTS[field]})
+    save_file(tensors, tmp_path / "a.safetensors", said)
+    message = refused(tmp_path / "base", tmp_path / "a.safetensors", tmp_path / "out")
+    assert field in message
+    assert "not known in this layout. Save the adapter with PEFT" in message
+
+
+Q = "transformer.blocks.0.to_q"
+ODD = {
+    "ranks differ": (lambda ts: ts | {f"{Q}.lora_B.weight": torch.ones(16, 4)}, {},
+                     "lora_A is (3, 16) and lora_B (16, 4); their ranks differ"),
+    "kernel of B": (lambda ts: ts | {f"{Q}.lora_B.weight": torch.ones(16, 3, 1, 3)}, {},
+                    "lora_B is (16, 3, 1, 3), expected a kernel of 1"),
+    "vectors": (lambda ts: ts | {f"{Q}.lora_A.weight": torch.ones(3)}, {}, "their ranks differ"),
+    "both missing": (
+        lambda ts: {n: t for n, t in ts.items() if not n.startswith(f"{Q}.lora_A")
+                    and not n.startswith(f"{Q}.lora_B")}, {}, "lora_A and lora_B missing"),
+    "twice": (lambda ts: ts | {f"{Q}.lora_A.default.weight": torch.ones(3, 16)}, {},
+              "are the same part of one layer"),
+    "alpha of two": (lambda ts: ts | {f"{Q}.alpha": torch.ones(2)}, {}, "(2,) F32, expected one"),
+    "no use_dora": (dict, said_of(use_dora=False),
+                    "a magnitude, but the metadata says that use_dora is false"),
+    "no JSON": (dict, {"lora_adapter_metadata": "{"}, "lora_adapter_metadata is not JSON"),
+    "no object": (dict, {"lora_adapter_metadata": "[]"}, "is not a JSON object"),
+    "another part": (dict, said_of(r=4), "rank 4 by the metadata, but its factors have 3"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_small_file_that_does_not_add_up_is_refused(case, tmp_path):
+    change, metadata, reason = ODD[case]
+    base, tensors = small_norms("out")
+    small.write_base(tmp_path / "base", base, config={"model_type": "net"})
+    save_file(change(tensors), tmp_path / "a.safetensors", metadata or None)
+    message = refused(tmp_path / "base", tmp_path / "a.safetensors", tmp_path / "out")
+    assert reason in message
+
+
+def test_folders_hold_one_file_of_the_known_names(tmp_path):
+    base, tensors = small_norms("out")
+    small.write_base(tmp_path / "base", base, config={"model_type": "net"})
+    (tmp_path / "lora").mkdir()
+    paths = tmp_path / "base", tmp_path / "lora", tmp_path / "out"
+    asked = ("--adapter-format", "diffusers")
+    assert "no pytorch_lora_weights.safetensors here" in refused(*paths, *asked)
+    torch.save(tensors, tmp_path / "lora/pytorch_lora_weights.bin")
+    assert "--allow-pickle" in refused(*paths)
+    got = merged(*paths, "--allow-pickle")
+    for name in SHAPES:
+        exact = trained_weight(base, tensors, name, "out", 0.0)
+        assert distance(got[f"transformer.{name}.weight"], exact) <= RELATIVE
+    save_file({}, tmp_path / "lora/pytorch_lora_weights.safetensors")
+    message = refused(*paths[:2], tmp_path / "other", "--allow-pickle")
+    assert "holds no LoRA tensors" in message
+
+
+def test_bias_of_b_is_there_where_the_metadata_says_so(tmp_path):
+    base, tensors = small_norms("out")
+    small.write_base(tmp_path / "base", base, config={"model_type": "net"})
+    plain = {n: t for n, t in tensors.items() if "magnitude" not in n}
+    biases = {f"transformer.{n}.lora_B.bias": torch.ones(s[0]) for n, s in SHAPES.items()}
+    for own, said, reason in (
+        (plain, True, "lora_bias is true by the metadata, but its B has none"),
+        (plain | biases, False, "lora_bias is false by the metadata, but its B has one"),
+    ):
+        file = tmp_path / "a.safetensors"
+        save_file(own, file, said_of(use_dora=False, lora_bias=said))
+        assert reason in refused(tmp_path / "base", file, tmp_path / "out")
+
+
+def test_settings_say_nothing_of_how_weights_lie(tmp_path):
+    """PEFT does not keep fan_in_fan_out true; diffusers' layers are (out, in), square ones too."""
+    base, tensors = small_norms("out")
+    small.write_base(tmp_path / "base", base, config={"model_type": "net"})
+    for flag in (True, False):
+        file = tmp_path / f"{flag}.safetensors"
+        save_file(tensors, file, said_of(fan_in_fan_out=flag))
+        got = merged(tmp_path / "base", file, tmp_path / str(flag))
+        for name in SHAPES:
+            exact = trained_weight(base, tensors, name, "out", 0.0)
+            weight = got[f"transformer.{name}.weight"].flatten(1)
+            assert distance(weight, exact.reshape(len(exact), -1)) <= RELATIVE
 
 
 def test_metadata_of_one_component_says_nothing_of_another(pair, tmp_path):

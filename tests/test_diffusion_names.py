@@ -5,6 +5,7 @@ single file becomes when diffusers loads it must compute what the unmerged model
 """
 
 import copy
+import json
 import shutil
 
 import numpy as np
@@ -100,6 +101,19 @@ def test_adapter_of_diffusers_merges_into_a_single_file(pair, checkpoint, tmp_pa
     assert untouched
     assert all(torch.equal(stored[n], before[n]) for n in untouched)
     assert dora_export.verify(checkpoint, pair.adapter, tmp_path / "out").exit_code == 0
+
+
+def test_layers_of_one_number_in_the_files_names_are_no_family(pair, checkpoint, tmp_path):
+    """LDM counts what diffusers gives names of their own: time_embed.0 and .2."""
+    module = "time_embedding.linear_1"
+    out, into = pair.stored["unet"][f"{module}.weight"].shape
+    tensors = {f"unet.{module}.lora_A.weight": torch.randn(2, into),
+               f"unet.{module}.lora_B.weight": torch.randn(out, 2)}  # fmt: skip
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["linear_1"]}
+    said = json.dumps({f"unet.{k}": v for k, v in config.items()})
+    save_file(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": said})
+    report = dora_export.merge(checkpoint, tmp_path / "a.safetensors", tmp_path / "x", dry_run=True)
+    assert report.changed == 1
 
 
 def kohya(pair, names, components=("unet",)):

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 import dora_export
+from dora_export import engine
 from dora_export.errors import OutputError
-from dora_export.paged import PAGE, placed, whole_pages
+from dora_export.paged import BOUNCE_BYTES, PAGE, placed, whole_pages
 from dora_export.tensors import FileRange
 from dora_export.writers import direct, files
 from dora_export.writers.files import FileSink
@@ -64,7 +65,7 @@ def pages(ranges):
 @pytest.fixture
 def device(monkeypatch):
     monkeypatch.setattr(files, "DIRECT_BYTES", 1)
-    monkeypatch.setattr(files, "BOUNCE_BYTES", 2 * PAGE)
+    monkeypatch.setattr(files, "BOUNCE_BYTES", 3 * PAGE)
     return Device(monkeypatch)
 
 
@@ -135,6 +136,26 @@ def test_device_that_wants_more_than_pages_gets_cached_writes(tmp_path, device):
     device.answer = answer
     written(tmp_path, CONTENT)
     assert not device.past
+
+
+def test_nothing_is_copied_for_a_device_once_it_has_refused(tmp_path, device, monkeypatch):
+    """What lies otherwise in memory than in the file goes through the cache from where it lies."""
+
+    def answer(offset, nbytes):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    def no_bounce(self, offset, most):
+        raise AssertionError("copied")
+
+    device.answer = answer
+    half = CONTENT.size // 2 // PAGE * PAGE
+    apart = placed(np.empty(half + 2 * PAGE, np.uint8), 1, half)
+    apart[:] = CONTENT[half : 2 * half]
+    with FileSink(tmp_path, ["f"], [2 * half]) as sink:
+        sink.write(0, 0, CONTENT[:half])
+        monkeypatch.setattr(FileSink, "_bounce", no_bounce)
+        sink.write(0, half, apart)
+    assert (tmp_path / "f").read_bytes() == CONTENT[: 2 * half].tobytes()
 
 
 def test_file_system_without_direct_writes_gets_cached_ones(tmp_path, device, monkeypatch):
@@ -234,6 +255,26 @@ def test_merged_rows_lie_as_in_their_file(tmp_path, device, monkeypatch):
 
 def merge(at, out, **options):
     return dora_export.merge(at / "base", at / "adapter", at / out, **options)
+
+
+def test_memory_bound_counts_the_buffers_of_the_writer(tmp_path, device, monkeypatch):
+    write_case(tmp_path, layers=2, out=1100, inputs=700)
+    monkeypatch.setattr(files, "DIRECT_BYTES", 1)
+    monkeypatch.setattr(files, "BOUNCE_BYTES", BOUNCE_BYTES)
+    made, real = {}, FileSink._bounce
+
+    def bounce(self, offset, most):
+        found = real(self, offset, most)
+        made[threading.get_ident()] = self._bounces.buffer.nbytes
+        return found
+
+    monkeypatch.setattr(FileSink, "_bounce", bounce)
+    report = merge(tmp_path, "out", threads=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "BOUNCE_BYTES", 0)
+        without = merge(tmp_path, "without", threads=2, dry_run=True)
+    assert len(made) > 1
+    assert report.memory_bytes - without.memory_bytes >= sum(made.values()) >= 2 << 20
 
 
 # --- sharing blocks ---

@@ -1,14 +1,16 @@
 """LoRA on stacked expert parameters: every model, layout and order, against the definition."""
 
 import json
+import os
 import re
+import threading
 
 import pytest
 import torch
 
 import dora_export
 from dora_export import DoraExportError
-from dora_export.adapters import ReadOptions, read_adapter
+from dora_export.adapters import ReadOptions, peft_parameters, read_adapter
 from tests import moe_models
 from tests.moe_models import BOTH, MODELS, prepare, relative, worst
 from tests.peft_models import edit_config
@@ -126,6 +128,24 @@ def test_order_of_b_is_asked_where_files_do_not_tell_and_taken_either_way(mark, 
         other = {"peft": "unsloth", "unsloth": "peft"}[layout]
         wrong = moe_models.exact(tmp_path / f"{layout} wrong", case.wrapped, b_layout=other)
         assert worst(out, wrong) > 1000
+
+
+def test_a_model_card_that_is_none_is_not_opened(tmp_path):
+    """Opening a pipe waits for who writes into it; a link may lead to a file of the user's."""
+    card, elsewhere = tmp_path / "adapter" / peft_parameters.README, tmp_path / "mine"
+    card.parent.mkdir()
+    elsewhere.write_text("unsloth")
+    card.symlink_to(elsewhere)
+    assert not peft_parameters._card(card.parent)
+    card.unlink()
+    os.mkfifo(card)
+    found = []
+    waiting = threading.Thread(
+        target=lambda: found.append(peft_parameters._card(card.parent)), daemon=True
+    )
+    waiting.start()
+    waiting.join(5)
+    assert found == [False]
 
 
 def test_a_model_card_that_names_unsloth_asks_as_well(tmp_path):

@@ -842,9 +842,10 @@ def test_thread_that_cannot_be_started_stops_those_that_were(at, monkeypatch, nu
     real, started = threading.Thread.start, []
 
     def start(thread):
-        if len(started) == number:
-            raise RuntimeError("can't start new thread")
-        started.append(thread.name)
+        if not thread.name.startswith(("check", "ThreadPoolExecutor")):  # of checks
+            if len(started) == number:
+                raise RuntimeError("can't start new thread")
+            started.append(thread.name)
         real(thread)
 
     real_copy = worker.Worker.copy
@@ -858,6 +859,18 @@ def test_thread_that_cannot_be_started_stops_those_that_were(at, monkeypatch, nu
     refusal = attempt(at, threads=3)
     assert f"cannot start thread '{['sync', 'merge-0', 'merge-1', 'merge-2'][number]}'" in refusal
     assert "Pass --threads 1" in refusal
+
+
+def test_thread_of_a_check_that_cannot_be_started_is_one_clear_refusal(at, monkeypatch):
+    real = threading.Thread.start
+
+    def start(thread):
+        if thread.name.startswith("ThreadPoolExecutor"):
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    assert "cannot start thread 'check'" in attempt(at, threads=3)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dora_export.adapters import FORMATS, ReadOptions, read_adapter
+from dora_export.adapters import FORMATS, TAKEN_BY, ReadOptions, read_adapter, read_adapters
+from dora_export.errors import AdapterError
 from tests import (
     lycoris_models,
     pipelines,
@@ -256,3 +257,49 @@ def test_file_that_fits_two_formats_stops_with_both_and_the_option_that_decides(
     result = small.run("inspect", tmp_path / "both.safetensors", "--adapter-format", "catid")
     assert result.exit_code == 2
     assert "second.1: lora_A, lora_B, weight missing" in result.stderr
+
+
+def loaded(case, folder, **said):
+    make, _, options = CASES[case]
+    return read_adapter(make(folder), ReadOptions(allow_pickle=True, **{**options, **said}))
+
+
+SAYS = {**dict.fromkeys(TAKEN_BY, True), "moe_b_layout": "peft", "trained_in": "bf16"}
+
+
+@pytest.mark.parametrize("option", TAKEN_BY)
+@pytest.mark.parametrize("case", ["mlx dora", "nvlabs", "megatron", "qdora", "peft, LoHa"])
+def test_what_a_format_does_not_leave_open_is_refused_where_it_is_said(case, option, tmp_path):
+    if CASES[case][1] in TAKEN_BY[option] and case != "peft, LoHa":
+        assert loaded(case, tmp_path, **{option: SAYS[option]}).updates
+        return
+    flag = f"--{option.replace('_', '-')}"
+    with pytest.raises(AdapterError, match=f"{flag} is about .*Leave {flag} out"):
+        loaded(case, tmp_path, **{option: SAYS[option]})
+    if SAYS[option] is True and "residual" not in option and "recompute" not in option:
+        assert loaded(case, tmp_path / "no", **{option: False}).updates  # so it is
+
+
+def test_an_option_for_one_of_several_adapters_is_taken(tmp_path):
+    paths = [CASES[c][0](tmp_path) for c in ("mlx dora", "nvlabs")]
+    found = read_adapters(paths, ReadOptions(magnitude_is_normalised=True))
+    assert [a.updates[0].magnitude_is_factor for a in found] == [False, True]
+    with pytest.raises(AdapterError, match=r"--trained-in is about .* of lycoris, this is mlx, nv"):
+        read_adapters(paths, ReadOptions(trained_in="bf16"))
+
+
+@pytest.mark.parametrize("make", [peft, nvlabs])
+def test_magnitudes_said_to_be_divided_are_shown_as_such(make, tmp_path):
+    shown = inspected(make(tmp_path), "--magnitude-is-normalised")
+    assert "magnitude one per output, divided by its norm already" in shown
+
+
+def test_adapters_of_a_kind_are_told_where_they_are_none(tmp_path):
+    torch.save({"model": {"lora_A": torch.ones(2)}}, tmp_path / "lit_model.pth.lora")
+    for path in (tmp_path, tmp_path / "lit_model.pth.lora"):
+        with pytest.raises(AdapterError, match=r"no known format. LitGPT fuses .* litgpt merge"):
+            read_adapter(path, OPTIONS)
+    small.write_pair(tmp_path / "run")
+    (tmp_path / "run/adapter").rename(tmp_path / "run/style")
+    with pytest.raises(AdapterError, match=r"no known format. It holds .*, name one: style"):
+        read_adapter(tmp_path / "run", OPTIONS)

@@ -665,16 +665,20 @@ def test_without_transformers_nothing_was_checked(llama, monkeypatch):
     assert (result.ran, result.figures) == (False, {})
 
 
-def test_code_of_the_models_own_is_never_run(llama, tmp_path):
+@pytest.mark.parametrize("named", [["Mine"], None], ids=["class named", "none named"])
+def test_code_of_the_models_own_is_never_run(llama, tmp_path, monkeypatch, named):
+    """Nor asked about: transformers asks at the terminal, and takes a yes."""
     pair, right = llama
     base = altered(pair.base, tmp_path / "base", lambda held: None)
-    edit_json(base / "config.json", architectures=["Mine"], auto_map={"AutoModel": "mine.Mine"})
+    edit_json(base / "config.json", architectures=named, model_type="mine",
+              auto_map={"AutoConfig": "mine.Config", "AutoModel": "mine.Mine"})  # fmt: skip
     (base / "mine.py").write_text("raise SystemExit('run')")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
     plan = plan_merge(open_checkpoint(base), read_adapter(pair.adapter, ReadOptions()),
                       Settings())  # fmt: skip
     _, findings = check(plan, right)
     assert codes(findings) == ["forward-unsupported"]
-    assert "'Mine'" in findings[0].what
+    assert ("'Mine'" if named else "custom code") in findings[0].what
 
 
 def test_a_changed_tensor_that_the_model_has_not_is_named(llama, tmp_path):

@@ -10,10 +10,11 @@ import torch
 
 import dora_export
 from dora_export import limits
-from dora_export.errors import AdapterError, InputError
+from dora_export.errors import AdapterError, InputError, VerifyError
 from dora_export.onnx.graph_file import open_graph
 from dora_export.storage.safetensors import read_header
 from tests import small
+from tests.fuzz.targets import interrupted, session, swappable
 from tests.measured import measured
 
 MB = 1 << 20
@@ -189,3 +190,55 @@ def test_fields_of_a_config_that_are_of_another_type_are_refused(seed, fields, r
     small.edit_json(tmp_path / "x/adapter/adapter_config.json", **fields)
     with pytest.raises(AdapterError, match=rf"(?s){reason}.*\.$"):
         dora_export.inspect(tmp_path / "x/adapter", tmp_path / "x/base")
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "*.onnx_adapter"])
+def test_files_that_onnxruntime_does_not_take_are_refused(name, tmp_path):
+    """Although the manifest that a stranger wrote to them has their digests."""
+    swappable(tmp_path)
+    (path,) = (tmp_path / "out").rglob(name)
+    path.write_bytes(b"x" + path.read_bytes())
+    with pytest.raises(InputError, match="onnxruntime does not take it"):
+        session(tmp_path)
+
+
+def test_words_about_many_long_names_stay_short(tmp_path):
+    small.write_pair(tmp_path)
+    dora_export.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    names = {f"{'n' * 4000}{i}": "v" * 4000 for i in range(40)}
+    small.edit_json(tmp_path / "out/config.json", **names)
+    for folder, content in (("out", names), ("base", {"q": 1})):
+        small.write_json(tmp_path / folder / "tokenizer_config.json", content)
+        small.write_json(tmp_path / folder / "generation_config.json", content)
+    report = dora_export.verify(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    told = [finding.what for finding in report.findings]
+    assert any("40 values: " in what and " more" in what for what in told)
+    assert max(map(len, (*told, *report.notes))) < 1000
+
+
+def test_values_that_are_no_number_are_what_they_were(tmp_path):
+    """As in configs of experiments: NaN is not equal to itself, but is the same value."""
+    small.write_pair(tmp_path)
+    nan = {"router_jitter": float("nan"), "inner": [{"a": float("nan")}]}
+    small.edit_json(tmp_path / "base/config.json", **nan)
+    small.write_json(tmp_path / "base/generation_config.json", nan)
+    dora_export.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", dtype="fp16")
+    small.edit_json(tmp_path / "out/config.json", inner=[{"a": 1.0}])
+    small.write_json(tmp_path / "out/generation_config.json", nan | {"more": 1})
+    report = dora_export.verify(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    told = [finding.what for finding in report.findings]
+    assert any("inner" in finding.where + finding.what for finding in report.findings)
+    assert not any("router_jitter" in what for what in told)
+
+
+def test_staged_header_that_changed_on_the_disk_is_found_and_dropped(tmp_path):
+    """Although what it renames, buffers that models compute anew, may have any name in a merge."""
+    interrupted(tmp_path)
+    staged = tmp_path / ".out.dora_export-partial/model.safetensors"
+    staged.write_bytes(staged.read_bytes().replace(b"rotary.inv_freq", b"rotery.inv_freq"))
+    with pytest.raises(VerifyError, match="begins otherwise than an earlier run"):
+        dora_export.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", threads=1)
+    report = dora_export.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", threads=1)
+    assert report.resumed_bytes == 0
+    tensors = small.base_tensors()
+    small.check_merged(tmp_path / "out", tensors, small.adapter_tensors(tensors))

@@ -18,7 +18,8 @@ FLOORS = (
     "arithmetic",
     "arithmetic_torch formula checkpoints",
     "adapters",
-    "naming several tying layouts experts row_orders replication layer_biases report",
+    "naming own_norm roles several tying layouts experts row_orders replication layer_biases "
+    "report",
     "diffusion_names",
     "part_names",
     "plan serving adapter_writers",

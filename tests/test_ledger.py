@@ -264,6 +264,27 @@ def test_a_head_written_apart_has_no_finding(tmp_path):
     assert ("tensor-missing", HEAD) in model.found(tmp_path / "out")
 
 
+def taller(tensor):
+    return torch.cat([tensor, torch.zeros(3, tensor.shape[1], dtype=tensor.dtype)])
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (taller, "the base's rows, and 3 more, as where a vocabulary was padded"),
+        (lambda t: t[:-1].contiguous(), "the base's rows but for the last 1"),
+        (lambda t: taller(t.flip(0)), None),  # other rows
+        (lambda t: t[:, :-1].contiguous(), None),
+    ],
+)
+def test_rows_that_were_added_or_left_out_are_told(planted, make, words):
+    model, folder = planted()
+    replaced(K, make)(folder)
+    (finding,) = [f for f in model.check(folder)[1] if f.code == "shape-differs"]
+    assert finding.severity == "wrong"
+    assert finding.what.partition(": ")[2] == (words or "")
+
+
 # --- planted faults: what is done to a merge -> all that is found above a note
 
 FAULTS = {

@@ -230,6 +230,17 @@ def test_pickled_file_needs_to_be_allowed(tmp_path):
     assert_near(got, wanted(base, made, "in"))
 
 
+def test_folder_of_no_file_or_of_two_is_none(tmp_path):
+    base, made = layers("in")
+    paths = write(tmp_path, base, named(made))
+    (tmp_path / "lora").mkdir()
+    asked = ("--adapter-format", "lycoris")
+    assert "not a weight file. Pass the" in refused(paths[0], tmp_path / "lora", paths[2], *asked)
+    for name in "xy":
+        save_file(named(made), tmp_path / f"lora/{name}.safetensors")
+    assert "not a weight file. Pass the" in refused(paths[0], tmp_path / "lora", paths[2], *asked)
+
+
 def test_folder_of_one_file_is_that_file(tmp_path):
     base, made = layers("in")
     paths = write(tmp_path, base, named(made))
@@ -662,6 +673,17 @@ def test_other_algorithms_are_refused_by_name(algorithm, tmp_path):
     message = refused(*write(tmp_path, base, tensors))
     assert f"{algorithm}: " in message
     assert "trainer's own tool" in message
+
+
+@pytest.mark.parametrize("ending", ["oft_R.weight", "oft_R.scaled_oft", "oft_blocks", "oft_diag",
+                                    "lokr_t1", "lambda_layer", "on_input"])  # fmt: skip
+def test_file_of_such_an_algorithm_alone_is_refused_by_name_too(ending, tmp_path):
+    """Under paths, which no prefix of kohya's tells."""
+    save_file({f"transformer.b.0.{ending}": torch.ones(4, 4)}, tmp_path / "a.safetensors")
+    said = small.run("inspect", tmp_path / "a.safetensors")
+    assert said.exit_code == 2
+    assert "not supported:" in said.stderr
+    assert "trainer's own tool" in said.stderr
 
 
 def test_options_that_the_file_answers_are_refused(tmp_path):

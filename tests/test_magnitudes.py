@@ -5,6 +5,7 @@ that what is wrong with base, scaling or axis stands out.
 """
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -14,9 +15,12 @@ from safetensors.torch import load_file, save_file
 import dora_export
 from dora_export.checkpoints import open_checkpoint
 from dora_export.errors import PlanError
+from dora_export.onnx import trace
+from dora_export.onnx.model import Made
 from dora_export.plan import Settings, plan_merge
 from dora_export.verification import magnitudes
 from tests import oracle, small
+from tests.test_onnx_into import arrays, save_graph
 
 # Name -> shape as it is stored.
 SHAPES = {
@@ -315,6 +319,28 @@ def test_every_command_tells_it_and_the_manifest_keeps_it(tmp_path):
         converted = small.run(*command, "-o", tmp_path / f"as-{command[-1]}")
         assert converted.exit_code == 0, converted.stderr
         assert f"warning: {TOLD}" in converted.stderr
+
+
+def test_the_graph_command_tells_it(tmp_path, monkeypatch):
+    """Of a graph with merged weights, with swapped adapters, and traced from the merge."""
+    base, adapter = write(tmp_path, dtype=torch.float32)
+    times(base / "model.safetensors", 0.5, "proj.weight")
+    graph = save_graph(tmp_path / "graph/model.onnx", arrays(load_file(base / "model.safetensors")))
+    into = ("onnx", base, adapter, "--into", graph, "--no-verify", "-o")
+    for more, told in (((), TOLD), (("--adapters",), f"'adapter': {TOLD}")):
+        made = small.run(*into, tmp_path / f"out{len(more)}", *more)
+        assert made.exit_code == 0, made.stderr
+        assert f"warning: {told}" in made.stderr
+
+    def trace_make(request, folder):
+        shutil.copy(graph, request.folder / "model.onnx")
+        return Made(("model.onnx",), {}, ())
+
+    monkeypatch.setattr(trace, "check", lambda request: None)
+    monkeypatch.setattr(trace, "make", trace_make)
+    traced = small.run("onnx", base, adapter, "--no-verify", "-o", tmp_path / "traced")
+    assert traced.exit_code == 0, traced.stderr
+    assert traced.stderr.count(f"warning: {TOLD}") == 1
 
 
 def test_dry_run_and_inspect_refuse_what_a_merge_refuses(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import dora_export
 from tests import oracle, small
 from tests.trainers import distance, inspected, merged, refused
 
@@ -167,10 +168,19 @@ def test_head_size_must_be_known(tmp_path):
 
 KEY = "decoder.layers.0.mlp.linear_fc2.adapter"
 BROKEN = {
-    "m missing": (lambda t: t.pop(f"{KEY}.weight_magnitude"), "as plain LoRA"),
+    "m missing": (lambda t: t.pop(f"{KEY}.weight_magnitude"),
+                  "missing for 1 of 4 layers (first: decoder.layers.0.mlp.linear_fc2)"),
     "A missing": (lambda t: t.pop(f"{KEY}.linear_in.weight"), "linear_in.weight missing"),
     "m of another length": (
         lambda t: t.update({f"{KEY}.weight_magnitude": torch.ones(3)}), "weight_magnitude (out,)"),
+    **{f"{part} of {shape}": (
+        lambda t, p=part, s=shape: t.update({f"{KEY}.{p}.weight": torch.ones(s)}),
+        "linear_in (rank, in), linear_out (out, rank)")
+       for part, shape in (("linear_in", (R,)), ("linear_in", (R, 4, 6)), ("linear_out", (16,)),
+                           ("linear_out", (16, R + 1)))},
+    "B missing": (lambda t: t.pop(f"{KEY}.linear_out.weight"), "linear_out.weight missing"),
+    "not of a layer": (
+        lambda t: t.update({"head.adapter.linear_in.weight": torch.ones(3, 16)}), "not known"),
     "experts": (
         lambda t: t.update({"decoder.layers.0.mlp.experts.linear_fc1.adapter.linear_in.weight":
                             torch.ones(3, 16)}), "not known"),
@@ -199,5 +209,17 @@ def test_inspection_names_trainer_axis_and_doubt(tmp_path):
     write(tmp_path)
     base, adapter, _ = paths(tmp_path)
     shown = inspected(adapter, "--alpha", "7", "--base", base)
-    for words in ("Megatron-Bridge", "out, by the format", "fits", "tensor parallelism"):
+    for words in ("Megatron-Bridge", "out, by the format", "fits", "tensor parallelism",
+                  "DoRA, magnitude one per output", "scaling      2.33333\n"):  # fmt: skip
         assert words in shown
+
+
+def test_inspection_of_plain_lora_says_nothing_of_magnitudes(tmp_path):
+    write(tmp_path, dora=False)
+    shown = inspected(tmp_path / "adapter.safetensors", "--alpha", "7")
+    assert "LoRA, magnitude none" in shown
+    assert f"rank         {R}\n" in shown
+    updates = dora_export.load_adapter(tmp_path / "adapter.safetensors", alpha=7).updates
+    assert {(u.kind, u.scales_bias) for u in updates} == {("lora", False)}
+    assert "axis" not in shown
+    assert "parallelism" not in shown

@@ -394,3 +394,32 @@ def test_zero_column_is_refused_by_number_and_solved_by_the_option(state, tmp_pa
     written = load_file(tmp_path / "out/model.safetensors")
     assert (written["1.weight"][:, 3] == 0).all()
     assert (written["1.weight"][:, 2] != 0).all()
+
+
+def layer(out, inputs):
+    return {"linear.weight": torch.randn(out, inputs), "lora.A": torch.randn(inputs, 2),
+            "lora.B": torch.randn(2, out), "m": torch.rand(1, inputs) + 0.5}  # fmt: skip
+
+
+def doubts(path, *layers, **said):
+    state = {f"{i}.{n}": t for i, held in enumerate(layers) for n, t in held.items()}
+    save_file(state, path)
+    return dora_export.load_adapter(path, alpha=2.0, **said).doubts
+
+
+def test_square_layers_alone_are_told_to_be_like_those_of_the_sibling(tmp_path):
+    path = tmp_path / "state.safetensors"
+    (doubt,) = doubts(path, layer(6, 6), layer(4, 4))
+    assert "LinearWithDoRA, which cannot be merged, stores the same shapes" in doubt
+    assert doubts(path, layer(6, 6), layer(6, 6), axis="in") == ()
+    assert doubts(path, layer(6, 6), layer(6, 4)) == ()
+
+
+def test_magnitudes_without_factors_are_refused_and_others_of_their_name_are_left_alone(tmp_path):
+    path, lost = tmp_path / "state.safetensors", layer(6, 4)
+    del lost["lora.A"], lost["lora.B"]
+    with pytest.raises(DoraExportError, match=r"0: lora\.A, lora\.B missing"):
+        doubts(path, lost)
+    save_file(layer(6, 4) | {"other.m": torch.ones(3)}, path)
+    (update,) = dora_export.load_adapter(path, alpha=2.0).updates
+    assert update.target == "weight"

@@ -254,6 +254,48 @@ def test_rules_are_never_mixed():
         )
 
 
+@pytest.mark.parametrize(
+    ("targets", "known", "hint"),
+    [
+        (["foo.mlp.fc.weight"], ["bar.mlp.fc.weight"], "pass --map-prefix foo.=bar."),
+        (["foo.mlp.fc.weight"], ["bar.mlp.fd.weight"], "or pass --map-prefix OLD=NEW."),
+        # What fits most targets; of equals the shortest, else the first.
+        (["x.a.0.q.weight", "x.a.1.q.weight"], ["v.a.0.q.weight", "l.t.a.0.q.weight",
+         "l.t.a.1.q.weight"], "pass --map-prefix x.=l.t."),
+        (["x.a.0.q.weight"], ["long.a.0.q.weight", "b.a.0.q.weight"], "--map-prefix x.=b."),
+        (["x.a.0.q.weight"], ["c.a.0.q.weight", "b.a.0.q.weight"], "--map-prefix x.=b."),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_hint_is_the_prefix_that_differs(targets, known, hint):
+    with pytest.raises(PlanError) as refusal:
+        find_rule(targets, known)
+    assert hint in str(refusal.value)
+    assert "None" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("known", "pattern"),
+    [
+        (["a.0.x.weight", "z.9.other.q.weight"], "z.*.other.q.weight"),  # the same last two
+        (["a.weight", "h.0.x.weight"], "h.*.x.weight"),  # numbered, like most layers
+        (["b.weight", "a.weight"], "a.weight"),
+    ],
+    ids=str,
+)
+def test_the_message_shows_the_name_of_the_base_that_is_most_alike(known, pattern):
+    with pytest.raises(
+        PlanError, match=re.escape(f'adapter "x.layers.*.q.weight", base "{pattern}"')
+    ):
+        find_rule(["x.layers.0.q.weight"], known)
+
+
+def test_the_one_segment_of_a_name_is_not_taken_away():
+    assert find_rule(["transformer.wte.weight"], ["wte.weight"]).strip == "transformer."
+    with pytest.raises(PlanError, match="0 of 1"):
+        find_rule(["head.weight"], ["weight"])
+
+
 def test_a_base_that_has_some_of_the_layers_is_refused_with_those_it_lacks(tmp_path):
     case = prepare(tmp_path, llama(), **DORA)
     lacking = "model.layers.1.mlp.down_proj.weight"

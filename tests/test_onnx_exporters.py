@@ -16,7 +16,12 @@ from onnx import numpy_helper
 from safetensors.torch import load_file
 
 import dora_export
+from dora_export import api
+from dora_export.adapters import ReadOptions
 from dora_export.errors import DoraExportError
+from dora_export.plan import Settings
+from dora_export.verification.graph import check_graph
+from dora_export.verification.together import opened
 from tests import onnx_graphs, oracle
 from tests.rider_models import WARNINGS
 
@@ -267,25 +272,48 @@ def test_quantising_and_re_weighting_can_change_places(way, kind, float_merge, t
     assert changed >= 7
 
 
-def test_a_quantised_graph_is_compared_only_with_a_budget(tmp_path):
+def test_a_quantised_graph_is_held_to_what_quantising_did_to_the_base(tmp_path):
     graph = FIXTURES / "llama/graphs/genai-int8/model.onnx"
     report = export("llama", graph, tmp_path / "out", verify=True)
     assert report.verdict == "right"
-    assert [t.tier for t in report.verified.tiers] == ["ledger", "oracle"]
-    assert any("--budget" in n for n in report.notes)
-    report = export("llama", graph, tmp_path / "again", verify=True, budget=0.3)
     assert [t.tier for t in report.verified.tiers] == ["ledger", "oracle", "onnx"]
+    assert any("--budget" in n for n in report.notes)
+    figures = report.verified.tiers[-1].figures
+    assert figures["noise_of_base"]
+    found = figures["outputs"]["logits"]
+    # the noise is the base's, and not of the wrong model: about as large as the merged graph's
+    assert 0.5 < found["error"]["rms"] / found["noise"]["rms"] < 2
+    # and the adapter changes far more, so that leaving it out is not taken for rounding
+    assert found["effect"]["rms"] > 10 * found["noise"]["rms"]
 
 
-@pytest.mark.parametrize(("way", "operator", "budget"), [
-    ("genai-fp32", "MatMul", None), ("genai-int8", "MatMulNBits", 0.1),
+@pytest.mark.parametrize("wrong", [{}, {"strength": 0.8}, {"strength": 1.2}], ids=str)
+def test_a_wrong_quantised_graph_is_not_taken_for_rounding(wrong, tmp_path):
+    """The graph of the base itself, and merges with less and with more of the adapter."""
+    graph = FIXTURES / "llama/graphs/genai-int8/model.onnx"
+    merged = graph
+    if wrong:
+        export("llama", graph, tmp_path / "out", **wrong)
+        merged = tmp_path / "out/model.onnx"
+    plan = api._plan(FIXTURES / "llama/base", FIXTURES / "llama/adapter", ReadOptions(),
+                     Settings())[0]  # fmt: skip
+    _, findings = check_graph(
+        plan, merged, padding="none", tokens=4, unmerged=lambda: opened(graph)
+    )
+    assert "graph-differs" in {f.code for f in findings}
+
+
+@pytest.mark.parametrize(("way", "operator"), [
+    ("genai-fp32", "MatMul"), ("genai-int8", "MatMulNBits"),
 ])  # fmt: skip
-def test_adapters_swap_on_packed_and_quantised_graphs(way, operator, budget, tmp_path):
+def test_adapters_swap_on_packed_and_quantised_graphs(way, operator, tmp_path):
     """Each tier compares with an unmerged model and with its mistakes."""
     graph = FIXTURES / f"llama/graphs/{way}/model.onnx"
-    report = export("llama", graph, tmp_path / "out", adapters=True, verify=True, budget=budget)
+    report = export("llama", graph, tmp_path / "out", adapters=True, verify=True)
     assert report.verdict == "right"
     assert [t.tier for t in report.verified.tiers] == ["onnx", "onnx"]  # the base, the adapter
+    alike = operator == "MatMulNBits"
+    assert [t.figures["noise_of_base"] for t in report.verified.tiers] == [alike, alike]
     slots = report.facts["slots"].values()
     assert {slot["operator"] for slot in slots} == {operator}
     assert sum(len(slot["weights"]) == 3 for slot in slots) == 2  # q, k and v of two layers

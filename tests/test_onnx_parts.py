@@ -343,6 +343,27 @@ def test_stacked_experts_are_within_reach_of_quantisers(tmp_path):
     assert set(graph.initializers) == {"experts.0", "experts.1", "experts.2"}
 
 
+@pytest.mark.parametrize(("scaled", "reached"), [({}, True), ({"alpha": 2.0}, False)], ids=str)
+def test_a_tied_head_that_was_fused_is_within_reach_of_quantisers(scaled, reached):
+    """``--fuse`` leaves FusedMatMul where an exporter turned the embedding."""
+    weight = np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32)
+    x = ir.Value(name="x", shape=ir.Shape([1, 32]), type=ir.TensorType(ir.DataType.FLOAT))
+    tied = ir.Value(name="lm_head.weight", const_value=ir.tensor(weight, name="lm_head.weight"))
+    tied.shape, tied.dtype = ir.Shape([64, 32]), ir.DataType.FLOAT
+    product = ir.node("FusedMatMul", [x, tied], attributes={"transB": 1, **scaled},
+                      domain="com.microsoft")  # fmt: skip
+    graph = ir.Graph([x], product.outputs, nodes=[product], initializers=[tied],
+                     opset_imports={"": 20, "com.microsoft": 1})  # fmt: skip
+    quantise.reachable(ir.Model(graph, ir_version=10))
+    (node,) = graph
+    assert (node.op_type, node.domain) == (
+        ("MatMul", "") if reached else ("FusedMatMul", "com.microsoft")
+    )
+    held = node.inputs[1].const_value.numpy()
+    assert np.array_equal(held, weight.T if reached else weight)
+    assert not node.attributes or not reached
+
+
 def test_int8_weights_are_unsigned_since_signed_ones_overflow_without_vnni(tmp_path):
     """Large activations and weights of one sign: with signed weights AVX2 gives half of it."""
     make = np.random.default_rng(0)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import dora_export
 from dora_export.errors import DoraExportError, InputError
 from dora_export.onnx import swappable
-from dora_export.onnx.model import GraphError, ParityError
+from dora_export.onnx.model import BUDGETS, GraphError, GraphOptions, ParityError
 from dora_export.tensors import DTYPES
 from dora_export.verification import graph, named, reference
 from tests import onnx_graphs, oracle, rider_models, small
@@ -673,14 +673,66 @@ def test_an_adapter_beside_the_weights_is_held_to_the_noise_of_the_graph(
 ):
     """Not to the base's: a merge into bfloat16 is rounded, and here nothing is merged."""
     asked = []
-    monkeypatch.setattr(named, "measure", lambda *args: asked.append(args[-1]))
+    monkeypatch.setattr(named, "measure", lambda *args: asked.append(args[-2]))
     plan = SimpleNamespace(base=SimpleNamespace(config={"model_type": "llama"}))
     runner = SimpleNamespace(precision="F32", swaps=swaps)
-    graph._measure(plan, None, runner, None, None, (), None, "any", 0, None, None)
+    graph._measure(plan, None, runner, None, None, (), None, "any", 0, None, None, None)
     assert [t and t.name for t in asked] == [expected]
     coarse = SimpleNamespace(steps=[SimpleNamespace(dtype=DTYPES["BF16"], copies_bytes=False)])
     rounded = reference.precisions(coarse, DTYPES["F32"], asked[0])[1]
     assert rounded.name == ("F32" if swaps else "BF16")
+
+
+@pytest.fixture(scope="module")
+def swapping(llama, tmp_path_factory):
+    out = tmp_path_factory.mktemp("swapping") / "out"
+    dora_export.export_onnx(
+        llama / "base", [llama / "one", llama / "two"], out, into=llama / "graph/model.onnx",
+        adapters=True, verify=False,
+    )  # fmt: skip
+    return out
+
+
+def test_verify_runs_a_graph_with_the_adapter_that_it_is_given(llama, swapping, tmp_path):
+    """Its weights are the base's, as they should be, and nothing was rounded: float32's noise."""
+    right = run("verify", llama / "base", llama / "two", swapping / "model.onnx")
+    assert right.exit_code == 0, right.output
+    assert "note: run with two.onnx_adapter" in right.output
+    assert "of what the noise of float32 allows" in right.output
+    out = shutil.copytree(swapping, tmp_path / "out")
+    shutil.copy(out / "adapters/one.onnx_adapter", out / "adapters/two.onnx_adapter")
+    wrong = dora_export.verify(llama / "base", llama / "two", out / "model.onnx")
+    assert wrong.exit_code == 1
+    assert "graph-differs" in (codes := {f.code for f in wrong.findings})
+    assert "graph-stale" not in codes
+    folder = run("verify", llama / "base", llama / "two", swapping)
+    assert (folder.exit_code, f"pass {swapping / 'model.onnx'}" in folder.output) == (1, True)
+
+
+def test_verify_says_which_adapters_a_graph_has(llama, swapping, tmp_path):
+    graph = swapping / "model.onnx"
+    third = shutil.copytree(llama / "one", tmp_path / "third")
+    with pytest.raises(DoraExportError, match=r"one, two; none is called 'third'\. Pass one of"):
+        dora_export.verify(llama / "base", third, graph)
+    with pytest.raises(DoraExportError, match=r"one adapter at a time, of one, two\. Pass one"):
+        dora_export.verify(llama / "base", [llama / "one", llama / "two"], graph)
+    out = shutil.copytree(swapping, tmp_path / "out")
+    (out / "adapters/one.onnx_adapter").write_bytes(b"none")
+    unusable = dora_export.verify(llama / "base", llama / "one", out / "model.onnx")
+    assert (unusable.verdict, unusable.exit_code) == ("unchecked", 3)
+    (finding,) = unusable.findings
+    assert (finding.code, "does not take one.onnx_adapter" in finding.what) == (
+        "graph-unsupported", True)  # fmt: skip
+    said = json.loads((out / "dora_export.json").read_text())
+    for harm, match in (
+        ({"one": {"file": "../one.onnx_adapter"}}, "outside its folder"),
+        ({"one": {}}, "does not say where the graph's adapters are"),
+        (None, "does not say where the graph's adapters are"),
+    ):
+        said["onnx"]["adapters"] = harm
+        (out / "dora_export.json").write_text(json.dumps(said))
+        with pytest.raises(InputError, match=match):
+            dora_export.verify(llama / "base", llama / "one", out / "model.onnx")
 
 
 @pytest.mark.nightly
@@ -691,6 +743,20 @@ def test_the_base_is_traced_where_no_graph_is_given(llama, tmp_path):
     facts = json.loads((tmp_path / "out/dora_export.json").read_text())["onnx"]
     assert (facts["way"], facts["task"]) == ("adapters", "text-generation")
     assert dora_export.AdapterSession(tmp_path / "out").adapters == ("two",)
+
+
+@pytest.mark.nightly
+def test_a_base_traced_and_quantised_is_the_noise_of_its_adapters(llama, tmp_path):
+    """Alone it is held to a traced graph's budget, with an adapter to what it is alone."""
+    options = GraphOptions(quantize="int4", block_size=16)
+    report = dora_export.export_onnx(llama / "base", llama / "two", tmp_path / "out",
+                                     adapters=True, options=options)  # fmt: skip
+    assert (report.verdict, report.exit_code) == ("right", 0)
+    bare, active = (t.figures for t in report.verified.tiers if t.tier == "onnx")
+    assert (bare["budget"], bare["noise_of_base"]) == (BUDGETS["int4"], False)
+    assert (active["budget"], active["noise_of_base"]) == (None, True)
+    noise = active["outputs"]["logits"]["noise"]["rms"]
+    assert 0.5 < noise / bare["outputs"]["logits"]["error"]["rms"] < 2
 
 
 def test_a_forgotten_factor_is_found_before_anything_is_published(llama, tmp_path, monkeypatch):

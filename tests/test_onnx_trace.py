@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import stat
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -19,10 +20,12 @@ from transformers import BertConfig, BertModel
 import dora_export
 from dora_export import DoraExportError, GraphOptions, api_onnx
 from dora_export.cli.main import cli
+from dora_export.errors import InputError
 from dora_export.onnx import engines, files, pooling, quantise, share, tasks, tidy, trace
 from dora_export.onnx.model import GraphError, Made, Parity, ParityError
 from dora_export.onnx.wrappers import Flat, Part
 from dora_export.verification.graph import check_graph
+from dora_export.verification.model import Finding
 from dora_export.verification.pooling import embedding
 from tests.forward_models import KINDS, prepare
 from tests.rider_models import WARNINGS
@@ -282,6 +285,23 @@ def other_alpha(pair, folder):
     return folder
 
 
+@pytest.mark.parametrize(("code", "method", "said"), [
+    ("graph-differs", None, "--budget allows larger differences"),
+    ("graph-mistaken", None, "No --budget allows that; a graph that is not quantised"),
+    ("graph-mistaken", "int8", "rounding to int8 costs this model more than the adapter changes. "
+                               "Try --quantize int4"),
+    ("graph-mistaken", "int4", "Try no --quantize; --allow-mismatch"),
+])  # fmt: skip
+def test_a_refusal_names_the_way_out_that_there_is(code, method, said, exported):
+    """A budget has no say in which mistake a graph is nearest to."""
+    report = exported[1]
+    facts = dict(report.facts) | ({"quantized": {"method": method}} if method else {})
+    wrong = replace(report.verified, findings=(Finding(code, "model.onnx", "..."),))
+    error = api_onnx._mismatch(replace(report, facts=facts, verified=wrong))
+    assert said in str(error)
+    assert str(error).endswith("--allow-mismatch publishes it all the same.")
+
+
 @pytest.mark.usefixtures("traced_already")
 def test_a_graph_that_computes_something_else_is_not_published(exported, tmp_path):
     pair = exported[0]
@@ -486,7 +506,7 @@ def test_examples_that_say_too_little_are_refused(size, axes, outputs, remedy, t
 
 
 def sentence_folder(tmp_path, modules=("Transformer", "Pooling", "Normalize"), **pooling):
-    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling").mkdir(parents=True)
     pooling = pooling or {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}
     (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
     entries = [{"type": f"sentence_transformers.models.{m}",
@@ -514,6 +534,30 @@ def test_pooling_is_as_the_folder_says(tmp_path):
 def test_pooling_that_cannot_be_in_the_graph_is_refused(tmp_path, modules, config, remedy):
     folder = sentence_folder(tmp_path, modules, **config)
     with pytest.raises(GraphError, match=remedy):
+        pooling.pooling_of(folder, "config")
+
+
+NESTED = "[" * 50_000
+
+
+@pytest.mark.parametrize(
+    ("entries", "why"),
+    [
+        ('[{"type": "x.Pooling", "path": "../outside"}]', "names a file outside its folder"),
+        ('[{"type": "x.Pooling", "path": "/etc"}]', "names a file outside its folder"),
+        ('[{"type": "x.Pooling"}]', "cannot be read"),
+        (NESTED, "not JSON"),
+        ('{"type": "x.Pooling"}', "expected a JSON list"),
+        ("[" + "0," * 1_000_000 + "0]", "more than 1000000 values"),
+    ],
+    ids=["above", "absolute", "no path", "nested", "no list", "large"],
+)
+def test_hostile_lists_of_modules_are_refused(tmp_path, entries, why):
+    folder = sentence_folder(tmp_path / "model")
+    sentence_folder(tmp_path / "outside")
+    shutil.copy(tmp_path / "outside/1_Pooling/config.json", tmp_path / "outside")
+    (folder / "modules.json").write_text(entries)
+    with pytest.raises(InputError, match=why):
         pooling.pooling_of(folder, "config")
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import dora_export
+from dora_export import DoraExportError
 from tests import oracle
 from tests import peft_models as models
 from tests.trainers import inspected, merged, refused
@@ -110,3 +111,27 @@ def test_pickled_file_needs_to_be_allowed(tmp_path):
     got = merged(made.base, made.adapter, tmp_path / "out", "--alpha", ALPHA, "--allow-pickle")
     base = load_file(made.base / "model.safetensors")
     assert not torch.equal(got["wide.weight"], base["wide.weight"])
+
+
+def test_an_embedding_alone_is_known_and_an_a_without_dimensions_refused(tmp_path):
+    file, key = tmp_path / "mine.safetensors", "base_model.model.table.lora_"
+    A, B = torch.randn(2, 9), torch.randn(5, 2)
+    save_file({f"{key}embedding_A": A, f"{key}embedding_B": B}, file)
+    (update,) = dora_export.load_adapter(file, alpha=4).updates
+    assert (update.target, update.layout, update.scaling) == ("table.weight", "io", 2)
+    save_file({f"{key}A.weight": torch.tensor(1.0), f"{key}B.weight": B}, file)
+    with pytest.raises(DoraExportError, match=r"lora_A is \(\) and lora_B \(5, 2\)"):
+        dora_export.load_adapter(file, alpha=4)
+
+
+@pytest.mark.parametrize("method", ["LoHa", "LoKr", "AdaLora", "Vera"])
+def test_other_methods_without_their_config_are_not_taken_for_another_format(method, tmp_path):
+    """LoHa's and LoKr's tensors have LyCORIS' names, and another scaling."""
+    settings = {"total_step": 9} if method == "AdaLora" else {}
+    config = getattr(peft, f"{method}Config")(target_modules=["a"], **settings)
+    model = peft.get_peft_model(nn.ModuleDict({"a": nn.Linear(6, 8)}), config)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
+    for path in (tmp_path, tmp_path / "adapter_model.safetensors"):
+        with pytest.raises(DoraExportError, match=r"no known format. Its adapter_config.json is"):
+            dora_export.load_adapter(path, alpha=4)

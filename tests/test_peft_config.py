@@ -523,6 +523,19 @@ def test_file_of_the_folder_may_be_named_in_its_place(adapter, tmp_path, name):
     assert found.updates == expected.updates
 
 
+def test_trained_tokens_beside_dora_need_no_magnitudes(adapter):
+    rows = {f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(2, IN)}
+    found = adapter(tensors=factors() | rows, trainable_token_indices=[3, 5])
+    assert {u.target: u.kind for u in found.updates} == {
+        f"{MODULE}.weight": "dora", "model.embed_tokens.weight": "rows",
+    }  # fmt: skip
+
+
+def test_plain_lora_is_merged_without_a_question(adapter):
+    (update,) = adapter(tensors=plain(), use_dora=False).updates
+    assert (update.kind, update.magnitude, update.scaling) == ("lora", None, 10 / RANK)
+
+
 # --- what config and tensors say differently, without a contradiction
 
 

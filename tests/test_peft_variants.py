@@ -259,6 +259,9 @@ def test_adalora_tensors_of_another_rank_than_their_mask_are_refused(tmp_path):
     small.edit_json(adapter / "adapter_config.json", rank_pattern={"first.q_proj.lora_E": 4})
     with pytest.raises(AdapterError, match="rank_pattern: expected a list of true and false"):
         dora_export.load_adapter(adapter)
+    small.edit_json(adapter / "adapter_config.json", rank_pattern=None, lora_alpha=-2)
+    with pytest.raises(AdapterError, match=r"lora_alpha: -2, .* takes one rank .* Set it to"):
+        dora_export.load_adapter(adapter)
 
 
 def test_adalora_tensors_under_the_name_of_lora_are_refused(tmp_path):

@@ -453,7 +453,7 @@ CASES = {
     "an adapter twice": (an_adapter_twice, "Leave it out once.*--weight"),
     "no adapter": (no_adapter, "merge BASE ADAPTER -o OUT"),
     "an adapter without a base": (adapter_alone, "merge BASE ADAPTER -o OUT"),
-    "base and adapter swapped": (bases_swapped, "[Ee]xpected a PEFT folder|is the base|no weights"),
+    "base and adapter swapped": (bases_swapped, "the arguments seem swapped"),
     "a pickled adapter": (pickled_adapter, "Pass --allow-pickle"),
     "a pickled base": (pickled_base, "Pass --allow-pickle"),
     "a pickle that is no state dict": (pickle_of_another_kind, "model.state_dict()"),

@@ -4,13 +4,14 @@ PEFT's load repeats the initialisation on the original base, so its adapted laye
 ``W_res + s B A``; what they multiply by is asked of their forward (tests/probe.py).
 """
 
+import json
 import re
 
 import numpy as np
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -268,3 +269,44 @@ def test_command_line_takes_both_options(tmp_path):
     assert small.run("merge", *args, "--recompute-init").exit_code == 0
     shown = small.run("inspect", tmp_path / "adapter", "--recompute-init")
     assert "pissa; computed from the base" in shown.output
+
+
+def in_diffusers_layout(folder, name, base):
+    """PEFT's folder as a file of diffusers, beside a plain LoRA on another component."""
+    config = json.loads((folder / "adapter/adapter_config.json").read_text())
+    plain = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q"]}
+    said = {f"transformer.{k}": v for k, v in config.items()}
+    said |= {f"text_encoder.{k}": v for k, v in plain.items()}
+    stored = load_file(folder / "adapter/adapter_model.safetensors")
+    tensors = {n.replace("base_model.model.", "transformer."): t for n, t in stored.items()}
+    A, B, W = torch.randn(2, 6), torch.randn(8, 2), torch.randn(8, 6)
+    tensors |= {"text_encoder.q.lora_A.weight": A, "text_encoder.q.lora_B.weight": B}
+    file = folder / f"{name}.safetensors"
+    save_file(tensors, file, {"lora_adapter_metadata": json.dumps(said)})
+    weights_of = {f"transformer.{n}": t for n, t in load_file(base / "model.safetensors").items()}
+    small.write_base(folder / name, weights_of | {"text_encoder.q.weight": W},
+                     config={"model_type": "net"})  # fmt: skip
+    return folder / name, file, oracle.lora(*map(oracle.float64, (W, A, B)), 1.0)
+
+
+@pytest.mark.parametrize("option", ["recompute_init", "base_is_residual"])
+def test_files_of_diffusers_are_begun_alike(option, tmp_path):
+    wrapped, loaded = made(tmp_path, "olora", use_dora=True)
+    right = weights(loaded if option == "recompute_init" else wrapped)
+    folder = tmp_path / ("base" if option == "recompute_init" else "residual")
+    base, file, plain = in_diffusers_layout(tmp_path, option, folder)
+    with pytest.raises(AdapterError, match="If BASE is that residual model, pass"):
+        dora_export.merge(base, file, tmp_path / "out")
+    dora_export.merge(base, file, tmp_path / "out", verify="full", **{option: True})
+    got = load_file(tmp_path / "out/model.safetensors")
+    for path, exact in right.items():
+        assert_right(got[f"transformer.{path}.weight"], exact)
+    assert_right(got["text_encoder.q.weight"], plain)
+    bare = tmp_path / "bare.safetensors"
+    save_file(load_file(file), bare)
+    with pytest.raises(AdapterError, match=r"no metadata of an initialisation.* Leave --"):
+        dora_export.merge(base, bare, tmp_path / "x", **{option: True})
+    if option == "recompute_init":
+        for to in ("diffusers", "peft"):
+            with pytest.raises(AdapterError, match="the base is made olora's residual"):
+                dora_export.convert(file, to, tmp_path / "x", base=base, recompute_init=True)

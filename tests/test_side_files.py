@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import dora_export
-from dora_export import DoraExportError
+from dora_export import DoraExportError, limits
 from dora_export.errors import InputError
+from dora_export.writers import side_files
 from dora_export.writers.config import edited
 from tests.rider_models import WARNINGS, edit_json, llama, logits, prepare, shapes, tensors
 from tests.small import run
@@ -532,3 +533,33 @@ def test_what_stays_behind_is_named_with_the_reason(case, tmp_path):
         (case.base / name).unlink()
     ran = run("merge", case.base, case.adapter, "-o", tmp_path / "other")
     assert "left behind" not in ran.output
+
+
+def test_tokenizer_of_an_adapter_is_bounded_as_other_side_files_are(case):
+    with (case.adapter / "tokenizer.json").open("wb") as file:
+        file.truncate(limits.SIDE_FILE_BYTES + 1)
+    with pytest.raises(InputError, match=r"tokenizer\.json: .* a side file has at most"):
+        dora_export.merge(case.base, case.adapter, case.base.parent / "out")
+
+
+def test_side_files_are_copied_in_little_memory(case, monkeypatch):
+    """Weights of a module of sentence-transformers are among them, of any size."""
+    taken, base = [], case.base
+    (base / "2_Dense").mkdir()
+    content = os.urandom(3 * side_files.CHUNK + 5)
+    (base / "2_Dense/model.safetensors").write_bytes(content)
+    (base / "modules.json").write_text('[{"path": "2_Dense", "type": "Dense"}]')
+    real = side_files.write_chunks
+
+    def write(path, chunks, *, sync):
+        def told():
+            for chunk in chunks:
+                taken.append(len(chunk))
+                yield chunk
+
+        real(path, told(), sync=sync)
+
+    monkeypatch.setattr(side_files, "write_chunks", write)
+    dora_export.merge(base, case.adapter, base.parent / "out")
+    assert (base.parent / "out/2_Dense/model.safetensors").read_bytes() == content
+    assert max(taken) == side_files.CHUNK

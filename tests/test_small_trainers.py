@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 import dora_export
+from dora_export.adapters.qdora import A, B
 from tests import oracle, small
 from tests.trainers import distance, inspected, merged, refused
 
@@ -221,6 +222,10 @@ QDORA = {
         lambda t: t.update({"layers.0.up.magnitude_layer.magnitude": torch.ones(16)}),
         "magnitude (out,)"),
     "unknown": (lambda t: t.update({"layers.0.q.base_layer.W_q": torch.ones(3)}), "unknown tensor"),
+    **{f"{part} of {shape}": (
+        lambda t, p=part, s=shape: t.update({f"layers.0.q.{p}": torch.ones(s)}),
+        "lora_A (rank, in), lora_B (out, rank)")
+       for part, shape in ((A, (16,)), (A, (4, 16)), (B, (16,)), (B, (16, 4)), (A, (3, 4, 4)))},
 }  # fmt: skip
 
 

@@ -172,8 +172,13 @@ def synthetic(work: Path, out: Path) -> dict[str, Way]:
     }
 
 
-def rounds(ways: dict[str, Way], out: Path, count: int) -> None:
-    """Time all in turn and print medians, and the ratios to copies within each round."""
+def rounds(ways: dict[str, Way], out: Path, count: int, pause: float) -> None:
+    """Time all in turn and print medians, and the ratios to copies within each round.
+
+    A virtual machine's host takes memory back two seconds after it was freed, and getting it again
+    takes many times longer than writing to it. ``cp`` would write at once to what removing the last
+    output has freed, and a program that first has something to read would not.
+    """
     found: dict[str, list[float]] = {name: [] for name in ways}
     used: dict[str, list[float]] = {name: [] for name in ways}
     peaks: dict[str, int] = {}
@@ -181,6 +186,7 @@ def rounds(ways: dict[str, Way], out: Path, count: int) -> None:
         for name, run in ways.items():
             shutil.rmtree(out, ignore_errors=True)
             os.sync()
+            time.sleep(pause)
             seconds, cpu, peak = run()
             found[name].append(seconds)
             used[name].append(cpu)
@@ -206,6 +212,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/bench-into"))
     parser.add_argument("--layers", type=int, default=9, help="9 layers: a graph of 2.2 GB")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--pause", type=float, default=5.0, help="seconds before each run")
     parser.add_argument("--real", type=Path, nargs=3, metavar=("BASE", "ADAPTER", "GRAPH"))
     given = parser.parse_args()
     if given.real:
@@ -214,7 +221,7 @@ def main() -> None:
         given.work.mkdir(parents=True, exist_ok=True)
         ways = {"--into --no-verify": into(base, adapter, graph, out, "--no-verify"),
                 "--into, run beside the unmerged": into(base, adapter, graph, out)}  # fmt: skip
-        rounds(ways, out, given.rounds)
+        rounds(ways, out, given.rounds, given.pause)
         return
     work = given.work / str(given.layers)
     if not (work / "graph" / GRAPH).exists():
@@ -224,7 +231,7 @@ def main() -> None:
         save_graph(work / "graph", given.layers)
     size = sum(p.stat().st_size for p in (work / "graph").iterdir())
     print(f"graph of {size / 1e9:.2f} GB, {given.layers} layers, {os.cpu_count()} CPUs")
-    rounds(synthetic(work, work / "out"), work / "out", given.rounds)
+    rounds(synthetic(work, work / "out"), work / "out", given.rounds, given.pause)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ RATIOS = (
     ("ours, int4", "builder, int4"),
     ("ours, int4 fused", "builder, int4"),
     ("ours, int4 fused, one sequence", "builder, int4"),
+    ("ours, int4 fused, one sequence, 4-bit head", "builder, int4"),
     ("unmerged DoRA, fp32", "ours, fp32"),
     ("torch eager, merged", "ours, fp32"),
     ("torch eager, unmerged", "torch eager, merged"),
@@ -168,6 +169,9 @@ def make_graphs(base: Path, adapter: Path, work: Path) -> dict[str, Path]:
         "ours, int4": GraphOptions(quantize="int4"),
         "ours, int4 fused": GraphOptions(quantize="int4", fuse="cpu"),
         "ours, int4 fused, one sequence": GraphOptions(quantize="int4", fuse="cpu", batch=1),
+        "ours, int4 fused, one sequence, 4-bit head": GraphOptions(  # as the builder's
+            quantize="int4", fuse="cpu", batch=1, head_bits=4
+        ),
     }
     found = {}
     for name, options in kinds.items():

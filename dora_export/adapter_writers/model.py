@@ -14,6 +14,7 @@ from dora_export.adapters.model import Adapter
 from dora_export.checkpoints.model import Checkpoint
 from dora_export.errors import AdapterError, listing, shown
 from dora_export.tensors import DType, Operand, TensorRef
+from dora_export.unscaled_norm import UnscaledNorm
 from dora_export.update import Axis, Update
 
 NEEDS_BASE = "pass --base"  # in every problem that a base would solve, or show to be none
@@ -50,6 +51,7 @@ class Written:
         config: Content of adapter_config.json; None: the format has none.
         notes: What the user has to know to load it.
         metadata: Of the weight file, beside its format.
+        rounded: Some tensors are computed for the base and rounded once; all others are copied.
     """
 
     weights: str
@@ -57,6 +59,7 @@ class Written:
     config: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
+    rounded: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,12 +71,14 @@ class Source:
         updates: Its updates, their rows in the base's order where a base was given.
         base: The base, or None.
         names: The base's name for each of the updates' targets; empty without a base.
+        notes: What has been computed for the base, for people.
     """
 
     adapter: Adapter
     updates: tuple[Update, ...]
     base: Checkpoint | None
     names: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def stored(name: str, operand: Operand, shape: tuple[int, ...] | None = None) -> Stored:
@@ -242,6 +247,8 @@ def kind_problem(update: Update) -> str:
     what = words.get(update.kind, update.kind)
     if update.function is not None:
         what = update.function.what
+    if isinstance(update.function, UnscaledNorm):  # with a base it has become kind "dora"
+        what += f"; in another's terms it can be said for one base, {NEEDS_BASE}"
     return f"{shown(update.target)}: {what}"
 
 

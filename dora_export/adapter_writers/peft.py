@@ -52,7 +52,8 @@ def write(source: Source) -> Written:
     biases = [own_bias(f"{PREFIX}{module_of(u)}.base_layer.bias", u, source)
               for u in products if scaled_bias(u, source) is not None]  # fmt: skip
     config = _config(source, products, copies) | ({"bias": "lora_only"} if biases else {})
-    return Written(WEIGHTS, (*tensors, *biases), config, tuple(_notes(len(biases))))
+    notes = tuple(_notes(len(biases)))
+    return Written(WEIGHTS, (*tensors, *biases), config, notes, rounded=bool(biases))
 
 
 def _notes(biases: int) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,10 +19,12 @@ from dora_export.adapters import (
     qdora,
     torchtune,
 )
+from dora_export.adapters.config_files import CONFIG
 from dora_export.adapters.model import Adapter, Reading, ReadOptions
-from dora_export.errors import AdapterError, InputError
+from dora_export.errors import AdapterError, InputError, shown
 
-__all__ = ["FORMATS", "Adapter", "AdapterFormat", "ReadOptions", "Reading", "read_adapter"]
+__all__ = ["FORMATS", "Adapter", "AdapterFormat", "ReadOptions", "Reading", "read_adapter",
+           "read_adapters"]  # fmt: skip
 
 
 class AdapterFormat(NamedTuple):
@@ -80,13 +82,49 @@ FORMATS = (
 )
 
 
+LITGPT = "lit_model.pth.lora"
+# What only these formats leave open: said of others it would change nothing, without a word.
+TAKEN_BY: Mapping[str, tuple[str, ...]] = {
+    "torchtune_dora_fix": ("peft",),
+    "magnitude_is_normalised": ("peft", "nvlabs"),
+    "base_is_residual": ("peft", "diffusers"),
+    "recompute_init": ("peft", "diffusers"),
+    "moe_b_layout": ("peft",),
+    "moe_transposed": ("peft",),
+    "trained_in": ("lycoris",),
+}
+
+
 def read_adapter(path: Path, options: ReadOptions) -> Adapter:
     """Read the adapter at ``path`` in the format that ``options`` names, or the only that matches.
 
     Raises:
         InputError: Nothing there, or no format matches.
-        AdapterError: The adapter is of no known format, or its reader refuses it.
+        AdapterError: The adapter is of no known format, its reader refuses it, or ``options`` say
+            what its format does not leave open.
     """
+    return read_adapters([path], options)[0]
+
+
+def read_adapters(paths: Iterable[Path], options: ReadOptions) -> list[Adapter]:
+    """Read several adapters; each option is about those whose formats take it, at least one.
+
+    Raises:
+        DoraExportError: As ``read_adapter``.
+    """
+    adapters = [_read(path, options) for path in paths]
+    formats = {adapter.format for adapter in adapters}
+    for option, takers in TAKEN_BY.items():
+        if getattr(options, option) and not formats.intersection(takers):
+            flag = f"--{option.replace('_', '-')}"
+            raise AdapterError(
+                f"{adapters[0].path}: {flag} is about adapters of {' or '.join(takers)}, this is "
+                f"{', '.join(sorted(formats))}. Leave {flag} out."
+            )
+    return adapters
+
+
+def _read(path: Path, options: ReadOptions) -> Adapter:
     name, known = options.adapter_format, ", ".join(f.name for f in FORMATS)
     if name is not None and name not in [f.name for f in FORMATS]:
         raise AdapterError(f"--adapter-format {name}: unknown. Known: {known}.")
@@ -96,8 +134,21 @@ def read_adapter(path: Path, options: ReadOptions) -> Adapter:
     if len(found) != 1:
         seen = f"fits {[f.name for f in found]}" if found else "is of no known format"
         raise AdapterError(
-            f"{path}: {seen}. Expected a PEFT folder (adapter_config.json and "
-            f"adapter_model.safetensors) or a known single file; or pass --adapter-format, one of: "
-            f"{known}."
+            f"{path}: {seen}. {'' if found else _kin(path)}Expected a PEFT folder "
+            "(adapter_config.json and adapter_model.safetensors) or a known single file; or pass "
+            f"--adapter-format, one of: {known}."
         )
     return found[0].read(path, options)
+
+
+def _kin(path: Path) -> str:
+    """Return what is known of a path that is no adapter this tool reads, or ""."""
+    litgpt = path / LITGPT if path.is_dir() else path
+    if litgpt.name == LITGPT and litgpt.is_file():
+        return "LitGPT fuses q, k and v in an order of its own: run litgpt merge_lora. "
+    weights = next(path.glob("adapter_model.*"), path) if path.is_dir() else path
+    if weights.stem == "adapter_model" and not (weights.parent / CONFIG).is_file():
+        return f"Its {CONFIG} is missing: copy the whole folder that PEFT saved. "
+    if inside := sorted(p.parent.name for p in path.glob(f"*/{CONFIG}")):
+        return f"It holds folders of adapters, name one: {', '.join(map(shown, inside))}. "
+    return ""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dora_export.adapters.lycoris_layers import number
+from dora_export.adapters.lycoris_layers import finite_number
 from dora_export.adapters.model import Adapter, ReadOptions
 from dora_export.adapters.state_dict import needed_alpha, refuse_axis, tensors_of
 from dora_export.errors import AdapterError, listing, shown
@@ -89,7 +89,9 @@ def _alphas(
     path: Path, layers: dict[str, dict[str, TensorRef]], options: ReadOptions
 ) -> dict[str, float]:
     """Return alpha of every layer: stored, the rank by PEFT's names, or as given."""
-    stored = {m: number(parts["alpha"]) for m, parts in layers.items() if "alpha" in parts}
+    # 0 stands for the rank, as for the trainer; _problem() has seen to it that these are numbers.
+    stored = {m: float(finite_number(parts["alpha"])) or parts["down"].shape[0]
+              for m, parts in layers.items() if "alpha" in parts}  # fmt: skip
     by_names = {m: float(parts["down"].shape[0]) for m, parts in layers.items()
                 if parts["down"].name.endswith(".lora_A.weight")}  # fmt: skip
     if options.alpha is not None and (stored or len(by_names) == len(layers)):
@@ -111,8 +113,8 @@ def _problem(module: str, parts: dict[str, TensorRef]) -> str | None:
         return f"{shown(module)}: lora_down is {a.shape} and lora_up {b.shape}, expected two ranks"
     if m.size != b.shape[0]:
         return f"{shown(module)}: magnitude is {m.shape}, expected one for each of {b.shape[0]}"
-    if "alpha" in parts and parts["alpha"].size != 1:
-        return f"{shown(module)}: alpha is {parts['alpha'].shape}, expected one number"
+    if "alpha" in parts and isinstance(why := finite_number(parts["alpha"]), str):
+        return f"{shown(module)}: {why}"
     return None
 
 

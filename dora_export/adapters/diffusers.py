@@ -4,7 +4,8 @@ Scaling is alpha / rank. The metadata entry ``lora_adapter_metadata`` holds PEFT
 component; without it ``<module>.alpha`` counts; without that alpha is the rank, and the scaling 1.
 ``lora_magnitude_vector`` makes it DoRA with a magnitude per output, the norm over all else, no eps.
 OneTrainer's diffusers saver leaves magnitudes per input under their own name, ``dora_scale``
-(diffusers drops these with a warning and applies plain LoRA), and folds alpha into B.
+(diffusers drops these with a warning and applies plain LoRA), and folds alpha into B. Unless its
+settings say otherwise, it added float32's eps to the norms of either kind.
 
 SimpleTuner saves through diffusers, magnitudes with ".weight" behind before PEFT took that off; or
 for ComfyUI, with ``diffusion_model.`` in front (kohya's names for UNets, but for the magnitudes),
@@ -18,24 +19,36 @@ OneTrainer, modules/util/convert_lora_util.py; github.com/bghira/SimpleTuner.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dora_export.adapters import diffusers_keys as keys
-from dora_export.adapters import diffusers_metadata, diffusers_methods, lycoris_keys, peft_config
+from dora_export.adapters import (
+    diffusers_metadata,
+    diffusers_methods,
+    lycoris_keys,
+    lycoris_metadata,
+    peft_config,
+    peft_init,
+    peft_targets,
+)
 from dora_export.adapters.diffusers_metadata import ENTRY, ONE_COMPONENT
 from dora_export.adapters.lycoris_axis import axis_of
-from dora_export.adapters.lycoris_layers import EPS, number
+from dora_export.adapters.lycoris_layers import EPS, finite_number
+from dora_export.adapters.lycoris_metadata import Said
 from dora_export.adapters.model import Adapter, ReadOptions
-from dora_export.adapters.peft_config import PeftConfig
+from dora_export.adapters.peft_config import READ_AS_IT_IS, PeftConfig
 from dora_export.adapters.state_dict import needed_alpha, tensors_of
 from dora_export.errors import AdapterError, InputError, listing, shown
 from dora_export.storage.paths import contained
 from dora_export.tensors import Operand, TensorRef
 from dora_export.update import Axis, Update
 
+# Settings of PEFT's under which tensors of the same names mean something else.
+VARIANTS = ("layer_replication", "use_bdlora", "use_qalora", "target_parameters")
 NAMES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 
 
@@ -66,11 +79,19 @@ def read(path: Path, options: ReadOptions) -> Adapter:
         return diffusers_methods.read(path, file, tensors, options)
     metadata = diffusers_metadata.of(file)
     found = keys.sort(tensors)
-    configs = _configs(file, metadata, found.layers)
+    raw = diffusers_metadata.raw_configs(file, metadata)
+    configs = _configs(file, raw, found.layers, options)
     _refuse_alpha(path, options, configs, found)
+    if not configs and (options.base_is_residual or options.recompute_init):
+        option = "--base-is-residual" if options.base_is_residual else "--recompute-init"
+        raise AdapterError(
+            f"{path}: has no metadata of an initialisation that changed the base. Leave {option} "
+            "out; where the base was changed, pass the model that training began with as BASE."
+        )
+    by_onetrainer = lycoris_metadata.by_onetrainer(metadata)
     layers, problems = [], [shown(p, 300) for p in found.problems]
     for module, parts in found.layers.items():
-        layer = _layer(module, parts, path, configs, options, found)
+        layer = _layer(module, parts, path, configs, options, found, by_onetrainer)
         if isinstance(layer, str):
             problems.append(f"{shown(module)}: {layer}")
         else:
@@ -79,6 +100,11 @@ def read(path: Path, options: ReadOptions) -> Adapter:
         raise AdapterError(f"{path}: does not add up:{listing(sorted(problems))}")
     if not layers:
         raise AdapterError(f"{path}: holds no LoRA tensors. Check how the adapter was saved.")
+    if by_onetrainer is not None:
+        _refuse_contradictions(path, by_onetrainer, layers)
+    whole_families = bool(raw) and all(
+        peft_targets.names_all_layers(own, numbers=True) for own in raw.values()
+    )
     return Adapter(
         path=path,
         format="diffusers",
@@ -86,12 +112,14 @@ def read(path: Path, options: ReadOptions) -> Adapter:
         tensors=tensors,
         updates=tuple(u for layer in layers for u in layer.updates),
         naming="flat",
-        doubts=tuple(
-            f"no layer takes its rank or alpha from {', '.join(config.idle_patterns)} of "
-            f"{shown(component or 'the metadata')}"
-            for component, config in configs.items()
-            if config.idle_patterns
+        whole_families=whole_families,
+        residual_init=next(
+            (c.changed_base for c in configs.values() if c.changed_base and not c.recomputed), None
         ),
+        numbered_ends=tuple(
+            str(t) for own in raw.values() if whole_families for t in own["target_modules"]
+        ),
+        doubts=tuple(_doubts(raw, configs, found.layers)),
         facts=_facts(layers, found, metadata, tensors),
     )
 
@@ -129,21 +157,51 @@ def _file(path: Path) -> Path | None:
 
 
 def _configs(
-    path: Path, metadata: Mapping[str, str], layers: Mapping[str, Any]
+    path: Path,
+    raw: Mapping[str, Mapping[str, Any]],
+    layers: Mapping[str, Any],
+    options: ReadOptions,
 ) -> dict[str, PeftConfig]:
     """Return the config of each component that the metadata names.
 
     Raises:
-        AdapterError: It is malformed, or says what this tool does not reproduce.
+        AdapterError: It says what this tool does not reproduce.
     """
-    raw = diffusers_metadata.raw_configs(path, metadata)
-    found = {}
+    found, changed = {}, [c for c, settings in raw.items() if peft_init.changed(settings)]
     for component, settings in raw.items():
         where = path.with_name(f"{path.name}, metadata of {shown(component or 'the adapter')}")
-        own = [m for m in layers if component in (keys.component_of(m), ONE_COMPONENT)]
-        modules = [_own_path(m) for m in own]
-        found[component] = peft_config.parse(where, settings).for_modules(where, modules)
+        variants = [name for name in VARIANTS if settings.get(name)]
+        if settings.get("peft_type", "LORA") != "LORA":
+            variants.append(f"peft_type {shown(settings['peft_type'])}")
+        if variants:
+            raise AdapterError(
+                f"{where}: {', '.join(variants)}: not known in this layout. Save the adapter with "
+                "PEFT (save_pretrained) and pass that folder with the component's own as BASE."
+            )
+        # What is said of the base is said of the components whose base the training changed.
+        said = options if component in changed or not changed else READ_AS_IT_IS
+        own = _own_paths(component, layers)
+        found[component] = peft_config.parse(where, settings, said).for_modules(where, own)
     return found
+
+
+def _own_paths(component: str, modules: Iterable[str]) -> list[str]:
+    """Return the paths of a component's modules, as PEFT saw them."""
+    own = [m for m in modules if component in (keys.component_of(m), ONE_COMPONENT)]
+    return [_own_path(m) for m in own]
+
+
+def _doubts(
+    raw: Mapping[str, Mapping[str, Any]], configs: Mapping[str, PeftConfig], layers: Iterable[str]
+) -> Iterator[str]:
+    """Yield what metadata and tensors say differently, without a contradiction."""
+    for component, config in configs.items():
+        of = f"of {shown(component or 'the metadata')}"
+        own = _own_paths(component, layers)
+        if config.idle_patterns:
+            yield f"no layer takes its rank or alpha from {', '.join(config.idle_patterns)} {of}"
+        for doubt in peft_targets.doubts(raw[component].get("target_modules"), own, own):
+            yield f"{doubt} ({of})"
 
 
 def _refuse_alpha(
@@ -210,9 +268,17 @@ def _agreed(scaling: float, rank: int, parts: Mapping[str, TensorRef]) -> tuple[
 
 
 def _stored_alpha(ref: TensorRef) -> float | str:
-    if ref.size != 1 or ref.dtype.name not in (*EPS, "I64", "I32"):
-        return f"alpha is {ref.shape}, expected one number"
-    return number(ref)
+    alpha = finite_number(ref)
+    return "alpha is 0, so it would have no effect" if alpha == 0 else alpha
+
+
+def _refuse_contradictions(path: Path, said: Said, layers: Sequence[_Layer]) -> None:
+    axes: Counter[str] = Counter(layer.axis for layer in layers if layer.axis is not None)
+    if problems := lycoris_metadata.contradictions(said, {"LoRA": len(layers)}, axes):
+        raise AdapterError(
+            f"{path}: its metadata contradicts its tensors:{listing(problems)}\nGet the file as it "
+            "was trained. If the tensors are right, save them without metadata."
+        )
 
 
 # --- one layer
@@ -225,6 +291,7 @@ def _layer(
     configs: Mapping[str, PeftConfig],
     options: ReadOptions,
     found: keys.Sorted,
+    by_onetrainer: Said | None,
 ) -> _Layer | str:
     if missing := [p for p in ("A", "B") if p not in parts]:
         return f"{' and '.join(f'lora_{p}' for p in missing)} missing"
@@ -256,10 +323,15 @@ def _layer(
         scaling=scaling,
         magnitude=Operand.vector(magnitude) if magnitude is not None else None,
         axis=axis.axis if axis is not None else "out",
-        eps=EPS["F32"] if "dora_scale" in parts else 0.0,
+        eps=_eps(parts, by_onetrainer),
         layout="oi",
     )
     updates = [update]
+    if config is not None and config.recomputed:
+        updates.insert(0, peft_init.residual(module, config.changed_base, rank, scaling))
+    if config is not None and config.lora_bias != ("B.bias" in parts):
+        return f"lora_bias is {str(config.lora_bias).lower()} by the metadata, but its B has " + (
+            "none" if config.lora_bias else "one")  # fmt: skip
     if "B.bias" in parts:
         bias = parts["B.bias"]
         updates.append(Update(f"{module}.bias", "add", (bias.name,), scaling=scaling, value=bias))
@@ -271,6 +343,13 @@ def _layer(
         axis.evidence if axis is not None else "",
         scaled_by,
     )
+
+
+def _eps(parts: Mapping[str, TensorRef], by_onetrainer: Said | None) -> float:
+    """Return what the trainer added to norms: PEFT nothing, OneTrainer float32's eps or nothing."""
+    if by_onetrainer is not None:
+        return 0.0 if by_onetrainer.eps is False else EPS["F32"]
+    return EPS["F32"] if "dora_scale" in parts else 0.0
 
 
 @dataclass(frozen=True)
@@ -314,7 +393,7 @@ def _facts(
         "trainer": _trainer(found, metadata, tensors),
         "rank": sorted({layer.rank for layer in layers}),
         "alpha": sorted({round(layer.alpha, 6) for layer in layers}),
-        "scaling": sorted({round(layer.updates[0].scaling, 6) for layer in layers}),
+        "scaling": sorted({round(layer.alpha / layer.rank, 6) for layer in layers}),
         "scaling from": ", ".join(sorted({layer.scaled_by for layer in layers})),
         "magnitude": ", ".join(f"one per {axis}put" for axis in axes) or "none",
     }
@@ -327,7 +406,7 @@ def _facts(
 def _trainer(
     found: keys.Sorted, metadata: Mapping[str, str], tensors: Mapping[str, TensorRef]
 ) -> str:
-    if any(name.startswith("ot_") for name in metadata):
+    if lycoris_metadata.by_onetrainer(metadata) is not None:
         return "OneTrainer"
     if diffusers_metadata.by_simpletuner(metadata):
         return "SimpleTuner"

@@ -34,6 +34,7 @@ from dora_export.adapters import lycoris_keys as keys
 from dora_export.adapters.lycoris_layers import (
     EPS,
     FACTORED,
+    NUMBERS,
     Layer,
     Told,
     kronecker_rank,
@@ -140,7 +141,7 @@ def _check_alpha(path: Path, found: keys.Sorted, options: ReadOptions) -> None:
         raise AdapterError(f"{path}: alpha is in the file. Leave --alpha out.")
     if options.alpha is not None and (not math.isfinite(options.alpha) or options.alpha == 0):
         raise AdapterError(f"--alpha {options.alpha}: expected a finite number other than 0.")
-    if wrong := [a for a in alphas if a.size != 1 or a.dtype.name not in (*EPS, "I64", "I32")]:
+    if wrong := [a for a in alphas if a.size != 1 or a.dtype.name not in NUMBERS]:
         raise AdapterError(
             f"{path}: '{shown(wrong[0].name)}' is {wrong[0].shape} {wrong[0].dtype.name}, expected "
             "one number. The file is malformed."

@@ -37,12 +37,15 @@ ENDINGS = {**OWN, **SHARED}
 REFUSED = {
     ".a1.weight": "GLoRA", ".a2.weight": "GLoRA", ".b1.weight": "GLoRA", ".b2.weight": "GLoRA",
     ".bm.weight": "GLoRA", ".on_input": "IA3", ".oft_blocks": "OFT or BOFT",
-    ".oft_diag": "OFT", ".oft_R": "OFT", ".oft_R.weight": "OFT", ".rescale": "OFT or BOFT",
+    ".oft_diag": "OFT", ".oft_R": "OFT", ".oft_R.weight": "OFT", ".oft_R.scaled_oft": "OFT",
+    ".rescale": "OFT or BOFT",
     ".lambda_layer": "T-LoRA", ".q_layer.weight": "T-LoRA", ".p_layer.weight": "T-LoRA",
     ".lokr_t1": "LoKr with a core on its first factor", ".reshape_weight": "a resized layer",
     ".lora_magnitude_vector": "PEFT's magnitudes",
     ".lora_magnitude_vector.weight": "PEFT's magnitudes",
 }  # fmt: skip
+# Those of them that these trainers alone write, so that a file of nothing else is told by name.
+TELLING = tuple(e for e in REFUSED if e.startswith((".oft_", ".lokr_", ".lambda_", ".on_input")))
 WHY_REFUSED = {
     "GLoRA": "W + W a + b has W in its own update",
     "IA3": "it scales activations, of the input or the output by a flag",
@@ -118,10 +121,11 @@ def sort(tensors: Mapping[str, TensorRef]) -> Sorted:
 def is_family(names: Iterable[str]) -> bool:
     """Return whether tensors of these names are of this family, and of no other reader's.
 
-    Told by endings that only these trainers write, by flattened names behind their prefixes, by
-    ComfyUI's prefixes, or by ``alpha`` beside ``lora_A`` on a name without a component of
-    diffusers'. What diffusers itself writes (``unet.``, ``transformer.``, ``text_encoder.``,
-    with its spellings of A and B) is its own format, with or without ``alpha`` and ``dora_scale``.
+    Told by endings that only these trainers write (refused algorithms' too), by flattened names
+    behind their prefixes, by ComfyUI's prefixes, or by ``alpha`` beside ``lora_A`` on a name
+    without a component of diffusers'. What diffusers itself writes (``unet.``, ``transformer.``,
+    ``text_encoder.``, with its spellings of A and B) is its own format, with or without ``alpha``
+    and ``dora_scale``.
     """
     names = list(names)
     if any(n.startswith(FOREIGN_STARTS) or n.endswith(FOREIGN_ENDINGS) for n in names):
@@ -129,7 +133,7 @@ def is_family(names: Iterable[str]) -> bool:
     for name in names:
         found = split(name)
         module = found[0] if found else name.split(".")[0]
-        if is_flat(module) or (found and found[1] in OWN):
+        if is_flat(module) or (found and found[1] in OWN) or name.endswith(TELLING):
             return True
         if found and prefix_of(module) in COMFY:
             return True

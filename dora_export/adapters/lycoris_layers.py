@@ -30,6 +30,7 @@ FACTORED = ("LoRA", "LoHa", "LoKr")
 BIASES = ("diff_b", "b_norm")
 # torch.finfo(dtype).eps by the dtype's name.
 EPS = {"F64": 2.0**-52, "F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}
+NUMBERS = (*EPS, "I64", "I32")  # types that alpha is stored in
 SPLIT = ("attn_qkv", "attn.qkv", "linear1")  # Flux' fused layers
 
 
@@ -243,8 +244,18 @@ def _alpha(ref: TensorRef | None, told: Told) -> float | None:
     return (told.alpha if ref is None else number(ref)) or None
 
 
+def finite_number(ref: TensorRef) -> float | str:
+    """Return alpha as it is stored, or why that is no number to scale by."""
+    if ref.size != 1 or ref.dtype.name not in NUMBERS:
+        return f"alpha is {ref.shape} {ref.dtype.name}, expected one number"
+    value = number(ref)
+    return (
+        value if math.isfinite(value) else f"alpha is {value}: it overflowed its type, or is lost"
+    )
+
+
 def number(ref: TensorRef) -> float:
-    """Return a stored number."""
+    """Return a stored number of one of the types NUMBERS."""
     raw, name = ref.raw(), ref.dtype.name
     if name == "BF16":
         return float((raw.astype(np.uint32) << 16).view(np.float32)[0])

@@ -56,8 +56,8 @@ class Said:
 
 def said_by(metadata: Mapping[str, str]) -> Said:
     """Return what a file's metadata says; what cannot be read says nothing."""
-    if "ot_revision" in metadata or "ot_branch" in metadata:
-        return _by_onetrainer(metadata)
+    if (onetrainers := by_onetrainer(metadata)) is not None:
+        return onetrainers
     if "lycoris_config" in metadata:
         return _by_simpletuner(metadata)
     arguments = _object(metadata.get("ss_network_args"))
@@ -87,7 +87,10 @@ def said_by(metadata: Mapping[str, str]) -> Said:
     )
 
 
-def _by_onetrainer(metadata: Mapping[str, str]) -> Said:
+def by_onetrainer(metadata: Mapping[str, str]) -> Said | None:
+    """Return what OneTrainer says; None: it is not its file."""
+    if not metadata.keys() & {"ot_revision", "ot_branch"}:
+        return None
     config = _object(metadata.get("ot_config"))
     kind = {"LORA": "lora", "LOHA": "loha", "LOKR": "lokr"}.get(str(config.get("peft_type")))
     dora, axis, eps = (

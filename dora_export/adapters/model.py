@@ -98,6 +98,8 @@ class Adapter:
             not because they were trained apart: both tied ends share them.
         whole_families: Layers that differ in their number only are adapted all or none, so a gap
             means that tensors are missing.
+        numbered_ends: Ends of module paths whose numbers are part of what a layer is, such as
+            "to_out.0"; all other numbers tell layers of one family apart.
         square_io: Whether square weights are stored ``(in, out)``, as far as the adapter says.
         square_experts_transposed: What the user says of square slices of stacked parameters.
         not_for: Model types (config.json) whose checkpoints store what the adapter replaces in
@@ -124,6 +126,7 @@ class Adapter:
     ensure_weight_tying: bool = False
     saved_embeddings: frozenset[str] = frozenset()
     whole_families: bool = False
+    numbered_ends: tuple[str, ...] = ()
     square_io: bool | None = None
     square_experts_transposed: bool | None = None
     not_for: Mapping[str, str] = field(default_factory=dict)

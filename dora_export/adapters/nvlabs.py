@@ -98,7 +98,7 @@ def read(path: Path, options: ReadOptions) -> Adapter:
             "rank": [config["r"]],
             "alpha": [config["lora_alpha"]],
             "scaling": [round(scaling, 6)],
-            "magnitude": "one per output",
+            "magnitude": "one per output" + (", divided by its norm already" if normalised else ""),
         },
     )
 

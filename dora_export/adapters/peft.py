@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,19 @@ from typing import Any
 from dora_export.adapters import (
     peft_bare,
     peft_config,
+    peft_init,
     peft_methods,
     peft_parameters,
+    peft_targets,
     torchtune,
 )
 from dora_export.adapters.config_files import CONFIG, config_of
 from dora_export.adapters.model import Adapter, ReadOptions
 from dora_export.adapters.peft_config import PeftConfig
-from dora_export.adapters.peft_factors import Factors, factors
+from dora_export.adapters.peft_factors import factors
 from dora_export.adapters.peft_keys import plain_name
 from dora_export.checkpoints.folder import read_json
 from dora_export.errors import AdapterError, InputError, listing, shown
-from dora_export.residual import INITS, Residual
 from dora_export.storage import read_tensors
 from dora_export.storage.paths import contained
 from dora_export.tensors import Operand, TensorRef
@@ -39,6 +40,11 @@ EMBEDDING_LEAVES = frozenset(
      "tok_embeddings")
 )  # fmt: skip
 TRAINING_ONLY = ("lora_velora_embed", "lora_monteclora_sampler")
+
+NORMALISED = "one per output, divided by its norm already"
+# What the files of LoRA leave open, and those of PEFT's other methods do not.
+LORA_OPTIONS = ("torchtune_dora_fix", "magnitude_is_normalised", "base_is_residual",
+                "recompute_init", "moe_b_layout", "moe_transposed")  # fmt: skip
 
 # Part of a layer -> how its key ends. The adapter's name may stand before the last ".weight".
 LAYER_PARTS = {
@@ -104,6 +110,7 @@ def read(path: Path, options: ReadOptions) -> Adapter:
         stored = read_tensors(bare, allow_pickle=options.allow_pickle)
         raw = peft_bare.settings(bare, stored, CONFIG, options)
     if str(method := raw.get("peft_type")) in peft_methods.METHODS:
+        _refuse_lora_options(config_path, str(method), options)
         file = _weights(config_path.parent, options)
         stored = read_tensors(file, allow_pickle=options.allow_pickle)
         return peft_methods.read(path, config_path, raw, file, stored)
@@ -148,14 +155,14 @@ def read(path: Path, options: ReadOptions) -> Adapter:
         base_name=config.base_name,
         ensure_weight_tying=config.ensure_weight_tying,
         saved_embeddings=_saved_embeddings(sorted_, config),
-        whole_families=_means_all_layers(raw) and not pruned,
+        whole_families=peft_targets.names_all_layers(raw) and not pruned,
         layer_replication=config.layer_replication,
         residual_init=None if config.recomputed else config.changed_base,
         doubtful_magnitudes=config.dora and options.magnitude_is_normalised is None,
         doubts=tuple(_doubts(config, raw, modules, parameters, bare=bare is not None)),
         square_io=None if bare is not None else config.fan_in_fan_out,
         square_experts_transposed=options.moe_transposed,
-        facts=_facts(config, updates, order)
+        facts=_facts(config, updates, order, normalised=bool(options.magnitude_is_normalised))
         | _experts_facts(parameters, packed)
         | ({"trainer": f"PEFT; its {CONFIG} is missing"} if bare is not None else {}),
     )
@@ -178,21 +185,6 @@ def _bare(path: Path, options: ReadOptions) -> Path | None:
     return peft_bare.weights_of(path, CONFIG, WEIGHTS, options)
 
 
-def _means_all_layers(raw: Mapping[str, Any]) -> bool:
-    """Return whether the config names layers by what they are, not by their numbers."""
-    targets = raw.get("target_modules")
-    if (
-        not isinstance(targets, list)
-        or raw.get("exclude_modules")
-        or raw.get("layers_to_transform")
-    ):
-        return False
-    parameters = raw.get("target_parameters") or []
-    return not any(
-        part.isdigit() for target in (*targets, *parameters) for part in str(target).split(".")
-    )
-
-
 def _refuse_options(config_path: Path, options: ReadOptions, *, bare: bool) -> None:
     if options.alpha is not None and not bare:
         raise AdapterError(f"{config_path}: lora_alpha is in this file. Leave --alpha out.")
@@ -200,6 +192,14 @@ def _refuse_options(config_path: Path, options: ReadOptions, *, bare: bool) -> N
         raise AdapterError(
             f"{config_path}: PEFT has one magnitude per output row. Leave --axis out."
         )
+
+
+def _refuse_lora_options(config_path: Path, method: str, options: ReadOptions) -> None:
+    said = [name for name in LORA_OPTIONS if getattr(options, name)]
+    if said:
+        flag = f"--{said[0].replace('_', '-')}"
+        raise AdapterError(f"{config_path}: {flag} is about LoRA, this is {shown(method)}. "
+                           f"Leave {flag} out.")  # fmt: skip
 
 
 def _weights(folder: Path, options: ReadOptions) -> Path:
@@ -319,7 +319,8 @@ def _product_updates(
         problems.append(found)
         return
     if config.recomputed and pair[0] == "A":  # PEFT begins embeddings as plain LoRA's
-        yield _residual(module, found, config)
+        rank = found.down.shape[0]
+        yield peft_init.residual(module, config.changed_base, rank, found.scaling)
     m = parts.get("m")
     kind: Kind = "lora" if m is None else "dora"
     keys = [*found.keys] + ([m.name] if m else [])
@@ -348,14 +349,6 @@ def _product_updates(
             scaling=config.scaling(module),
             value=bias,
         )
-
-
-def _residual(module: str, found: Factors, config: PeftConfig) -> Update:
-    """Return the change that makes the base what the adapter was trained on."""
-    init = next((i for i in INITS if i == config.changed_base), None)
-    assert init is not None, "Bug: no other one can be recomputed"
-    function = Residual(init, found.down.shape[0], found.scaling)
-    return Update(f"{module}.weight", "function", (), function=function)
 
 
 def _token_rows(
@@ -418,32 +411,17 @@ def _doubts(
                "differs from the trained one by that quantisation's error")  # fmt: skip
     if config.idle_patterns:
         yield (
-            f"no layer takes its rank or alpha from {_few(config.idle_patterns)}; the layers meant "
-            "are merged with the values that the others have"
+            f"no layer takes its rank or alpha from {peft_targets.few(config.idle_patterns)}; the "
+            "layers meant are merged with the values that the others have"
         )
-    targets = raw.get("target_modules")
-    if not isinstance(targets, list):
-        return
     layers = [*modules, *(path.rpartition(".")[0] for path in parameters)]
-    named = {t: [m for m in layers if f".{m}".endswith(f".{t}")] for t in map(str, targets)}
-    if absent := [shown(t) for t, found in named.items() if not found]:
-        yield (
-            f"target_modules names {_few(absent)}, of which the file has no tensors: the model had "
-            "no such layers, or they are lost"
-        )
-    known = {m for found in named.values() for m in found}
     products = [m for m, parts in modules.items() if parts.keys() & {"A", "embedding_A"}]
-    if more := [shown(m) for m in products if m not in known]:
-        yield f"the file has layers that target_modules does not name: {_few(more)}"
+    yield from peft_targets.doubts(raw.get("target_modules"), layers, products)
 
 
-def _few(names: Sequence[str]) -> str:
-    """Return names as a list of at most three."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{', '.join(names[:3])}{more}"
-
-
-def _facts(config: PeftConfig, updates: list[Update], order: RowOrder | None) -> dict[str, object]:
+def _facts(
+    config: PeftConfig, updates: list[Update], order: RowOrder | None, *, normalised: bool
+) -> dict[str, object]:
     modules = [u.target if u.orientation else u.target.removesuffix(".weight")
                for u in updates if u.kind in ("lora", "dora")]  # fmt: skip
     facts: dict[str, object] = {
@@ -452,7 +430,7 @@ def _facts(config: PeftConfig, updates: list[Update], order: RowOrder | None) ->
         "alpha": sorted({config.module_alpha(m) for m in modules}),
         "scaling": sorted({round(config.scaling(m), 6) for m in modules}),
         "rslora": config.rslora,
-        "magnitude": "one per output" if config.dora else "none",
+        "magnitude": (NORMALISED if normalised else "one per output") if config.dora else "none",
         "modules_to_save": sorted(u.target for u in updates if u.kind == "replace"),
         "trainer": {
             None: "PEFT",

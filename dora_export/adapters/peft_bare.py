@@ -15,7 +15,6 @@ from dora_export.adapters.model import ReadOptions
 from dora_export.adapters.peft_config import PeftConfig
 from dora_export.adapters.state_dict import tensors_of
 from dora_export.errors import AdapterError
-from dora_export.storage import PICKLED
 from dora_export.tensors import TensorRef
 
 PREFIX = "base_model.model."
@@ -35,9 +34,7 @@ def weights_of(path: Path, config: str, names: Iterable[str], options: ReadOptio
         options: Whether pickled files may be read.
     """
     found = [path / name for name in names if (path / name).is_file()] if path.is_dir() else [path]
-    if not found or found[0].suffix not in (".safetensors", *PICKLED):
-        return None
-    if (found[0].parent / config).exists() or not found[0].is_file():
+    if not found or (found[0].parent / config).exists():
         return None
     keys = list(tensors_of(found[0], options))
     pairs = any(".lora_A." in key or ".lora_embedding_A" in key for key in keys)

@@ -210,7 +210,7 @@ def parse(path: Path, raw: Mapping[str, Any], options: ReadOptions = READ_AS_IT_
         *_type_problems(raw),
         *peft_variants.problems(raw),
     ]
-    problems += peft_variants.mask_problems(masks) if adalora else []
+    problems += peft_variants.adalora_problems(masks, raw.get("lora_alpha")) if adalora else []
     if problems:
         raise AdapterError(f"{path}: cannot be merged:{listing(problems)}")
     task_heads = HEAD_TASKS.get(str(raw.get("task_type")), ())

@@ -11,7 +11,8 @@ from typing import Any, get_args
 
 from dora_export.adapters.model import ReadOptions
 from dora_export.errors import shown
-from dora_export.residual import Init
+from dora_export.residual import INITS, Init, Residual
+from dora_export.update import Update
 
 HARMLESS = ("gaussian", "eva", "orthogonal", "mica")
 BASE_CHANGING = {
@@ -28,6 +29,20 @@ def changed(raw: Mapping[str, Any]) -> str | None:
     """Return the initialisation that changed the base, in the config's words, or None."""
     init = raw.get("init_lora_weights", True)
     return init if isinstance(init, str) and init.startswith(tuple(BASE_CHANGING)) else None
+
+
+def residual(module: str, init: str | None, rank: int, scaling: float) -> Update:
+    """Return the change that makes a layer's weight what its adapter was trained on.
+
+    Args:
+        module: Path of the layer.
+        init: One of ``INITS``.
+        rank: Of the adapter's product there.
+        scaling: Of that product, dimensionless.
+    """
+    known = next((i for i in INITS if i == init), None)
+    assert known is not None, "Bug: no other one can be recomputed"
+    return Update(f"{module}.weight", "function", (), function=Residual(known, rank, scaling))
 
 
 def problems(raw: Mapping[str, Any], options: ReadOptions) -> Iterator[str]:

@@ -21,12 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dora_export import limits
 from dora_export.adapters.config_files import CONFIG
 from dora_export.adapters.model import ReadOptions
 from dora_export.adapters.patterns import first_matches
 from dora_export.adapters.peft_config import PeftConfig
 from dora_export.errors import AdapterError, shown
 from dora_export.expert_names import REGISTERED
+from dora_export.storage.paths import leads_out
 from dora_export.tensors import Operand, TensorRef
 from dora_export.update import Orientation, Update
 
@@ -34,7 +36,6 @@ Parts = Mapping[str, TensorRef]
 NESTED = ".base_layer"
 LAYOUTS = {"rank_major": "peft", "grouped_by_expert": "unsloth"}
 README = "README.md"
-README_BYTES = 1 << 20  # of a model card that are looked at
 
 
 @dataclass(frozen=True)
@@ -230,11 +231,11 @@ def _by_marks(folder: Path, raw: Mapping[str, Any]) -> tuple[str | None, str]:
 
 def _card(folder: Path) -> bool:
     """Return whether the model card names Unsloth; its tags do, where that loaded the model."""
-    try:
-        with (folder / README).open("rb") as file:
-            return b"unsloth" in file.read(README_BYTES).lower()
-    except OSError:
+    card = folder / README
+    if not card.is_file() or leads_out(card, folder):
         return False  # no card, nothing said
+    with card.open("rb") as file:
+        return b"unsloth" in file.read(limits.CARD_BYTES).lower()
 
 
 def _orientation(version: object) -> Orientation:

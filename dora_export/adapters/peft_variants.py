@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dora_export.errors import shown
+from dora_export.storage.json_file import is_number
 
 MAX_LAYERS = 10_000  # more is a damaged file, not a model
 
@@ -59,13 +60,23 @@ def ranges(raw: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
     return tuple((start, stop) for start, stop in raw.get("layer_replication") or ())
 
 
-def mask_problems(masks: Any) -> list[str]:
-    """Return what is wrong with AdaLoRA's rank_pattern: parameter names with masks."""
+def adalora_problems(masks: Any, alpha: object) -> list[str]:
+    """Return what is wrong with AdaLoRA's rank_pattern (names with masks) and lora_alpha.
+
+    In the place of an alpha that is not positive, PEFT takes the rank: in training the one it began
+    with, after loading the one it has pruned to.
+    """
     right = isinstance(masks, dict) and all(
         isinstance(mask, list) and all(isinstance(kept, bool) for kept in mask)
         for mask in masks.values()
     )
-    return [] if right else ["rank_pattern: expected a list of true and false per layer"]
+    problems = [] if right else ["rank_pattern: expected a list of true and false per layer"]
+    if is_number(alpha) and alpha < 0:
+        problems.append(
+            f"lora_alpha: {alpha}, for which PEFT's AdaLoRA takes one rank in training and another "
+            "after loading. Set it to the rank that counts"
+        )
+    return problems
 
 
 def kept_ranks(masks: Mapping[str, list[bool]]) -> dict[str, int]:

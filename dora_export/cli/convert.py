@@ -61,7 +61,8 @@ def summary(report: Any, output: Path) -> str:
     from dora_export.errors import shown  # noqa: PLC0415
     from dora_export.words import count, size  # noqa: PLC0415
 
-    how = "exactly" if report.rank is None else f"approximately, rank {report.rank}"
+    how = "exactly but for one rounding" if report.rounded else "exactly"
+    how = how if report.rank is None else f"approximately, rank {report.rank}"
     head = f"converted {report.method} ({report.source_format}) to {report.target}, {how}"
     lines = [click.style(head, bold=True)]
     if report.energy is not None:

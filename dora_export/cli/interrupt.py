@@ -63,6 +63,8 @@ def _message(output: Path) -> str:
     lines = ["interrupted; nothing was published."]
     if leftover is not None and leftover.done_bytes:
         lines.append(kept(leftover.folder, leftover.done_bytes))
+    else:
+        lines[0] += " To start again:"
     return "\n".join([*lines, f"  {_command()}"])
 
 

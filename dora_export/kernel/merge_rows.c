@@ -220,6 +220,17 @@ INLINE void finish(const struct rows *rows, ptrdiff_t row, const float *values, 
   }
 }
 
+/* Whether float32 has not the range for a row's squares or its factor; as row_factor.py has it. */
+static int is_coarse(const float *values, ptrdiff_t columns, double squares, double factor) {
+  const double size = fabs(factor);
+  if (squares == 0) {
+    for (ptrdiff_t j = 0; j < columns; j++)
+      if (values[j] != 0) return 1;
+    return 0;
+  }
+  return squares > 1e300 || squares < columns * 0x1p-129 || (size > 0 && size < 0x1p-126);
+}
+
 INLINE void merge_some(const struct rows *rows, ptrdiff_t first, const int count, float *scratch,
                        struct outcome *outcome) {
   const ptrdiff_t stride = (rows->columns + PANEL - 1) / PANEL * PANEL;
@@ -227,14 +238,15 @@ INLINE void merge_some(const struct rows *rows, ptrdiff_t first, const int count
   add_product(rows, first, count, scratch, stride, squares);
   for (int i = 0; i < count; i++) {
     const ptrdiff_t row = first + i;
+    const float *values = scratch + i * stride;
     double factor = 1;
     if (rows->mode == GIVEN) factor = rows->magnitude[row];
     if (rows->mode == BY_NORM) {
       const double norm = sqrt(squares[i]);
       factor = norm == 0 ? 0 : rows->magnitude[row] / (norm + rows->eps);
       rows->undefined[row] = norm == 0 && rows->magnitude[row] != 0 && rows->eps == 0;
+      if (is_coarse(values, rows->columns, squares[i], factor)) rows->undefined[row] = 2;
     }
-    const float *values = scratch + i * stride;
     if (rows->mode == NO_FACTOR && !rows->by_column) finish(rows, row, values, 1, 0, 0, outcome);
     else if (!rows->by_column) finish(rows, row, values, factor, 1, 0, outcome);
     else finish(rows, row, values, factor, rows->mode != NO_FACTOR, 1, outcome);

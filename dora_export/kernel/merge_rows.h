@@ -25,7 +25,8 @@ struct rows {
   const double *exact_left;  /* (count, rank), as exactly as it is stored, scaling included */
   const double *exact_right; /* (rank, columns); NULL: panels are exact */
   const double *exact_by_column; /* as by_column, not packed; or NULL */
-  uint8_t *undefined;      /* out: 1 where ||V|| and eps are 0, magnitude not; NULL unless BY_NORM */
+  uint8_t *undefined;      /* out: 1 where ||V|| and eps are 0, magnitude not; 2 where float32
+                              has not the range for ||V||; NULL unless BY_NORM */
   ptrdiff_t count, columns, rank;
   double eps, column_bound; /* column_bound: largest |by_column|, 1 without */
   enum factor_mode mode;

@@ -36,6 +36,7 @@ from dora_export.plan import Plan
 from dora_export.tensors import FileRange
 from dora_export.verification.plausible import refuse_implausible
 from dora_export.verification.runner import is_quantised
+from dora_export.verification.together import opened
 from dora_export.writers.files import FileSink
 from dora_export.writers.side_files import TOKENIZER, WHOLE_TOKENIZER, SideFile, in_folder
 from dora_export.writers.staging import MANIFEST
@@ -390,7 +391,7 @@ def _parity(plan: Plan, graph: Graph) -> tuple[Parity, ...]:
             plan,
             outputs=outputs,
             padding="none" if counts_tokens(graph) else "any",
-            needs_budget=is_quantised(graph.model),
+            unmerged=lambda _: opened(graph.path),
         ),
     )
 
@@ -445,8 +446,8 @@ def notes_on_parity(graph: Graph) -> Iterator[str]:
         yield f"not run beside the unmerged model: {said} are names of the exporter's own"
     elif is_quantised(graph.model):
         yield (
-            "quantised: the unmerged model is run beside the graph only with --budget, the largest "
-            "relative difference to allow"
+            "quantised: it may be as far from the unmerged model as twice what the graph of the "
+            "base is from the base (--budget states another limit)"
         )
 
 

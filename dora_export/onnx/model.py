@@ -23,6 +23,9 @@ GRAPH = "model.onnx"
 DATA = f"{GRAPH}.data"
 DATA_BYTES = 100_000_000  # weights above this go into a file of their own
 MERGED = "merged"  # sub-folder of the staged one, removed before publishing
+# Largest difference, relative to the largest expected value, that a graph traced and quantised may
+# have unless the user says otherwise; the mistakes that it is held against as well allow less.
+BUDGETS = {"int8": 0.5, "int4": 0.5}
 PROTOBUF_BYTES = (1 << 31) - 1  # the most that one protobuf message can hold
 
 
@@ -122,7 +125,8 @@ class Parity:
         padding: Where padding may be.
         cls: Class to run the unmerged model with; None: the base's.
         derive: Gives outputs that the graph has beside the model's, from inputs and outputs.
-        needs_budget: The graph is quantised: it is compared only where the user gives a budget.
+        unmerged: Opens the graph of the base where the graph is quantised, given the path of the
+            new one: how far that is from the base is the noise.
     """
 
     graph: str
@@ -133,7 +137,7 @@ class Parity:
     padding: Padding = "any"
     cls: ModelClass | None = None
     derive: Derive | None = None
-    needs_budget: bool = False
+    unmerged: Callable[[Path], Runner] | None = None
 
 
 @dataclass(frozen=True)

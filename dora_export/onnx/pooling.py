@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import TYPE_CHECKING, Any, get_args
 from dora_export.checkpoints.folder import read_json
 from dora_export.errors import shown
 from dora_export.onnx.model import GraphError
+from dora_export.storage.json_file import read_list
+from dora_export.storage.paths import inside
 from dora_export.verification.pooling import EMBEDDING, STATES, Mode
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ def pooling_of(folder: Path, asked: str) -> Pooling:
             f"{folder}: has no modules.json of sentence-transformers with a pooling. Pass "
             "--pooling mean, cls or last."
         )
-    config = read_json(folder / str(modules[kinds.index("Pooling")]["path"]) / "config.json")
+    place = modules[kinds.index("Pooling")].get("path")
+    config = read_json(inside(folder, f"{place}/config.json", folder / "modules.json"))
     on = [key for key, value in config.items() if key.startswith("pooling_mode_") and value is True]
     if len(on) != 1 or on[0] not in KEYS:
         raise GraphError(
@@ -76,11 +78,7 @@ def _modules(folder: Path) -> list[dict[str, Any]]:
     path = folder / "modules.json"
     if not path.is_file():
         return []
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise GraphError(f"{path}: is not JSON: {error}. Download it again.") from error
-    return [m for m in found if isinstance(m, dict)] if isinstance(found, list) else []
+    return [m for m in read_list(path) if isinstance(m, dict)]
 
 
 def pooled(part: Part, pooling: Pooling) -> Part:

@@ -25,6 +25,7 @@ BLOCK_SIZES = (16, 32, 64, 128, 256)  # what MatMulNBits takes
 # The activations of int4 are rounded to int8 on the way, as in onnxruntime-genai's graphs: twice as
 # fast on CPUs as float32, and the error is that of the weights.
 ACCURACY_LEVEL = 4
+FUSED = "FusedMatMul"
 HEADS = ("lm_head", "embed_out", "output_projection")
 
 
@@ -32,18 +33,13 @@ def reachable(model: ir.Model) -> None:
     """Store weights as the second operands of ``MatMul`` that quantisers see.
 
     Exporters leave ``MatMul(x, Transpose(W))`` where W is used elsewhere as well (a tied output
-    head), and split a stack of experts' matrices that lie in one tensor.
+    head), fusions make ``FusedMatMul`` of it, and a stack of experts' matrices that lie in one
+    tensor is split.
     """
     graph = model.graph
     _unstack(graph)
     for node in list(graph):
-        if node.op_type != "MatMul":
-            continue
-        turned = node.inputs[1]
-        turn = turned.producer() if turned is not None else None
-        if turn is None or turn.op_type != "Transpose" or turn.domain != "":
-            continue
-        weight = turn.inputs[0]
+        weight = _turned_operand(node)
         tensor = None if weight is None else weight.const_value
         if weight is None or tensor is None or len(tensor.shape) != 2:
             continue
@@ -53,7 +49,28 @@ def reachable(model: ir.Model) -> None:
             value.shape, value.dtype = _shape(tensor), tensor.dtype
             graph.register_initializer(value)
         node.replace_input_with(1, graph.initializers[name])
+        if node.op_type == FUSED:
+            node.op_type, node.domain = "MatMul", ""
+            node.attributes.clear()
     ir.passes.common.RemoveUnusedNodesPass()(model)
+
+
+def _turned_operand(node: ir.Node) -> ir.Value | None:
+    """Return what a product turns before it multiplies by it, if that is all it does."""
+    if node.op_type == "MatMul" and node.domain == "" and node.inputs[1] is not None:
+        turn = node.inputs[1].producer()
+        return turn.inputs[0] if turn is not None and _is(turn, "Transpose") else None
+    given = node.attributes
+    plain = given.get_float("alpha", 1.0) == 1.0 and not any(
+        given.get_int(name, 0) for name in ("transA", "transBatchA", "transBatchB")
+    )
+    if node.op_type == FUSED and node.domain == "com.microsoft" and plain:
+        return node.inputs[1] if given.get_int("transB", 0) else None
+    return None
+
+
+def _is(node: ir.Node, op_type: str) -> bool:
+    return node.op_type == op_type and node.domain == ""
 
 
 def _unstack(graph: ir.Graph) -> None:

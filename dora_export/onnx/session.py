@@ -52,8 +52,8 @@ class AdapterSession:
             options: An ``onnxruntime.SessionOptions``, or None.
 
         Raises:
-            InputError: The folder is no such output, or its files are not those that were
-                published together.
+            InputError: The folder is no such output, its files are not those that were published
+                together, or onnxruntime does not take them.
         """
         import onnxruntime  # noqa: PLC0415 - a second to import
 
@@ -67,7 +67,10 @@ class AdapterSession:
             ) from error
         self._ort = onnxruntime
         self.session = _while_checked(
-            weights, lambda: onnxruntime.InferenceSession(str(graph), options, list(providers))
+            weights,
+            lambda: _loaded(
+                graph, lambda: onnxruntime.InferenceSession(str(graph), options, list(providers))
+            ),
         )
         found = {i.name for i in self.session.get_overridable_initializers()}
         if missing := sorted(pinned - found):
@@ -77,8 +80,8 @@ class AdapterSession:
             )
         self._loaded = {}
         for name, path in adapters.items():
-            self._loaded[name] = onnxruntime.LoraAdapter()
-            self._loaded[name].Load(str(path))
+            adapter = self._loaded[name] = onnxruntime.LoraAdapter()
+            _loaded(path, lambda: adapter.Load(str(path)))  # noqa: B023 - called at once
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -151,6 +154,22 @@ def _while_checked(files: Mapping[Path, Any], load: Callable[[], R]) -> R:
         finally:
             for check in checks:
                 check.result()  # an error of a file's is the reason for one of load's
+
+
+def _loaded(path: Path, load: Callable[[], R]) -> R:
+    """Return what ``load`` does with a file of onnxruntime's.
+
+    Raises:
+        InputError: onnxruntime does not take it.
+    """
+    try:
+        return load()
+    except Exception as error:
+        # onnxruntime has a class for every one of its states and a common base for none.
+        raise InputError(
+            f"{path}: onnxruntime does not take it: {shown(error, 300)}. Export it again, or pass "
+            "providers and options that this machine has."
+        ) from error
 
 
 def _same(path: Path, digest: Any) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 
 from dora_export import inputs as watched
 from dora_export.engine import check_adapter
-from dora_export.errors import VerifyError, listing, shown
+from dora_export.errors import InputError, VerifyError, listing, shown
 from dora_export.onnx import files, into
 from dora_export.onnx.graph_file import Graph, open_graph
 from dora_export.onnx.matching import Weight, weights_of
 from dora_export.onnx.matching_graph import match_graph
-from dora_export.onnx.model import GraphError, Made, Padding, Parity, Request
+from dora_export.onnx.model import BUDGETS, GraphError, Made, Padding, Parity, Request
 from dora_export.onnx.slot_graph import Inputs, names_of, with_slots
 from dora_export.onnx.slot_values import (
     SlotValues,
@@ -38,10 +38,12 @@ from dora_export.onnx.slot_values import (
 )
 from dora_export.onnx.slots import Slot, find_slots
 from dora_export.plan import Plan, plan_unchanged
+from dora_export.storage.paths import inside
 from dora_export.verification.parallel import each
 from dora_export.verification.plausible import refuse_implausible
-from dora_export.verification.runner import OnnxRuntime, is_quantised
+from dora_export.verification.runner import OnnxRuntime, Runner, is_quantised
 from dora_export.writers.files import write_small
+from dora_export.writers.staging import MANIFEST
 
 FOLDER = "adapters"
 SUFFIX = ".onnx_adapter"
@@ -112,7 +114,7 @@ def make(request: Request, traced: Path | None = None) -> Made:
     return Made(
         graphs=(path.name,),
         facts=_facts(graph, slots, places, written),
-        parity=tuple(_parity(path.name, graph, bundles, request)),
+        parity=tuple(_parity(path.name, graph, bundles, request, traced is not None)),
         notes=("one adapter at a time: onnxruntime takes two at once without an error and computes "
                "something else; dora_export.AdapterSession takes one",
                *into.notes_on_parity(graph), *known),
@@ -188,6 +190,27 @@ def adapter_names(plans: Sequence[Plan]) -> tuple[str, ...]:
             f"--adapters: two adapters would be called '{twice[0]}'. Rename the folder of one."
         )
     return tuple(names)
+
+
+def adapter_files(folder: Path, facts: Mapping[str, Any]) -> dict[str, Path]:
+    """Return the files that onnxruntime reads a folder's adapters from, by name.
+
+    Args:
+        folder: What ``make`` has written.
+        facts: What its manifest says of it.
+
+    Raises:
+        InputError: The manifest is damaged, or names a file outside the folder.
+    """
+    adapters = facts.get("adapters")
+    where = folder / MANIFEST
+    try:
+        return {str(n): inside(folder, said["file"], where) for n, said in adapters.items()}  # type: ignore[union-attr]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{where}: does not say where the graph's adapters are. Pass the folder as it was "
+            "published."
+        ) from error
 
 
 def _weights(plans: Sequence[Plan]) -> tuple[Weight, ...]:
@@ -329,16 +352,23 @@ def _facts(
 
 
 def _parity(
-    name: str, graph: Graph, bundles: Sequence[Bundle], request: Request
+    name: str, graph: Graph, bundles: Sequence[Bundle], request: Request, traced: bool
 ) -> Iterator[Parity]:
-    """Yield what to compare: the base without an adapter, and every adapter with its own model."""
+    """Yield what to compare: the base without an adapter, and every adapter with its own model.
+
+    What quantising costs is measured on the graph of the base; one that was traced and quantised
+    for this is, without an adapter, that graph, and is itself held to the budget of a traced one.
+    """
     if into.own_names(graph):
         return
     padding: Padding = "none" if into.counts_tokens(graph) else "any"
     outputs = [o.name for o in graph.model.graph.output if not o.name.startswith("present")]
-    quantised = is_quantised(graph.model)
+    unmerged: Callable[[Path], Runner] | None = None
+    if is_quantised(graph.model):
+        unmerged = OnnxRuntime if traced else lambda _: OnnxRuntime(graph.path)
     bare = plan_unchanged(request.plan.base, request.plan.settings)
-    yield Parity(name, bare, outputs=outputs, padding=padding, needs_budget=quantised)
+    budget = BUDGETS.get(request.options.quantize or "") if traced else None
+    yield Parity(name, bare, outputs=outputs, padding=padding, unmerged=unmerged, budget=budget)
     for bundle in bundles:
         file = f"{FOLDER}/{bundle.name}{SUFFIX}"
 
@@ -347,5 +377,5 @@ def _parity(
 
         yield Parity(
             name, bundle.plan, runner=runner, outputs=outputs, padding=padding,
-            needs_budget=quantised,
+            unmerged=unmerged,
         )  # fmt: skip

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dora_export.checkpoints.folder import read_json
 from dora_export.errors import shown
 from dora_export.onnx.model import (
+    BUDGETS,
     GRAPH,
     GraphError,
     GraphOptions,
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
 
 OPSETS = range(18, 26)  # what torch's exporter writes
 NEEDED = ("onnxscript", "onnx_ir")
-# Largest difference, relative to the largest expected value, that a quantised graph may have unless
-# the user says otherwise; the mistakes that it is held against as well allow less.
-BUDGETS = {"int8": 0.5, "int4": 0.5}
 
 
 def check(request: Request) -> None:

@@ -46,6 +46,25 @@ def read_json(
         InputError: The file is missing, beyond a limit, not JSON, not an object, or says two things
             of one name.
     """
+    found = _value(path, most_bytes, most_values)
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: expected a JSON object. Download it again.")
+    return found
+
+
+def read_list(path: Path) -> list[Any]:
+    """Return the JSON list in a file.
+
+    Raises:
+        InputError: As in ``read_json``, or it is no list.
+    """
+    found = _value(path, limits.JSON_BYTES, limits.JSON_VALUES)
+    if not isinstance(found, list):
+        raise InputError(f"{path}: expected a JSON list. Download it again.")
+    return found
+
+
+def _value(path: Path, most_bytes: int, most_values: int) -> Any:
     try:
         with contained(path, path.parent).open("rb") as file:
             _refuse_large(path, os.fstat(file.fileno()).st_size, most_bytes)
@@ -53,10 +72,7 @@ def read_json(
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}. Check the path.") from error
     _refuse_large(path, len(texts[0]), most_bytes)
-    found = parse(texts.pop(), path, most_values)  # which is then the only one that has it
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: expected a JSON object. Download it again.")
-    return found
+    return parse(texts.pop(), path, most_values)  # which is then the only one that has it
 
 
 def _refuse_large(path: Path, nbytes: int, most: int) -> None:
@@ -101,6 +117,11 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def is_number(value: object) -> TypeGuard[int | float]:
     """Return whether a value is a number that a float can hold: no NaN, no infinity, no bool."""
     return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
+
+
+def same(one: object, other: object) -> bool:
+    """Return whether two values say the same; NaN, which some configs hold, is the same as NaN."""
+    return one == other or repr(one) == repr(other)
 
 
 def is_rank(value: object) -> TypeGuard[int]:

@@ -11,6 +11,7 @@ import threading
 from bisect import bisect_right
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -115,7 +116,8 @@ class Ahead:
 
     def _submit(self, key: Hashable, work: Callable[..., Any], *arguments: Any) -> None:
         assert self._pool is not None, "Bug: nothing begins without threads"
-        self._begun[key] = self._pool.submit(work, *arguments)
+        with suppress(RuntimeError):  # the system gives no more threads: it is checked later
+            self._begun[key] = self._pool.submit(work, *arguments)
 
     def _result(self, key: Hashable, work: Callable[..., Result], *arguments: Any) -> Result:
         """Return what has been found already, or find it now if nobody has begun to."""

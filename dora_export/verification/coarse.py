@@ -212,7 +212,8 @@ def fit(terms: Terms, merged: Floats, coarse: str, stored: str, *, counted: bool
     """Return how merging in a coarse type may have rounded: what comes nearest to what is stored.
 
     Looked for in turn, the sum given the factor and the reverse: from rounding after every step,
-    which most merges in a coarse type do, then from both kinds of sum.
+    which most merges in a coarse type do, then from both kinds of sum. What is stored in another
+    type may have been stored in the coarse one before: that is tried first.
 
     Args:
         terms: The right lines; some elements of the first of them are looked at.
@@ -239,7 +240,10 @@ def fit(terms: Terms, merged: Floats, coarse: str, stored: str, *, counted: bool
     coarse_base = np.array_equal(kitchen.rounded(kitchen.terms.base), kitchen.terms.base)
     sums = _sums(terms, (False,) if coarse_base else (False, True))
     results = [{"result": False}, {"result": True}] if stored != coarse else [{}]
-    for best in (_throughout(terms, coarse_base), Recipe(), Recipe(base=not coarse_base, sum=True)):
+    starts = [_throughout(terms, coarse_base), Recipe(), Recipe(base=not coarse_base, sum=True)]
+    if stored != coarse:  # often the right values, or those of such a merge, in a wider type
+        starts = [Recipe(result=True), starts[0]._replace(result=True), *starts]
+    for best in starts:
         before = math.inf
         while 0.0 < distance(best) < before:
             before = distance(best)

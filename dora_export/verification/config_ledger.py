@@ -13,8 +13,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dora_export.checkpoints.model import prefix_of
-from dora_export.errors import shown
+from dora_export.errors import in_line, shown
 from dora_export.plan import Plan
+from dora_export.storage.json_file import same
 from dora_export.tensors import BY_TORCH, DType, TensorRef
 from dora_export.tying import EMBEDDINGS, HEADS, WITH_VOCABULARY
 from dora_export.verification.model import Finding
@@ -141,7 +142,7 @@ def _check(plan: Plan, subject: Subject, file: str, quantised: bool) -> ConfigLe
     _tie(book, plan, subject, expected, found)
     _dtype(book, plan, subject, expected, found)
     if book.rewritten:
-        what = f"{len(book.rewritten)} values: {', '.join(book.rewritten)}"
+        what = f"{len(book.rewritten)} values: {in_line(book.rewritten)}"
         book.findings.append(Finding("config-rewritten", file, what))
     return ConfigLedger(tuple(book.findings), tuple(book.rewritten))
 
@@ -195,7 +196,7 @@ def _compare(book: _Book, expected: Config, found: Config, path: str, quantised:
         here, there = expected.get(key), found.get(key)
         label = f"{path}{key}"
         apart = key in OWN_CHECK or (key in OF_THE_TEXT and path in TEXT_PATHS)
-        if apart or key in renamed or here == there:
+        if apart or key in renamed or same(here, there):
             if here is None and there is None and (key in expected) != (key in found):
                 book.rewritten.append(f"{shown(label)} (null)")
             elif key in renamed:

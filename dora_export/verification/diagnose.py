@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dora_export.errors import shown
-from dora_export.tensors import TensorRef
+from dora_export.tensors import DTYPES, TensorRef
 from dora_export.verification import coarse, small_mistakes
 from dora_export.verification.exact import Exact, Part, rounded
 from dora_export.verification.neighbours import Neighbours
@@ -179,6 +179,12 @@ def in_coarse_arithmetic(exact: Exact, ref: TensorRef, lines: NDArray[np.int64])
     return bool(fewer < NEARER * (sample.merged != right).sum())
 
 
+def holds(exact: Exact, ref: TensorRef, lines: NDArray[np.int64], dtype: str) -> bool:
+    """Return whether some stored lines are all values of a type."""
+    merged = take(exact, ref, pick(lines)).merged
+    return np.array_equal(rounded(np.ascontiguousarray(merged), DTYPES[dtype]), merged)
+
+
 def _explained(
     exact: Exact,
     ref: TensorRef,
@@ -232,7 +238,8 @@ def _nearest(
     best, nearest, limit = None, np.inf, explains * right
     for candidate in candidates:
         distance = sample.distance(candidate.values)
-        if np.isfinite(distance) and distance < limit:
+        size = float(np.square(candidate.values).sum())  # zeros are near to all that is small
+        if np.isfinite(distance) and distance < min(limit, EXPLAINS * size):
             best, nearest, limit = candidate, distance, CLEARLY_NEARER * distance
     if best is None:
         return None
@@ -375,8 +382,11 @@ def _small(
     s, product = sample.scaling, sample.product
     if not sample.terms.formula or not sample.simple or not np.isfinite(sample.merged).all():
         return None
-    scalings = [(m * s, _scaling_words(m * s, s)) for m in MULTIPLES if s]
-    scalings = [*_usual_scalings(sample), *scalings] if product is not None else []
+    scalings = list(_usual_scalings(sample)) if product is not None and s else []
+    if product is not None and s:
+        near = [other for other, _ in scalings]
+        scalings += [(m * s, _scaling_words(m * s, s)) for m in MULTIPLES
+                     if not np.isclose(m * s, near).any()]  # fmt: skip
     some = min(max(1, RANKED_ELEMENTS // length), RANKED_LINES)
     everywhere = np.arange(line_count(exact)) if others.line is not None else lines
     ranked = others.nearest(take(exact, ref, pick(everywhere, some)), RANKED)

@@ -3,7 +3,8 @@
 Both sides take and give arrays by name, so one script drives them: whole inputs of several batch
 sizes, lengths and paddings; and where the graph keeps a cache, a prefill and then token after
 token, each side on its own cache. The tolerance is the forward tier's: twice the noise of running
-unmerged in the graph's precision, or what the caller allows (for quantised graphs).
+unmerged in the graph's precision; for a quantised graph twice what quantising did to the graph of
+the base, where there is one; or what the caller allows.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from dora_export.verification.graph_weights import merged_in
 from dora_export.verification.measured import GraphMeasured, Progress, Unsupported, library_of
 from dora_export.verification.model import Finding, TierResult
 from dora_export.verification.parity import Compared, Distance, Tolerance, peak_of, tolerance
-from dora_export.verification.runner import GraphUnusable, Runner
+from dora_export.verification.runner import GraphUnusable, OnnxRuntime, Runner
 from dora_export.verification.script import PRESENT, Padding
 from dora_export.verification.stale import stale
 from dora_export.verification.together import graphs_of, opened
@@ -33,6 +34,11 @@ if TYPE_CHECKING:
     from dora_export.verification.pooling import Derive
 
 GREEDY = 64  # tokens of greedy text
+NO_FLOOR = (
+    "is quantised, and rounding has no noise floor that could be measured here, so give a budget: "
+    "--budget R allows differences up to R times the largest expected value (--json tells how "
+    "large they are)"
+)
 
 
 def check_graph(
@@ -40,6 +46,7 @@ def check_graph(
     graph: Path,
     *,
     runner: Runner | None = None,
+    adapter: Path | None = None,
     outputs: Sequence[str] | None = None,
     budget: float | None = None,
     prompts: Sequence[str] = (),
@@ -47,6 +54,7 @@ def check_graph(
     tokens: int = GREEDY,
     cls: ModelClass | None = None,
     derive: Derive | None = None,
+    unmerged: Callable[[], Runner] | None = None,
     progress: Progress | None = None,
 ) -> tuple[TierResult, tuple[Finding, ...]]:
     """Run an ONNX graph beside the unmerged base and adapter, and compare all outputs.
@@ -59,15 +67,19 @@ def check_graph(
         graph: The ``.onnx`` file of the merged model; any of an encoder-decoder's, which lie
             beside each other.
         runner: Runs it; None: onnxruntime on the CPU.
+        adapter: The file that onnxruntime runs a graph of the base with; None: what it runs is
+            merged.
         outputs: Outputs that the graph is meant to have, beside a cache's; None: all the model's.
         budget: Largest difference allowed, relative to the largest expected value, in place of
-            the measured noise; needed for quantised graphs.
+            the measured noise; a quantised graph needs it or ``unmerged``.
         prompts: Texts to run on, by the tokenizer in the graph's folder; none: generated tokens.
         padding: Where the graph takes padding.
         tokens: Tokens that the reference writes, one by one, for the graph to agree with, if it
             keeps a cache.
         cls: Class to run the reference with; None: the base's.
         derive: Gives outputs that the graph has beside the model's, from inputs and outputs.
+        unmerged: Opens the graph of the base that a quantised one was made from, quantised alike:
+            how far it is from the base, on the same inputs, is the noise.
         progress: Called with stages done and stages in all.
 
     Returns:
@@ -77,12 +89,15 @@ def check_graph(
     name = shown(graph.name)
     found: tuple[Finding, ...]
     figures: dict[str, Any] = {}
-    own_runner = runner is None
+    merged = runner is None and adapter is None
     try:
+        if adapter is not None:
+            runner = OnnxRuntime(graph, adapter)
         measured = _measure(
-            plan, graph, runner, outputs, budget, prompts, progress, padding, tokens, cls, derive
-        )
-        held = [f for one in graphs_of(graph) for f in stale(plan, one)] if own_runner else []
+            plan, graph, runner, outputs, budget, prompts, progress, padding, tokens, cls, derive,
+            unmerged,
+        )  # fmt: skip
+        held = [f for one in graphs_of(graph) for f in stale(plan, one)] if merged else []
         found = (*_judge(name, measured, budget), *held)
         figures = _figures(measured, budget) if measured.error else {}
     except GraphUnusable as why:
@@ -105,14 +120,18 @@ def _measure(
     tokens: int,
     cls: ModelClass | None,
     derive: Derive | None,
+    unmerged: Callable[[], Runner] | None,
 ) -> GraphMeasured:
     library = library_of(plan.base.config)
     if importlib.util.find_spec(library) is None:
         raise Unsupported(library, "is not installed")
     by_graph = runner is None and budget is None
     runner = runner or opened(graph)
+    twin = None
     if runner.precision is None and budget is None:
-        raise GraphUnusable("graph-unsupported", "is quantised: no noise floor, so give a budget")
+        if unmerged is None:
+            raise GraphUnusable("graph-unsupported", NO_FLOOR)
+        twin = unmerged()
     merged = merged_in(plan, graphs_of(graph)) if by_graph else None
     if budget is None and getattr(runner, "swaps", False) and runner.precision is not None:
         merged = DTYPES[runner.precision]  # nothing was merged, so nothing was rounded
@@ -131,6 +150,7 @@ def _measure(
         cls,
         derive,
         merged,
+        twin,
     )
 
 
@@ -144,8 +164,10 @@ def _allowed(name: str, measured: GraphMeasured, budget: float | None) -> Tolera
         # elements far, and what comes of them is in the outputs of the steps that read it.
         return Tolerance(math.inf if name.startswith(PRESENT) else bound, bound)
     peak = 0.0
-    if name.startswith(PRESENT):
-        peak = peak_of(n.distance for o, n in measured.noise.items() if o.startswith(PRESENT))
+    # Single elements of another draw of roundings say little: all outputs are asked.
+    if name.startswith(PRESENT) or measured.noise_of_base:
+        peak = peak_of(n.distance for o, n in measured.noise.items()
+                       if o.startswith(PRESENT) or measured.noise_of_base)  # fmt: skip
     return tolerance(measured.noise[name].distance, measured.unit, peak)
 
 
@@ -212,6 +234,7 @@ def _figures(measured: GraphMeasured, budget: float | None) -> dict[str, Any]:
         "storage": measured.storage,
         "budget": budget,
         "merged_in": measured.merged_in,
+        "noise_of_base": measured.noise_of_base,
         "calls": list(measured.calls),
         "mistakes": {name: one.to_dict() for name, one in measured.leanings.items()},
         "text": None
@@ -241,7 +264,9 @@ def _summary(found: Sequence[Finding], figures: Mapping[str, Any]) -> str:
         parts.append(
             f"{figures['text']['equal']} of {figures['text']['tokens']} greedy tokens equal"
         )
-    allowed = "the stated budget" if figures["budget"] else f"the noise of {figures['storage']}"
+    noise = f"the noise of {figures['storage']}"
+    noise = "quantising the base" if figures["noise_of_base"] else noise
+    allowed = "the stated budget" if figures["budget"] else noise
     worst = max(((one["share"], mistake) for mistake, one in figures["mistakes"].items()
                  if one["share"] is not None), default=None)  # fmt: skip
     if worst is not None:

@@ -121,7 +121,9 @@ class GraphMeasured:
         misfits: How the shapes of outputs differ; as above.
         calls: What both sides were asked.
         error: The graph's outputs from the reference's, by name.
-        noise: The reference's in ``storage`` from those in high precision; empty with a budget.
+        noise: The reference's in ``storage`` from those in high precision, or the quantised graph
+            of the base from the base; empty with a budget.
+        noise_of_base: Whether it is the latter.
         effect: The base's from the reference's; empty where the base cannot take the inputs.
         leanings: Known mistake -> where the graph's outputs lie on the way to it.
         text: Choices at the tokens that the reference wrote one by one, or None.
@@ -138,5 +140,6 @@ class GraphMeasured:
     error: Mapping[str, Compared] = field(default_factory=dict)
     noise: Mapping[str, Compared] = field(default_factory=dict)
     effect: Mapping[str, Compared] = field(default_factory=dict)
+    noise_of_base: bool = False
     leanings: Mapping[str, Leaning] = field(default_factory=dict)
     text: Choices | None = None

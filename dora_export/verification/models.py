@@ -155,6 +155,8 @@ def load(folder: Path, cls: ModelClass, dtype: torch.dtype, variant: str | None 
         "ignore_mismatched_sizes": True,  # they are reported by name instead
     }
     options["dtype" if cls.library == "transformers" else "torch_dtype"] = dtype
+    if cls.library == "transformers":
+        options["trust_remote_code"] = False  # left out, it asks whoever sits at the terminal
     if any(folder.glob("*.safetensors")):
         options["use_safetensors"] = True
     held = weights_in(folder).files

@@ -141,11 +141,12 @@ def measure(
     cls: ModelClass | None = None,
     derive: Derive | None = None,
     merged_in: DType | None = None,
+    twin: Runner | None = None,
 ) -> GraphMeasured:
     """Run everything that the ONNX tier compares; arguments as in ``check_graph``.
 
     The graph's merged weights were rounded to ``merged_in``, or, where that is None, as the plan
-    says.
+    says. ``twin`` runs the graph of the base, quantised alike: its noise is taken then.
 
     Raises:
         Unsupported: The model cannot be run unmerged.
@@ -210,10 +211,19 @@ def measure(
     del reference, ours
     report(3, STAGES)
     noisy, other_error = [], {}
-    if with_noise or aside:
+    exact: Sequence[Sequence[Arrays]] = expected
+    if twin is not None:
+        exact = bare or (() if list(changed_steps(plan)) else expected)
+        if not exact:
+            what = "has no base to measure rounding on (the adapter adds tokens), so give a budget"
+            raise GraphUnusable("graph-unsupported", what)
+        noisy = [script.play(s, twin.run, runner.inputs, like=e[0])
+                 for s, e in zip(asked, exact, strict=True)]  # fmt: skip
+    if (with_noise and twin is None) or aside:
         rough = Reference(plan, storage, factors, cls, drawn, noisy=True)
         theirs = NamedReference(rough, cached=cached, derive=derive)
-        noisy = [script.play(s, theirs.run, runner.inputs) for s in asked] if with_noise else []
+        if with_noise and twin is None:
+            noisy = [script.play(s, theirs.run, runner.inputs) for s in asked]
         if aside:
             others = [script.play(s, theirs.run, runner.inputs) for s, _ in aside]
             calls, theirs_found = [s for s, _ in aside], [f for _, f in aside]
@@ -229,7 +239,8 @@ def measure(
         error=parity.added(
             [script.compared(asked, found, expected, names), *([other_error] if aside else [])]
         ),
-        noise=script.compared(asked, noisy, expected, names) if noisy else {},
+        noise=script.compared(asked, noisy, exact, names) if noisy else {},
+        noise_of_base=twin is not None,
         effect=script.compared(asked, bare, expected, names) if bare else {},
         leanings=leanings,
         text=None if text is None else choices(_last(found[-1]), _last(expected[-1])),

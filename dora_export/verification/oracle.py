@@ -511,8 +511,11 @@ def _hidden(
 ) -> tuple[str, diagnose.Diagnosis | None]:
     """Return the arithmetic that lines may come from, and what is wrong if from none.
 
-    Few roundings to bfloat16, such as of W alone, look like many to float16.
+    Few roundings to bfloat16, such as of W alone, look like many to float16. What is stored in a
+    wider type may have been merged in bfloat16, and cast then: all of it is bfloat16.
     """
+    if arithmetic == "F16" and diagnose.holds(exact, ref, lines, "BF16"):
+        arithmetic = "BF16"
     first = diagnose.hidden_mistake(exact, ref, lines, others, arithmetic)
     if first is None or not first.leans or arithmetic != "F16" or ref.dtype.name == "F16":
         return arithmetic, first

@@ -9,6 +9,8 @@ from typing import TypeVar
 
 from threadpoolctl import threadpool_limits
 
+from dora_export.machine import no_thread
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -22,10 +24,17 @@ def each(
         work: Called from several threads at once; numpy and file reads leave the interpreter free.
         items: What to work on, the largest first for even loads.
         threads: Workers; None: one per CPU.
+
+    Raises:
+        MachineError: The system gives no more threads.
     """
     count = threads or os.cpu_count() or 1
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(count) as pool:
-        futures = [pool.submit(work, item) for item in items]
+        try:
+            futures = [pool.submit(work, item) for item in items]
+        except RuntimeError as error:  # can't start new thread
+            pool.shutdown(cancel_futures=True)
+            raise no_thread("check", error) from error
         try:
             return [future.result() for future in futures]
         finally:

@@ -82,7 +82,7 @@ class OnnxRuntime:
 
         Raises:
             GraphUnusable: It names files outside its folder, is malformed, or onnxruntime does
-                not take it.
+                not take it or its adapter.
         """
         # Both take a second to import.
         import onnx  # noqa: PLC0415
@@ -109,7 +109,12 @@ class OnnxRuntime:
         self._options = onnxruntime.RunOptions()
         if adapter is not None:
             self._adapter = onnxruntime.LoraAdapter()  # kept: the options only point to it
-            self._adapter.Load(str(adapter))
+            try:
+                self._adapter.Load(str(adapter))
+            except Exception as error:
+                # as above
+                why = f"onnxruntime does not take {shown(adapter.name)}: {shown(error, 300)}"
+                raise GraphUnusable("graph-unsupported", why) from error
             self._options.add_active_adapter(self._adapter)
         self._inputs = {i.name: _slot(i.name, i.type, i.shape) for i in self._session.get_inputs()}
         self._outputs = [o.name for o in self._session.get_outputs()]

@@ -17,9 +17,10 @@ from typing import Any, Literal
 
 from dora_export import limits
 from dora_export.checkpoints.folder import read_json
-from dora_export.errors import InputError, shown
+from dora_export.errors import InputError, in_line, shown
 from dora_export.machine import advice
 from dora_export.plan import Plan
+from dora_export.storage.json_file import same
 from dora_export.verification.model import Finding
 from dora_export.verification.subject import ADAPTER_FILES, MANIFEST, Subject
 
@@ -186,11 +187,11 @@ def _tokenizer(where: str, path: Path, source: Source) -> list[Finding]:
              if here[part] != there[part]]  # fmt: skip
     if wrong:
         sizes = f"{len(there['vocabulary'])} tokens, expected {len(here['vocabulary'])}"
-        what = f"other {', '.join(wrong)} than the {source.owner}'s ({sizes})"
+        what = f"other {in_line(wrong)} than the {source.owner}'s ({sizes})"
         return [_tokenizer_differs(where, what)]
     other = [p for p in here["rest"].keys() | there["rest"].keys()
              if here["rest"].get(p) != there["rest"].get(p)]  # fmt: skip
-    what = f"same vocabulary; other {', '.join(map(shown, sorted(other)))}" if other else (
+    what = f"same vocabulary; other {in_line(map(shown, sorted(other)))}" if other else (
         "same content, written in another way")  # fmt: skip
     return [Finding("tokenizer-rewritten", where, what)]
 
@@ -230,7 +231,7 @@ def _tokenizer_config(where: str, path: Path, source: Source) -> list[Finding]:
     # A template is compared wherever it stands.
     here.pop("chat_template", None)
     there.pop("chat_template", None)
-    other = [k for k in here.keys() | there.keys() if here.get(k) != there.get(k)]
+    other = [k for k in here.keys() | there.keys() if not same(here.get(k), there.get(k))]
     wrong = [k for k in DECIDING if k in other and here.get(k) is not None
              and there.get(k) is not None and _token(here[k]) != _token(there[k])]  # fmt: skip
     if wrong:
@@ -238,7 +239,7 @@ def _tokenizer_config(where: str, path: Path, source: Source) -> list[Finding]:
             f"{k} {shown(_token(there[k]))}, expected {shown(_token(here[k]))}" for k in wrong
         )
         return [_tokenizer_differs(where, what)]
-    what = f"other {', '.join(map(shown, sorted(other)))}" if other else "written in another way"
+    what = f"other {in_line(map(shown, sorted(other)))}" if other else "written in another way"
     return [Finding("tokenizer-rewritten", where, what)]
 
 
@@ -251,7 +252,7 @@ def _settings(name: str, path: Path, source: Source, *, own: bool) -> list[Findi
     """Compare settings by what they say; our own output has them byte for byte."""
     here, there = read_json(source.path), read_json(path)
     other = sorted(k for k in here.keys() | there.keys()
-                   if here.get(k) != there.get(k) and k not in LIBRARY_KEYS)  # fmt: skip
+                   if not same(here.get(k), there.get(k)) and k not in LIBRARY_KEYS)  # fmt: skip
     if path.name in TOKENIZER_FILES:
         if other:
             what = f"other {', '.join(map(shown, other[:5]))}"
@@ -259,7 +260,7 @@ def _settings(name: str, path: Path, source: Source, *, own: bool) -> list[Findi
         return [Finding("tokenizer-rewritten", shown(name), "written in another way")]
     if not other and not own:
         return []
-    what = f"other {', '.join(map(shown, other))}" if other else "written in another way"
+    what = f"other {in_line(map(shown, other))}" if other else "written in another way"
     return [Finding("side-file-differs", shown(name), what)]
 
 
@@ -267,12 +268,12 @@ def _pipeline_config(where: str, path: Path, source: Source) -> list[Finding]:
     """Compare what decides how a pipeline runs; libraries spell out defaults that were left out."""
     here, there = read_json(source.path), read_json(path)
     other = sorted(k for k in here.keys() | there.keys()
-                   if here.get(k) != there.get(k) and k not in LIBRARY_KEYS)  # fmt: skip
+                   if not same(here.get(k), there.get(k)) and k not in LIBRARY_KEYS)  # fmt: skip
     wrong = [k for k in other if k in here]
     if wrong:
         what = ", ".join(f"{k} {shown(there.get(k))}, expected {shown(here[k])}" for k in wrong[:5])
         return [Finding("config-changed", where, what)]
-    what = f"also says {', '.join(map(shown, other))}" if other else "written in another way"
+    what = f"also says {in_line(map(shown, other))}" if other else "written in another way"
     return [Finding("config-rewritten", where, what)]
 
 
@@ -370,7 +371,7 @@ def _base_files(plan: Plan) -> tuple[Path, ...]:
 def _counts(found: Any) -> str:
     if not isinstance(found, Mapping):
         return "none"
-    return ", ".join(f"{shown(n)} {shown(k)}" for k, n in sorted(found.items()))
+    return in_line(f"{shown(n)} {shown(k)}" for k, n in sorted(found.items()))
 
 
 # --- reading

@@ -24,6 +24,7 @@ TOLD = 0.04  # standard deviation up to which a place on the way between two res
 AT_THE_END = 0.2  # of the way: five of them
 CLEARLY_NEARER = 0.9  # squared distance of the better of two results, relative
 NAMED = 3  # mistakes with results alike
+LEFT = 0.2  # share of the squared distance to the right lines that a mistake may leave
 ALIKE = 1e-3  # share of the nearest result's squared distance by which others are the same
 
 
@@ -99,54 +100,87 @@ def told(sample: Sample, mistakes: Sequence[Mistake]) -> Mistake | None:
     if recipe != first:
         results = [coarse.cooked(m.terms, recipe, name, name) for m in mistakes]
     rights = [coarse.cooked(right, r, name, name) for r in dict.fromkeys((first, recipe))]
-    found = [mistakes[i] for i in _stands_at(sample.merged, sample.exact, results, rights)]
+    bound = coarse.OF_A_LINE * coarse.ROUNDOFF[name]
+    likely = [i for i, lines in enumerate(results) if _as_long(sample.merged, lines, bound)]
+    if not likely:
+        return None
+    sides = [Side(_exact(mistakes[i].terms), results[i]) for i in likely]
+    others = [Side(sample.exact, lines) for lines in rights]
+    found = [mistakes[likely[i]] for i in _stands_at(sample.merged, sample.exact, sides, others)]
     if not found:
         return None
     words = dict.fromkeys(m.what for m in found)
     return found[0]._replace(what=", or ".join([*words][:NAMED]))
 
 
-def _distance(stored: Floats, values: Floats) -> float:
+class Side(NamedTuple):
+    """A result.
+
+    Attributes:
+        exact: Its lines.
+        rounded: The same as an arithmetic rounds them.
+    """
+
+    exact: Floats
+    rounded: Floats
+
+
+def _exact(terms: coarse.Terms) -> Floats:
+    v = terms.base if terms.product is None else terms.base + terms.product
+    return v if terms.magnitude is None else v * (terms.magnitude / norm(v))[:, None]
+
+
+def _as_long(stored: Floats, values: Floats, bound: float) -> bool:
+    """Return whether lines are as long as a result's, but for the rounding of their factors."""
+    size = np.einsum("ij,ij->i", values, values)
+    share = np.einsum("ij,ij->i", stored, values) / np.where(size == 0, np.inf, size)
+    return float(np.median(np.abs(share - 1))) <= bound
+
+
+def _distance(stored: Floats, values: Floats | float) -> float:
     return float(np.nan_to_num(np.square(stored - values).sum(), nan=np.inf))
 
 
 def _stands_at(
-    stored: Floats, along: Floats, results: Sequence[Floats], rights: Sequence[Floats]
+    stored: Floats, along: Floats, results: Sequence[Side], rights: Sequence[Side]
 ) -> list[int]:
     """Return the position of the result at whose end of every way the stored lines stand.
 
-    With those of results that are as good as the same; empty if there is none.
+    With those of results that are as good as the same; empty if there is none. Ways lead between
+    exact results, for rounded ones differ by their rounding as well.
 
     Args:
         stored: Lines.
         along: Directions of the lines, in which nothing is told.
-        results: Of mistakes.
+        results: Of mistakes; their lines are about as long as the stored ones, for rounding is
+            smaller in shorter ones.
         rights: Results of none.
     """
     size = np.einsum("ij,ij->i", along, along)
     size = np.where(size == 0, np.inf, size)
 
     def across(values: Floats) -> Floats:
-        gap: Floats = values - stored
-        gap -= (np.einsum("ij,ij->i", gap, along) / size)[:, None] * along
-        return gap
+        found: Floats = values - (np.einsum("ij,ij->i", values, along) / size)[:, None] * along
+        return found
 
-    gaps = [across(values) for values in (*results, *rights)]
-    left = [float(np.nan_to_num(np.vdot(gap, gap), nan=np.inf)) for gap in gaps]
-    best = min(range(len(results)), key=lambda i: left[i])
-    rest, same = gaps[best], [best]
-    for i, gap in enumerate(gaps):
-        if i == best or not np.isfinite(left[i]):
+    left = [_distance(across(stored - side.rounded), 0.0) for side in results]
+    best = int(np.argmin(left))
+    right = min(_distance(across(stored - side.rounded), 0.0) for side in rights)
+    if not left[best] <= LEFT * right:
+        return []  # something is left that rounding is not
+    rest, same = across(stored - results[best].rounded), [best]
+    for i, side in enumerate((*results, *rights)):
+        if i == best:
             continue
-        way = gap - rest
+        way = across(side.exact - results[best].exact)
         length = float(np.vdot(way, way))
         if i < len(results) and length <= ALIKE * left[best]:
             same.append(i)
             continue
         unsure = float(np.linalg.norm(way * rest))
-        place = -float(np.vdot(rest, way))
-        if not (unsure <= TOLD * length and abs(place) <= AT_THE_END * length):
+        place = float(np.vdot(rest, way))
+        if not (length and unsure <= TOLD * length and abs(place) <= AT_THE_END * length):
             return []
-    distances = {i: _distance(stored, results[i]) for i in sorted(same)}
+    distances = {i: _distance(stored, results[i].rounded) for i in sorted(same)}
     nearest = min(distances.values())
     return [i for i, distance in distances.items() if distance <= nearest / CLEARLY_NEARER]

@@ -217,7 +217,9 @@ class _Opening:
                 self.read_weights(present, self.choose_index(indexes))
                 return
         self.broken.add("")
-        self.found("file-missing", self.path.name, "the folder holds no weights")
+        graphs = sorted((*self.path.glob("*.onnx"), *self.path.glob("onnx/*.onnx")))
+        hint = f", but a graph: pass {shown(graphs[0], 400)} to verify that" if graphs else ""
+        self.found("file-missing", self.path.name, f"the folder holds no weights{hint}")
 
     def choose_index(self, indexes: list[str]) -> str | None:
         preferred = [n for n in indexes if n.partition(".")[0] in STEMS]

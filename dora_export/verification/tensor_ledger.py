@@ -296,6 +296,8 @@ def _unreadable_types(book: _Book) -> None:
 
 # --- shapes and dtypes
 
+ROWS_AT_ONCE = 1 << 10
+
 
 def _comparable(book: _Book, step: Step) -> bool:
     return step.name in book.subject.tensors and step.name not in book.quantised
@@ -307,8 +309,28 @@ def _same_shape(book: _Book, step: Step) -> bool:
         return True
     what = f"{_sizes(shape)}, expected {_sizes(step.shape)}"
     turned = len(shape) > 1 and shape == step.shape[::-1]
+    if not turned:
+        what += _of_rows(step, book.subject.tensors[step.name])
     book.found("transposed" if turned else "shape-differs", step.name, what)
     return False
+
+
+def _of_rows(step: Step, stored: TensorRef) -> str:
+    """Return what to say of an untouched tensor that has more or fewer rows, all else equal."""
+    if step.changes or stored.dtype is not step.dtype or step.source.dtype is not step.dtype:
+        return ""
+    if len(step.shape) != 2 or stored.shape[1:] != step.shape[1:]:
+        return ""
+    rows, columns = min(stored.shape[0], step.shape[0]), step.shape[1]
+    for first in range(0, rows, ROWS_AT_ONCE):
+        part = slice(first * columns, min(first + ROWS_AT_ONCE, rows) * columns)
+        ours, theirs = (t.raw(part.start, part.stop) for t in (stored, step.source))
+        if ours.tobytes() != theirs.tobytes():
+            return ""
+    more = stored.shape[0] - rows
+    if more:
+        return f": the base's rows, and {more} more, as where a vocabulary was padded"
+    return f": the base's rows but for the last {step.shape[0] - rows}"
 
 
 def _dtypes(book: _Book, steps: Sequence[Step]) -> DType | None:

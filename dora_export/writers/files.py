@@ -14,7 +14,7 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -23,9 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dora_export import fused
-from dora_export.errors import OutputError
+from dora_export.errors import OutputError, VerifyError
 from dora_export.machine import advice, start
-from dora_export.paged import PAGE, placed, whole_pages
+from dora_export.paged import BOUNCE_BYTES, PAGE, placed, whole_pages
 from dora_export.tensors import FileRange
 from dora_export.writers import direct
 from dora_export.writers.ranges import Ranges
@@ -39,7 +39,6 @@ WRITE_BYTES = 128 << 10
 # Fewer bytes than these go through the page cache even where others go past it: the disk is asked
 # once for each write past the cache, and takes about as long for a page as for many.
 DIRECT_BYTES = 256 << 10
-BOUNCE_BYTES = 2 << 20  # copied at once to where they can go past the page cache from
 # Finished files that may wait for their sync, open: workers that are faster than the disk wait, and
 # a model of hundreds of shards stays below any limit on open files.
 WAITING = 8
@@ -211,8 +210,10 @@ class FileSink:
 
         Raises:
             OutputError: The disk is full, or writing fails.
+            VerifyError: It is held from a run before, and is not what that wrote.
         """
         if self.holds(file, 0, len(header)):
+            _check_held(self._files[file].path, header)
             return
         self.write(file, 0, np.frombuffer(header, np.uint8))
         target = self._files[file]
@@ -272,7 +273,7 @@ class FileSink:
             descriptor = target.open()
         except OSError as error:
             raise refusal(target.path, error) from error
-        if target.direct is None:
+        if target.direct is None or not target.past_cache:
             done = _kernel_copy(source, descriptor, offset)
             self._copy(target, offset, source, done, source.nbytes)
         else:
@@ -301,7 +302,7 @@ class FileSink:
             while done < data.size:
                 part = data[done:]
                 pages = whole_pages(part, offset + done)
-                if pages.stop == 0:  # not as it lies: copy some of it to where it can
+                if pages.stop == 0 and target.past_cache:  # not as it lies: copy it to where it can
                     part = self._bounce(offset + done, part.size)
                     np.copyto(part, data[done : done + part.size])
                     pages = whole_pages(part, offset + done)
@@ -342,8 +343,9 @@ class FileSink:
             most: How many there are.
         """
         if not hasattr(self._bounces, "buffer"):
-            self._bounces.buffer = np.empty(BOUNCE_BYTES + PAGE, np.uint8)
-        return placed(self._bounces.buffer, offset, min(most, BOUNCE_BYTES - offset % PAGE))
+            self._bounces.buffer = np.empty(BOUNCE_BYTES, np.uint8)
+        most = min(most, BOUNCE_BYTES - PAGE - offset % PAGE)
+        return placed(self._bounces.buffer, offset, most)
 
     def _put_at(self, descriptor: int, offset: int, view: memoryview) -> None:
         done = 0
@@ -392,6 +394,20 @@ class FileSink:
             self._on_synced({file.name: ranges})
         if complete:
             file.close()
+
+
+def _check_held(path: Path, header: bytes) -> None:
+    """Refuse a header that has changed since it was written: what follows is read by it."""
+    try:
+        with path.open("rb") as file:
+            found = file.read(len(header))
+    except OSError as error:
+        raise refusal(path, error) from error
+    if found != header:
+        raise VerifyError(
+            f"{path}: begins otherwise than an earlier run has written it. Nothing was published; "
+            "check the disk, and run the same command again to start over."
+        )
 
 
 def make_folder(folder: Path) -> None:
@@ -462,10 +478,20 @@ def write_small(path: Path, data: bytes, *, sync: bool = True) -> None:
     Raises:
         OutputError: The disk is full, or writing fails.
     """
+    write_chunks(path, [data], sync=sync)
+
+
+def write_chunks(path: Path, chunks: Iterable[bytes], *, sync: bool = True) -> None:
+    """Write a side file, as ``write_small`` does, from bytes that come one after the other.
+
+    Raises:
+        OutputError: As in ``write_small``; what taking the bytes raises goes through.
+    """
     make_folder(path.parent)
     try:
         with path.open("xb") as file:
-            file.write(data)
+            for chunk in chunks:
+                file.write(chunk)
             file.flush()
             if sync:
                 os.fsync(file.fileno())

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,7 +21,7 @@ from dora_export.storage.json_file import parse
 from dora_export.storage.paths import contained, leads_out
 from dora_export.words import size
 from dora_export.writers.config import edited
-from dora_export.writers.files import write_small
+from dora_export.writers.files import write_chunks, write_small
 from dora_export.writers.staging import MANIFEST
 
 # Weights in any format, and what frameworks leave beside them.
@@ -45,6 +46,7 @@ WHOLE_TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 TEMPLATES = "additional_chat_templates"
 INDEX = re.compile(r"\.index(\.\w+)?\.json$")  # of shards; diffusers' variants have a word more
 BIN_TOKENIZERS = ("sentencepiece.bpe.model",)
+CHUNK = 1 << 20  # bytes copied at once
 
 
 @dataclass(frozen=True)
@@ -114,19 +116,38 @@ def write(plan: Plan, files: tuple[SideFile, ...], folder: Path, *, sync: bool =
         OutputError: The disk is full, or writing fails.
     """
     for file in files:
-        try:
-            data = file.source.read_bytes()
-        except OSError as error:
-            raise InputError(
-                f"{shown(file.source, 400)}: cannot be read: {error.strerror}. "
-                f"{advice(error, 'Check the file.')}"
-            ) from error
         if file.name in plan.base.config_files and plan.config_edits:
-            data = edited(data.decode("utf-8"), plan.config_edits).encode("utf-8")
-        write_small(folder / file.name, data, sync=sync)
+            text = b"".join(_chunks(file.source)).decode("utf-8")
+            data = [edited(text, plan.config_edits).encode("utf-8")]
+            write_chunks(folder / file.name, data, sync=sync)
+        else:
+            copy(file.source, folder / file.name, sync=sync)
     for name, index in plan.indexes.items():
         text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
         write_small(folder / name, text.encode(), sync=sync)
+
+
+def copy(source: Path, target: Path, *, sync: bool = True) -> None:
+    """Copy a side file, in little memory.
+
+    Raises:
+        InputError: It cannot be read.
+        OutputError: The disk is full, or writing fails.
+    """
+    with closing(_chunks(source)) as chunks:  # of a file that an error would leave open
+        write_chunks(target, chunks, sync=sync)
+
+
+def _chunks(path: Path) -> Generator[bytes, None, None]:
+    try:
+        with path.open("rb") as file:
+            while data := file.read(CHUNK):
+                yield data
+    except OSError as error:
+        raise InputError(
+            f"{shown(path, 400)}: cannot be read: {error.strerror}. "
+            f"{advice(error, 'Check the file.')}"
+        ) from error
 
 
 def side_bytes(files: tuple[SideFile, ...]) -> int:
@@ -279,6 +300,9 @@ def tokenizer_of(folder: Path) -> dict[str, Path]:
     """Return a whole tokenizer with its templates, or the templates alone.
 
     A tokenizer_config.json without a vocabulary belongs to a tokenizer that is not here.
+
+    Raises:
+        InputError: A file of it is larger than side files may be, or a link that leads elsewhere.
     """
     names = [n for n in TOKENIZER if _is_file(folder / n, folder)]
     templates = folder / TEMPLATES
@@ -287,7 +311,11 @@ def tokenizer_of(folder: Path) -> dict[str, Path]:
         listed = [templates / n for n in os.listdir(templates) if n.endswith(".jinja")]
         names += [f"{TEMPLATES}/{p.name}" for p in listed if _is_file(p, folder)]
     whole = any(n in WHOLE_TOKENIZER for n in names)
-    return {n: folder / n for n in sorted(names) if whole or _is_template(n)}
+    found = {n: folder / n for n in sorted(names) if whole or _is_template(n)}
+    for path in found.values():
+        if (why := _obstacle(path, folder)) is not None:
+            raise InputError(f"{shown(path, 400)}: {why}. Put the real one there, or remove it.")
+    return found
 
 
 def _is_template(name: str) -> bool:

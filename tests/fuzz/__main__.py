@@ -29,12 +29,13 @@ def main():
         if time.monotonic() >= end:
             break
         known = len(tally.broke)
-        run(name, range(number, number + BATCH), tally, options.keep)
-        number += BATCH
+        count = max(1, BATCH // TARGETS[name].cost)
+        run(name, range(number, number + count), tally, options.keep)
+        number += count
         for signature in list(tally.broke)[known:]:
             print(f"{signature} (number {tally.broke[signature][1]})", flush=True)
     for name, count in tally.tried.items():
-        print(f"{name:<12} {count:>8,} inputs")
+        print(f"{name:<17} {count:>8,} inputs")
     print(f"{sum(tally.tried.values()):,} inputs, {len(tally.broke)} ways to break, "
           f"slowest {tally.seconds:.1f} s, first number {options.seed << 24}")  # fmt: skip
     sys.exit(bool(tally.broke))

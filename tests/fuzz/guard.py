@@ -4,6 +4,10 @@ Memory is watched twice. A limit on what the process may allocate (RLIMIT_DATA) 
 ``MemoryError``, whatever the process took and gave back before: what the C library keeps of that
 is held meanwhile. And where the kernel lets the peak of what is resident be reset (not in every
 sandbox), that peak counts mapped files as well.
+
+Time is watched twice as well: what the call computes, by the processor's clock, and how long it
+waits, in ticks of an alarm. Ticks that a process sleeps through, since it was stopped or its disk
+is slow, arrive as one, so that a busy or paused machine is not taken for a hang.
 """
 
 import ctypes
@@ -12,16 +16,19 @@ import re
 import resource
 import signal
 import sys
+import time
 import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from dora_export import api
-from dora_export.errors import DoraExportError
+from dora_export.errors import DoraExportError, VerifyError
 from dora_export.machine import require_space
 
-SECONDS = 20.0  # of a busy machine; most calls take milliseconds
+SECONDS = 20.0  # of computing, in all threads; most calls take milliseconds
+TICK = 1.0  # second
+TICKS = 120  # seen by a call, whatever it does
 MEMORY = 300 << 20
 SPACE = 6 << 30  # of address space beyond what is there: a bomb must not take the machine down
 # Event -> where in its arguments the changed paths are, and the folders they are relative to.
@@ -190,8 +197,13 @@ def _asking_for_address_space():
 
 @contextmanager
 def _bounded():
+    started, ticks = time.process_time(), 0
+
     def ring(*_):
-        raise Hang
+        nonlocal ticks
+        ticks += 1
+        if ticks > TICKS or time.process_time() - started > SECONDS:
+            raise Hang
 
     before = signal.signal(signal.SIGALRM, ring)
     with (
@@ -200,7 +212,7 @@ def _bounded():
         _limit(resource.RLIMIT_AS, _address_space() + SPACE),
         _limit(resource.RLIMIT_DATA, _status("VmData") + MEMORY),
     ):
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        signal.setitimer(signal.ITIMER_REAL, TICK, TICK)
         try:
             yield
         finally:
@@ -229,6 +241,8 @@ def problem(call, folder, writable=()):
             text = str(error)
             if any(isinstance(cause, MemoryError) for cause in _causes(error)):
                 found = f"memory: more was asked for\n{traceback.format_exc()}"
+            elif type(error) is VerifyError:
+                found = f"wrong: {text}"
             elif any(not (c.isprintable() or c == "\n") for c in text):
                 found = f"unprintable: {text!a:.300}"
         except Hang:

@@ -16,10 +16,13 @@ from safetensors.torch import load_file, save_file
 
 import dora_export
 from tests import lycoris_models, moe_models, pipelines, small, test_aitoolkit, test_peft_methods
+from tests import rider_models as riders
+from tests import test_lycoris_files as lycoris_files
 from tests import test_megatron as megatron
 from tests import test_merged_dora as merged_dora
 from tests import test_nvlabs as nvlabs
 from tests import test_onnx_into as onnx_into
+from tests import test_peft_variants as variants_of_lora
 from tests import test_small_trainers as trainers
 
 CORPUS = Path(__file__).parent / "corpus"
@@ -175,6 +178,29 @@ def methods():
     moe_models.prepare(fresh("experts"), "mixtral")
 
 
+def variants():
+    """What rides along in PEFT's folders, its variants of LoRA, and files of other trainers."""
+    riders.prepare(
+        fresh("riders-tokens"), riders.llama(), target_modules=["q_proj"], use_dora=True,
+        trainable_token_indices=[1, 50, 7], modules_to_save=["norm"],
+    )  # fmt: skip
+    riders.prepare(
+        fresh("riders-head"), riders.bert_classifier(), target_modules=["query"], bias="all",
+        task_type="SEQ_CLS",
+    )  # fmt: skip
+    variants_of_lora.made_replicated(fresh("replicated"), torch.bfloat16, dora=True)
+    variants_of_lora.made_adalora(fresh("adalora"), torch.bfloat16)
+    folder = fresh("bdlora")
+    variants_of_lora.save(folder, variants_of_lora.made_bdlora(folder, torch.bfloat16))
+    base, made = lycoris_files.layers("in")
+    said = {"peft_type": "LORA", "lora_decompose": True, "lora_decompose_norm_epsilon": True}
+    metadata = {"ot_branch": "master", "ot_revision": "abc", "ot_config": json.dumps(said)}
+    named = lycoris_files.named(made, "lora_transformer_")
+    lycoris_files.write(fresh("onetrainer"), base, named, metadata, "transformer.")
+    for path in CORPUS.rglob("training_args.bin"):
+        path.unlink()
+
+
 def graphs():
     """A graph of the base for ``--into`` and ``--adapters``: weights turned, some beside it."""
     folder = fresh("graphs")
@@ -186,7 +212,7 @@ def graphs():
 def main():
     torch.manual_seed(0)
     for make in (peft, shards, pickled, merged, single_files, lycoris, graph, image_models, several,
-                 methods, graphs):  # fmt: skip
+                 methods, variants, graphs):  # fmt: skip
         make()
     for path in CORPUS.rglob("README.md"):
         path.unlink()

@@ -27,12 +27,12 @@ def prepare(target):
 @contextmanager
 def seeds_of(target):
     """Yield the folders that a target starts from."""
-    if target.make is None:
-        yield target.seeds
-        return
     with tempfile.TemporaryDirectory() as folder:
-        target.make(Path(folder))
-        yield (Path(folder),)
+        made = tuple(Path(folder, str(number)) for number in range(len(target.make)))
+        for make, place in zip(target.make, made, strict=True):
+            place.mkdir()
+            make(place)
+        yield target.seeds + made
 
 
 def made(target, seeds, number, folder):
@@ -80,7 +80,7 @@ class Tally:
     Attributes:
         tried: Cases by target.
         broke: Signature -> the first case with it, as (target, number, what).
-        seconds: Of the slowest case.
+        seconds: Of computing, of the slowest case.
     """
 
     tried: dict[str, int] = field(default_factory=dict)
@@ -96,13 +96,13 @@ def run(name, numbers, tally, keep=None):
         for number in numbers:
             folder = Path(place, "case")
             made(target, seeds, number, folder)
-            started = time.monotonic()
+            started = time.process_time()
             what = problem(lambda: target.run(folder), folder, target.writable)  # noqa: B023
-            tally.seconds = max(tally.seconds, time.monotonic() - started)
+            tally.seconds = max(tally.seconds, time.process_time() - started)
             tally.tried[name] = tally.tried.get(name, 0) + 1
             assert (folder / "secret").read_bytes() == SECRET
             shutil.rmtree(folder)
-            if what is None:
+            if what is None or (target.trusts and what.startswith(("hang", "memory"))):
                 continue
             signature = f"{name}: {what.splitlines()[0]}"
             if signature in tally.broke:

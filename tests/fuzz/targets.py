@@ -1,15 +1,18 @@
 """What is fed: seeds by folder of the corpus, and the call that reads them."""
 
+import hashlib
 import json
 import re
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from shutil import copytree
 
-import torch  # noqa: F401 - here, not within a watched call
+import torch
+from safetensors.torch import load_file
 
 import dora_export
 from dora_export import api
@@ -19,7 +22,7 @@ from dora_export.checkpoints import open_checkpoint
 from dora_export.checkpoints.folder import read_json
 from dora_export.cli import text, text_onnx
 from dora_export.cli.convert import summary as convert_summary
-from dora_export.errors import AdapterError
+from dora_export.errors import AdapterError, VerifyError
 from dora_export.onnx import into as _into  # noqa: F401 - as above
 from dora_export.onnx import swappable as _swappable  # noqa: F401
 from dora_export.onnx.graph_file import open_graph
@@ -46,8 +49,10 @@ class Target:
         parts: Files and folders of a seed that are damaged; everything if empty.
         writable: What the call may write, by name in the case's folder.
         weight: Share of a long run.
-        make: Makes a seed that cannot be stored.
+        cost: How many times as long a case takes as most do.
+        make: Each makes a seed that is not stored as it is.
         needs: A module to import before, not within a watched call.
+        trusts: Whether transformers builds what a config asks for, as large and as long as it asks.
     """
 
     seeds: tuple[Path, ...]
@@ -55,8 +60,10 @@ class Target:
     parts: tuple[str, ...] = ()
     writable: tuple[str, ...] = ()
     weight: int = 1
-    make: Callable[[Path], None] | None = None
+    cost: int = 1
+    make: tuple[Callable[[Path], object], ...] = ()
     needs: str | None = None
+    trusts: bool = False
 
 
 def folder_or_file(folder, name):
@@ -96,10 +103,12 @@ def inspect(folder):
 
 
 def merge(folder, **options):
-    adapters = [adapter_of(folder), *folder.glob("adapter2")]
+    base, adapters = base_of(folder), [adapter_of(folder), *folder.glob("adapter2")]
+    if not base.exists():  # in one file with its adapter
+        base, adapters = adapters[0], None
     report = with_alpha(
         partial(
-            dora_export.merge, base_of(folder), adapters, folder / "out", threads=1,
+            dora_export.merge, base, adapters, folder / "out", threads=1,
             allow_pickle=True, **options,
         )
     )  # fmt: skip
@@ -141,9 +150,102 @@ def swappable(folder):
     graph_of(folder, adapters=True)
 
 
+def session(folder):
+    """What a stranger published: a manifest says of damaged files as well what they are."""
+    out = folder / "out"
+    with suppress(Exception):  # no manifest any more
+        said = json.loads((out / "dora_export.json").read_bytes())
+        found = said["onnx"]["files"]
+        for name in found:
+            found[name] = digest(out / name)
+        for adapter in said["onnx"]["adapters"].values():
+            adapter["sha256"] = digest(out / adapter["file"])
+        (out / "dora_export.json").write_text(json.dumps(said))
+    AdapterSession(out)
+
+
+def digest(path):
+    assert path.is_file()
+    assert path.stat().st_size < 1 << 20
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def sides(folder):
+    """Leave a pair with all that is copied, or read for the model card, beside the weights."""
+    small.write_pair(folder)
+    for name, content in SIDES.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content)
+
+
+def merged_from(name, **options):
+    """Return what leaves a seed of the corpus with the merge of its base and adapter."""
+
+    def make(folder):
+        copytree(CORPUS / name, folder, dirs_exist_ok=True)
+        dora_export.merge(
+            base_of(folder), adapter_of(folder), folder / "merged", allow_pickle=True, threads=1,
+            **options,
+        )  # fmt: skip
+
+    return make
+
+
+def pickled_merge(folder):
+    """Leave a merge that another tool saved."""
+    copytree(CORPUS / "merged", folder, dirs_exist_ok=True)
+    weights = folder / "merged/model.safetensors"
+    torch.save(load_file(weights), folder / "merged/pytorch_model.bin")
+    weights.unlink()
+    (folder / "merged/dora_export.json").unlink()
+
+
+def exported(model, graph):
+    """Return what leaves a graph that an exporter made, with its base and an adapter."""
+
+    def make(folder):
+        for part in ("base", "adapter", f"graphs/{graph}"):
+            copytree(FIXTURES / "onnx" / model / part, folder / part.partition("s/")[0])
+
+    return make
+
+
+def verify_graph(folder):
+    report = dora_export.verify(folder / "base", folder / "adapter", folder / "graph/model.onnx")
+    told(text.verify_summary(report))
+    json.dumps(report.to_dict(), allow_nan=False)
+    page(report)
+
+
+def forward(folder):
+    report = dora_export.verify(
+        folder / "base", folder / "adapter", folder / "merged", forward=True, level="fast"
+    )
+    told(text.verify_summary(report))
+    json.dumps(report.to_dict(), allow_nan=False)
+    page(report)
+
+
+def forward_case(folder):
+    for part in ("base", "adapter"):
+        copytree(FIXTURES / "onnx/llama" / part, folder / part)
+    dora_export.merge(folder / "base", folder / "adapter", folder / "merged", threads=1)
+
+
+def traced(folder):
+    report = dora_export.export_onnx(folder / "base", folder / "adapter", folder / "out", threads=1)
+    told(text_onnx.summary(report, Path("out")))
+    json.dumps(report.to_dict())
+
+
+def traceable(folder):
+    for part in ("base", "adapter"):
+        copytree(FIXTURES / "onnx/bert" / part, folder / part)
+
+
 def verify(folder):
     report = dora_export.verify(
-        folder / "base", folder / "adapter", folder / "merged", threads=1, allow_pickle=True
+        base_of(folder), adapter_of(folder), folder / "merged", threads=1, allow_pickle=True
     )
     told(text.verify_summary(report))
     json.dumps(report.to_dict(), allow_nan=False)
@@ -168,10 +270,37 @@ def interrupted(folder):
 
 
 def resume(folder):
-    """Whatever is found beside the output, what is published is right."""
-    dora_export.merge(folder / "base", folder / "adapter", folder / "out", threads=1, verify="full")
+    """Whatever is found beside the output, what is published is right, if not by the first call."""
+    merge = partial(
+        dora_export.merge, folder / "base", folder / "adapter", folder / "out", threads=1,
+        verify="full",
+    )  # fmt: skip
+    try:
+        merge()
+    except VerifyError:  # the staged bytes were damaged, and are gone
+        merge()
     tensors = small.base_tensors()
     small.check_merged(folder / "out", tensors, small.adapter_tensors(tensors))
+
+
+SIDES = {
+    "base/generation_config.json": '{"eos_token_id": [1, 2], "pad_token_id": 0}',
+    "base/tokenizer.json": '{"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}, '
+                           '"added_tokens": [{"id": 2, "content": "<s>"}]}',
+    "base/tokenizer_config.json": '{"bos_token": {"content": "<s>"}, "chat_template": "{{ x }}", '
+                                  '"added_tokens_decoder": {"2": {"content": "<s>"}}}',
+    "base/special_tokens_map.json": '{"bos_token": "<s>"}',
+    "base/chat_template.jinja": "{{ messages }}",
+    "base/modules.json": '[{"type": "x.Pooling", "path": "1_Pooling"}]',
+    "base/1_Pooling/config.json": '{"pooling_mode_mean_tokens": true}',
+    "base/README.md": "---\nlicense: mit\ntags:\n- a\nbase_model: org/base\n---\n# Base\n",
+    "base/LICENSE": "Do what you like.",
+    "base/code.py": "x = 1",
+    "adapter/README.md": "---\nlibrary_name: peft\nbase_model: org/base\n---\n# Adapter\n",
+    "adapter/tokenizer_config.json": '{"chat_template": "{{ y }}", "bos_token": "<s>"}',
+    "adapter/tokenizer.json": '{"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}}',
+    "adapter/additional_chat_templates/tool.jinja": "{{ z }}",
+}  # fmt: skip
 
 
 def corpus(*names):
@@ -184,6 +313,18 @@ TRAINERS = (*(FIXTURES / "mlx" / n for n in ("dora", "experts", "tied")),
             *(FIXTURES / "torchtune" / n for n in ("dora", "lora")))  # fmt: skip
 IMAGES = corpus("pipeline", "diffusers", "ai-toolkit", "single-file")
 METHODS = corpus("method-ia3", "method-oft", "method-lokr")
+# What has a base of its own in its folder, or beside it.
+MERGED = (*corpus("megatron", "qdora", "linear-with-dora-merged", "lycoris-loha", "lycoris-lokr",
+                  "lycoris-locon"), *TRAINERS)  # fmt: skip
+VARIANTS = corpus("riders-tokens", "riders-head", "replicated", "adalora", "bdlora", "onetrainer")
+GRAPHS = tuple(
+    exported(model, graph)
+    for model, graphs in (
+        ("bert", "fused optimised slim torch"),
+        ("llama", "fused genai-fp32 genai-int4 genai-int8 slim torch transformers"),
+    )
+    for graph in graphs.split()
+)
 
 TARGETS = {
     "header": Target(
@@ -207,7 +348,7 @@ TARGETS = {
         corpus("peft", "shards", "pickled", "nvlabs"), merge, ("base", "adapter"), OUTPUTS, weight=3
     ),
     "verify": Target(corpus("merged"), verify, ("merged",), weight=3),
-    "resume": Target((), resume, (OUTPUTS[1],), OUTPUTS, weight=2, make=interrupted),
+    "resume": Target((), resume, (OUTPUTS[1],), OUTPUTS, weight=2, make=(interrupted,)),
     "image models": Target(IMAGES, inspect, ("base", "base.safetensors"), weight=3),
     "image adapters": Target(IMAGES, inspect, ("adapter", "adapter.safetensors"), weight=2),
     "image merges": Target(IMAGES, merge, writable=OUTPUTS, weight=3),
@@ -225,7 +366,38 @@ TARGETS = {
         corpus("graphs"), partial(graph_of, adapters=True), ("graph", "adapter"), OUTPUTS, weight=3
     ),
     "session": Target(
-        (), lambda f: AdapterSession(f / "out"), ("out/dora_export.json",), make=swappable
+        (), session, ("out",), ("out/dora_export.json",), make=(swappable,), needs="onnxruntime"
+    ),
+    "trainers' merges": Target(
+        MERGED, merge, ("base", "adapter", "adapter.safetensors"), OUTPUTS, weight=3
+    ),
+    "riders": Target(
+        VARIANTS, merge, ("base", "adapter", "adapter.safetensors"), OUTPUTS, weight=3
+    ),
+    "side files": Target((), merge, tuple(SIDES), OUTPUTS, weight=2, make=(sides,)),
+    "verify others": Target(
+        (), verify, ("merged",), weight=3,
+        make=(*(merged_from(n) for n in ("pipeline", "single-file", "pickled", "shards")),
+              merged_from("peft", max_shard_size=2000), pickled_merge),
+    ),
+    "into exported": Target(
+        (), graph_of, ("graph", "adapter"), OUTPUTS, weight=3, cost=4, make=GRAPHS
+    ),
+    "adapters exported": Target(
+        (), partial(graph_of, adapters=True), ("graph", "adapter"), OUTPUTS, weight=2, cost=4,
+        make=GRAPHS[4:],
+    ),
+    "verify graph": Target(
+        (), verify_graph, ("graph",), cost=10, make=GRAPHS[:5],
+        needs="transformers.models.llama", trusts=True,
+    ),
+    "forward": Target(
+        (), forward, ("base/config.json", "base/generation_config.json", "merged/config.json"),
+        cost=10, make=(forward_case,), needs="transformers.models.llama", trusts=True,
+    ),
+    "trace": Target(
+        (), traced, ("base/config.json",), OUTPUTS, cost=50, make=(traceable,),
+        needs="transformers.models.bert", trusts=True,
     ),
     "graph": Target(corpus("graph"), lambda f: open_graph(f / "model.onnx"), weight=2),
 }  # fmt: skip

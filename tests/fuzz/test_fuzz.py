@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dora_export.errors import InputError
+from dora_export.errors import InputError, VerifyError
 from tests.fuzz import guard
 from tests.fuzz.guard import problem
 from tests.fuzz.run import Tally, made, prepare, run, seeds_of
@@ -19,8 +20,11 @@ from tests.fuzz.targets import TARGETS
 
 COUNTS = {"header": 60, "index": 60, "graph": 40, "verify": 12, "merge": 15, "resume": 10,
           "image merges": 8, "several": 8, "experts": 8, "into": 15, "adapters": 8, "convert": 20,
-          "methods": 60}  # fmt: skip
-SLOW = ("methods", "session")  # to import
+          "methods": 60, "side files": 6, "verify others": 6, "verify graph": 10, "forward": 10,
+          "trace": 2}  # fmt: skip
+# To import, to make, or to run.
+SLOW = ("methods", "session", "trainers' merges", "riders", "into exported", "adapters exported",
+        "verify graph", "forward", "trace")  # fmt: skip
 NAMES = [pytest.param(n, marks=[pytest.mark.nightly] * (n in SLOW)) for n in TARGETS]
 
 
@@ -85,10 +89,16 @@ def refused_raw(_):
     raise RawError("a")
 
 
+def written_wrong(_):
+    raise VerifyError("the output is not what was planned")
+
+
 BAD = {
+    "wrong: the output": written_wrong,
     "ValueError": lambda at: int("x"),
     "unprintable": refused_raw,
     "hang": lambda at: time.sleep(9),
+    "hang: computing": lambda at: computing(9),
     "memory": lambda at: taken_at_once(),
     "outside: open": lambda at: (at.parent / "x").write_text(""),
     "outside: os.mkdir": lambda at: (at / "other").mkdir(),
@@ -101,6 +111,12 @@ BAD = {
     "outside: os.system": lambda at: os.system("true"),
     "outside: subprocess.Popen": lambda at: subprocess.run(["true"], check=False),
 }
+
+
+def computing(seconds):
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
 
 
 TOO_MUCH = guard.MEMORY + (100 << 20)
@@ -191,7 +207,9 @@ def test_watch_sees_mapped_files_where_the_peak_is_reset(tmp_path):
 
 @pytest.mark.parametrize("kind", BAD)
 def test_watch_sees_what_must_not_happen(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(guard, "SECONDS", 0.5 if kind == "hang" else 60.0)
+    monkeypatch.setattr(guard, "TICK", 0.1)
+    monkeypatch.setattr(guard, "SECONDS", 0.5 if kind == "hang: computing" else 60.0)
+    monkeypatch.setattr(guard, "TICKS", 5 if kind == "hang" else 1000)
     at = tmp_path / "case"
     (at / "out").mkdir(parents=True)
     (at / "folder/inner").mkdir(parents=True)
@@ -200,7 +218,26 @@ def test_watch_sees_what_must_not_happen(kind, tmp_path, monkeypatch):
     (at / "link to secret").symlink_to("secret")
     found = problem(lambda: BAD[kind](at), at, ("out",))
     assert found is not None
-    assert found.startswith(kind), found
+    assert found.startswith(kind.partition(": comp")[0]), found
+
+
+def test_watch_takes_no_stopped_process_for_one_that_hangs(tmp_path):
+    """In a process of its own, which is stopped for five times as long as it may wait."""
+    lines = (
+        "import os, pathlib, signal, sys\n"
+        "from tests.fuzz import guard\n"
+        "guard.TICK, guard.TICKS = 0.02, 10\n"
+        "stop = lambda: os.kill(os.getpid(), signal.SIGSTOP)\n"
+        "sys.exit(guard.problem(stop, pathlib.Path(sys.argv[1])))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", lines, tmp_path], cwd=Path(__file__).parents[2]
+    )
+    _, status = os.waitpid(process.pid, os.WUNTRACED)
+    assert os.WIFSTOPPED(status)
+    time.sleep(1)
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(60) == 0
 
 
 def test_watch_lets_pass_what_may_happen(tmp_path):
