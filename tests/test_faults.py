@@ -915,7 +915,7 @@ def test_memory_that_runs_out_is_told_with_the_bound(at, monkeypatch, where, nam
     assert "Pass --threads 1, a smaller --block" in refusal
 
 
-@pytest.mark.parametrize("name", ["read_adapter", "open_checkpoint", "plan_merge"])
+@pytest.mark.parametrize("name", ["read_adapters", "open_checkpoint", "plan_merge"])
 def test_memory_that_runs_out_before_there_is_a_plan_is_told(at, monkeypatch, name):
     monkeypatch.setattr(api, name, raiser(MemoryError()))
     assert "out of memory: the system gives no more. Close other programs" in attempt(at)
