@@ -406,11 +406,13 @@ def _write_manifest(
     if way == "adapters":
         plan = plan_unchanged(plan.base, plan.settings)  # nothing is merged
     content = manifest.manifest(plan, Resources("cpu", None, None), beside, adapter_digests(plan))
+    digests = dict(made.digests) or files.digests(stage.folder, made.graphs)
     content["onnx"] = {
         "way": way,
         "options": {} if way == "into" else options_said(options),
         **made.facts,
-        "files": dict(made.digests) or files.digests(stage.folder, made.graphs),
+        "files": digests,
+        "bytes": {name: (stage.folder / name).stat().st_size for name in digests},
         "parity": None if report is None else {
             "verdict": report.verdict,
             "tiers": [{"summary": t.summary, "figures": t.figures} for t in report.tiers],

@@ -231,6 +231,32 @@ def test_values_that_are_no_number_are_what_they_were(tmp_path):
     assert not any("router_jitter" in what for what in told)
 
 
+@pytest.mark.parametrize("embedding", [True, False])
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"vocab_size": float("nan")},
+        {"rope_theta": float("nan")},
+        {"rope_scaling": {"rope_type": "linear", "factor": float("nan")}},
+        {"tie_word_embeddings": float("nan")},
+    ],
+    ids=lambda said: next(iter(said)),
+)
+def test_keys_with_checks_of_their_own_are_what_they_were_as_well(tmp_path, said, embedding):
+    base = small.base_tensors()
+    adapter = small.adapter_tensors(base)
+    if not embedding:
+        del base["model.embed_tokens.weight"]
+    small.write_base(tmp_path / "base", base, config=small.CONFIG | said)
+    small.write_adapter(tmp_path / "adapter", adapter)
+    # a cast edits the config, so that its bytes do not settle it
+    dora_export.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", dtype="fp16")
+    report = dora_export.verify(
+        tmp_path / "base", tmp_path / "adapter", tmp_path / "out", dtype="fp16"
+    )
+    assert report.findings == ()
+
+
 def test_staged_header_that_changed_on_the_disk_is_found_and_dropped(tmp_path):
     """Although what it renames, buffers that models compute anew, may have any name in a merge."""
     interrupted(tmp_path)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import threading
 from types import SimpleNamespace
@@ -509,6 +510,7 @@ def test_files_of_any_name_are_pinned_and_a_graph_that_became_another_is_refused
     facts = json.loads((out / "dora_export.json").read_text())["onnx"]
     assert facts["files"] == {n: hashlib.sha256((out / n).read_bytes()).hexdigest()
                               for n in ("model.onnx", "weights.bin")}  # fmt: skip
+    assert facts["bytes"] == {n: (out / n).stat().st_size for n in facts["files"]}
     shutil.rmtree(out)
     real = swappable.with_slots
 
@@ -588,6 +590,19 @@ def test_the_session_takes_no_weights_but_those_that_were_published(models, harm
         dora_export.AdapterSession(models.folder / "out")
     if harm in ("swapped", "one bit"):
         onnxruntime.InferenceSession(models.folder / "out/model.onnx")
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "adapter"])
+def test_files_of_another_size_are_refused_unread(models, name):
+    """A hole of a terabyte takes no space on the disk, and an hour to hash."""
+    graph = save_graph(models.folder / "graph/model.onnx", models.base, data="model.onnx.data")
+    models.export(graph, models.adapters[:1])
+    (adapter,) = (models.folder / "out/adapters").glob("*.onnx_adapter")
+    at = adapter if name == "adapter" else models.folder / "out" / name
+    with at.open("r+b") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(InputError, match=rf"{re.escape(at.name)}: not the file that was published"):
+        dora_export.AdapterSession(models.folder / "out")
 
 
 def refused(models, graph, match, adapters=None, **options):

@@ -124,31 +124,32 @@ def _published(root: Path) -> tuple[Path, dict[Path, Any], set[str], dict[str, P
     """Return what the manifest says was published together; graph and adapters are checked.
 
     Returns:
-        The graph; the files with its weights and their digests, not checked yet; the inputs that
-        its adapters have; the adapters' files.
+        The graph; the files with its weights, with their bytes and digests, not checked yet; the
+        inputs that its adapters have; the adapters' files.
     """
     facts = read_json(root / MANIFEST)["onnx"]
     if facts["way"] != "adapters":
         raise KeyError(facts["way"])
     files = {name: inside(root, name, root / MANIFEST) for name in facts["files"]}
     graph = files.pop(facts["graph"])
-    _same(graph, facts["files"][facts["graph"]])
+    pins = {name: (facts["bytes"][name], digest) for name, digest in facts["files"].items()}
+    _same(graph, *pins[facts["graph"]])
     adapters = {}
     for name, said in facts["adapters"].items():
         adapters[name] = inside(root, said["file"], root / MANIFEST)
-        _same(adapters[name], said["sha256"])
-    weights = {path: facts["files"][name] for name, path in files.items()}
+        _same(adapters[name], said["bytes"], said["sha256"])
+    weights = {path: pins[name] for name, path in files.items()}
     return graph, weights, {n for s in facts["slots"].values() for n in s["inputs"]}, adapters
 
 
-def _while_checked(files: Mapping[Path, Any], load: Callable[[], R]) -> R:
+def _while_checked(files: Mapping[Path, tuple[Any, Any]], load: Callable[[], R]) -> R:
     """Return what ``load`` does; the files are hashed meanwhile, in threads.
 
     Raises:
         InputError: A file is not the one that was published, whatever ``load`` makes of it.
     """
     with ThreadPoolExecutor() as pool:
-        checks = [pool.submit(_same, path, digest) for path, digest in files.items()]
+        checks = [pool.submit(_same, path, *pin) for path, pin in files.items()]
         try:
             return load()
         finally:
@@ -172,14 +173,14 @@ def _loaded(path: Path, load: Callable[[], R]) -> R:
         ) from error
 
 
-def _same(path: Path, digest: Any) -> None:
-    """Refuse a file that is not the one that was published."""
+def _same(path: Path, nbytes: Any, digest: Any) -> None:
+    """Refuse a file that is not the one that was published: of another size before it is read."""
     try:
-        found = sha256(path)
+        found = sha256(path) if path.stat().st_size == nbytes else None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}. Copy it again.") from error
     if found != digest:
         raise InputError(
-            f"{path}: not the file that was published with this folder (its SHA-256 is another). "
-            "Copy the whole folder again."
+            f"{path}: not the file that was published with this folder (its size or SHA-256 is "
+            "another). Copy the whole folder again."
         )

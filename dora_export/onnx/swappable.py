@@ -313,6 +313,7 @@ def _write(
     adapter = bundle.plan.adapters[0]
     return {
         "file": f"{FOLDER}/{path.name}",
+        "bytes": path.stat().st_size,
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "npz": f"{FOLDER}/{table.name}",
         "format": adapter.format,

@@ -258,7 +258,7 @@ def _rope(book: _Book, expected: Config, found: Config, path: str) -> None:
         key, _, what = change.partition(": ")
         book.wrong("config-changed", path + key, shown(what))
     spelled = [{k: c[k] for k in ROPE_KEYS if c.get(k) is not None} for c in (expected, found)]
-    if not changes and spelled[0] != spelled[1]:
+    if not changes and not same(*spelled):
         book.rewritten.append(f"{path}rope_parameters (same meaning)")
 
 
@@ -302,13 +302,13 @@ def _vocabulary(book: _Book, plan: Plan, subject: Subject, expected: Config, fou
     for name, (planned, stored_rows) in rows.items():
         if is_now is None or stored_rows == is_now:
             continue
-        if (stored_rows, is_now) != (planned, should):
+        if stored_rows != planned or not same(is_now, should):
             book.wrong("config-vocab", "vocab_size",
                        f"{shown(is_now)}, {shown(name)} has {stored_rows} rows")  # fmt: skip
             return
     if should is not None and is_now is None:
         book.wrong("config-vocab", "vocab_size", f"missing, expected {shown(should)}")
-    elif not rows and should != is_now:
+    elif not rows and not same(should, is_now):
         book.wrong("config-changed", "vocab_size", _values(should, is_now))
 
 
@@ -326,7 +326,7 @@ def _tie(book: _Book, plan: Plan, subject: Subject, expected: Config, found: Con
     stored = ends is not None and ends[1] is not None
     equal = stored and _equal(subject.tensors, ends)
     meant_apart = planned is not None and planned[1] is not None
-    if should == is_now and stored == meant_apart:
+    if same(should, is_now) and stored == meant_apart:
         return  # as planned; what the tensors hold is compared tensor by tensor
     has_head = any(str(a).endswith(WITH_VOCABULARY) for a in _list(expected.get("architectures")))
     key = "tie_word_embeddings"
@@ -336,7 +336,7 @@ def _tie(book: _Book, plan: Plan, subject: Subject, expected: Config, found: Con
                    "the embedding: loaders overwrite it")  # fmt: skip
     elif is_now is False and not stored and (meant_apart or (should is not False and has_head)):
         book.wrong("config-tied", key, "false, but no head is stored")
-    elif should != is_now:
+    elif not same(should, is_now):
         book.rewritten.append(f"{key} ({_values(should, is_now)})")
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dora_export.storage.json_file import same
+
 # Old names of the base of the frequencies and of the rotated share of a head.
 THETAS = ("rope_theta", "rotary_emb_base", "global_rope_theta")
 LOCAL_THETAS = ("rope_local_base_freq", "local_rope_theta")
@@ -84,7 +86,7 @@ def _differences(expected: Parameters, found: Parameters) -> list[str]:
     changes = []
     for key in sorted(expected.keys() | found.keys()):
         here, there = expected.get(key), found.get(key)
-        if here == there:
+        if same(here, there):
             continue
         if here is None and key in ("rope_theta", "partial_rotary_factor"):
             continue  # the class's own value, spelled out

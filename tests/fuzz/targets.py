@@ -158,8 +158,10 @@ def session(folder):
         found = said["onnx"]["files"]
         for name in found:
             found[name] = digest(out / name)
+            said["onnx"]["bytes"][name] = (out / name).stat().st_size
         for adapter in said["onnx"]["adapters"].values():
             adapter["sha256"] = digest(out / adapter["file"])
+            adapter["bytes"] = (out / adapter["file"]).stat().st_size
         (out / "dora_export.json").write_text(json.dumps(said))
     AdapterSession(out)
 
