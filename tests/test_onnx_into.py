@@ -448,6 +448,22 @@ def test_rows_that_a_merge_does_not_change_may_stay(pair):
     assert "2 rows are as before, which is what the merge makes of them" in oracle_tier.summary
 
 
+def test_data_that_does_not_fill_its_type_was_so_before(pair):
+    """In a graph that holds its weights: without them the checker has nothing to object to."""
+    folder, base, _ = pair
+    graph = save_graph(folder / "graph/model.onnx", transposed(base))
+    model = onnx.load(graph)
+    for value in model.graph.output:
+        value.type.tensor_type.shape.dim.add().dim_param = "rows"
+    kept = onnx.numpy_helper.from_array(np.ones((97, 32), np.float32), "kept")
+    kept.data_type = onnx.TensorProto.COMPLEX128
+    model.graph.initializer.append(kept)
+    onnx.save(model, graph)
+    done = export(folder, graph)
+    (note,) = (n for n in done.notes if "onnx's checker refuses the graph, as it did before" in n)
+    assert "tensor name: kept" in note
+
+
 def test_the_checker_may_refuse_what_it_refused_before_and_nothing_else(pair, monkeypatch):
     folder, base, _ = pair
     graph = save_graph(folder / "graph/model.onnx", transposed(base), data="w.bin")

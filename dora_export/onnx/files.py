@@ -92,16 +92,19 @@ def check(path: Path) -> None:
             seen.unlink()
 
 
-def check_again(path: Path, made: onnx.ModelProto, before: onnx.ModelProto) -> tuple[str, ...]:
+def check_again(
+    path: Path, made: onnx.ModelProto, origin: Path, before: onnx.ModelProto
+) -> tuple[str, ...]:
     """Let onnx's checker look at a graph that was made from another one.
 
-    By its path, where its weights lie beside it; a graph that holds them is checked without them,
+    By its path, where its weights lie beside it; a graph that holds many is checked without them,
     so that they are not all held in memory.
 
     Args:
         path: The graph, its external data beside it.
         made: It, larger values left out.
-        before: The one that it was made from, larger values left out.
+        origin: The one that it was made from.
+        before: That one, larger values left out.
 
     Returns:
         Notes: what the checker refuses in both of them, if anything.
@@ -109,10 +112,10 @@ def check_again(path: Path, made: onnx.ModelProto, before: onnx.ModelProto) -> t
     Raises:
         VerifyError: It refuses the graph, and does not refuse the other.
     """
-    problem = _refused(str(path) if path.stat().st_size < CHECKED_BYTES else _bare(made))
+    problem = _refused(path, made)
     if problem is None:
         return ()
-    if _refused(_bare(before)) is not None:
+    if _refused(origin, before) is not None:
         return (f"onnx's checker refuses the graph, as it did before: {problem}",)
     raise VerifyError(
         f"{path.name}: onnx's checker refuses the written graph, though not the one that it was "
@@ -120,12 +123,12 @@ def check_again(path: Path, made: onnx.ModelProto, before: onnx.ModelProto) -> t
     )
 
 
-def _refused(graph: str | onnx.ModelProto) -> str | None:
+def _refused(path: Path, model: onnx.ModelProto) -> str | None:
     """Return what onnx's checker finds wrong, or None."""
     import onnx  # noqa: PLC0415 - as above
 
     try:
-        onnx.checker.check_model(graph)
+        onnx.checker.check_model(str(path) if path.stat().st_size < CHECKED_BYTES else _bare(model))
     except onnx.checker.ValidationError as error:
         return _told(error)
     return None

@@ -103,7 +103,9 @@ def make(request: Request) -> Made:
                     plan, graph, changed, parameters, layout, request.folder,
                     threads=request.threads,
                 )  # fmt: skip
-                known = files.check_again(request.folder / path.name, found.model, graph.model)
+                known = files.check_again(
+                    request.folder / path.name, found.model, graph.path, graph.model
+                )
                 were = dict(zip(names, before(), strict=True))
                 are = dict(zip(names, after(), strict=True))
     return Made(

@@ -107,7 +107,7 @@ def make(request: Request, traced: Path | None = None) -> Made:
         request.on_stage("checking what was written")
         written_graph = open_graph(request.folder / path.name)
         _refuse_changed(graph, written_graph, places)
-        known = files.check_again(written_graph.path, written_graph.model, graph.model)
+        known = files.check_again(written_graph.path, written_graph.model, graph.path, graph.model)
         digests = _digests(graph, request, copied=traced is None)
     (request.folder / FOLDER).mkdir()
     written = {b.name: _write(b, slots, places, request.folder) for b in bundles}
