@@ -208,8 +208,8 @@ def merge(
     memory = memory_bound(plan, resources, tile_elements) + bytes_beside(plan, checkers)
     if not dry_run:
         # the workers, those that check, the thread that syncs, and this one
-        threads_ = resources.workers + checkers + 2
-        require_space(memory + threads_ * THREAD_BYTES, "this merge")
+        running = resources.workers + checkers + 2
+        require_space(memory + running * THREAD_BYTES, "this merge")
     with memory_told(memory), inputs.held(stamps):
         check_adapter(plan)
         plan = replace(plan, warnings=(*plan.warnings, *refuse_implausible(plan)))

@@ -65,9 +65,9 @@ def _check_zip(path: Path, file: BinaryIO) -> None:
             if code.file_size > limits.PICKLE_BYTES:
                 raise _refused(path, f"{code.file_size} bytes of pickle, more than any model has")
             data = archive.read(code)
-    except (zipfile.BadZipFile, KeyError, NotImplementedError, ValueError, RuntimeError) as error:
-        # all of these are what zipfile raises for archives that are damaged or of features that
-        # torch never writes (NotImplementedError: other zip versions, patched data)
+    except (zipfile.BadZipFile, KeyError, ValueError, RuntimeError) as error:
+        # all of these are what zipfile raises for archives that are damaged, or that use what torch
+        # never writes (a subclass of RuntimeError for other zip versions and patched data)
         raise _damaged(path, error) from error
     _check_opcodes(path, data, 1)
 
