@@ -152,6 +152,18 @@ def test_records_that_torch_does_not_write_are_refused(field, value, reason, tmp
     refused(path, reason)
 
 
+def test_archives_of_another_zip_version_are_refused(tmp_path):
+    path = tmp_path / "model.bin"
+    saved(path)
+    data, entry = bytearray(path.read_bytes()), b"PK\x01\x02"
+    at = data.find(entry)
+    while at >= 0:
+        struct.pack_into("<H", data, at + 6, 99)  # the version needed to read the record
+        at = data.find(entry, at + 4)
+    path.write_bytes(data)
+    refused(path, r"zip file version 9\.9")
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_views_that_repeat_elements_are_refused(zipped, tmp_path):
     wide = torch.ones(1).expand(1 << 20, 1 << 20)  # 4 bytes that show 4 TB
