@@ -442,6 +442,85 @@ def test_other_models_keep_what_they_fuse(tmp_path):
         dora_export.merge(fused, adapter, tmp_path / "no")
 
 
+def molmo2():
+    """A tiny Molmo 2 whose queries have more heads than its keys and values."""
+    config = transformers.Molmo2Config(
+        text_config={"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 1,
+                     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+                     "vocab_size": 60, "additional_vocab_size": 4},
+        vision_config={"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+                       "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8,
+                       "image_size": [28, 28], "num_position_embeddings": 4},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.Molmo2ForConditionalGeneration(config).eval()
+
+
+@pytest.fixture(scope="module")
+def molmo2_bases(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("molmo2")
+    model = molmo2()
+    for names, own in (("fused", True), ("apart", False)):
+        model.save_pretrained(folder / names, save_original_format=own)
+    return folder / "fused", folder / "apart"
+
+
+QUERIES = ["q_proj", "v_proj", "gate_proj", "o_proj"]
+
+
+@pytest.mark.parametrize("names", ["fused", "apart"])
+def test_queries_that_share_keys_are_found_in_what_is_fused(names, molmo2_bases, tmp_path):
+    import peft
+
+    fused, apart = molmo2_bases
+    wrapped = peft.get_peft_model(
+        molmo2(), peft.LoraConfig(r=4, lora_alpha=10, target_modules=QUERIES, use_dora=True)
+    )
+    rider_models.train(wrapped)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    base = fused if names == "fused" else apart
+    dora_export.merge(base, tmp_path / "adapter", tmp_path / "out", verify="full")
+    wrapped.merge_and_unload().save_pretrained(tmp_path / "peft",
+                                               save_original_format=names == "fused")  # fmt: skip
+    before, found, theirs = (tensors(f) for f in (base, tmp_path / "out", tmp_path / "peft"))
+    assert found.keys() == theirs.keys()
+    changed = [n for n in found if not torch.equal(found[n], before[n])]
+    assert len(changed) == (9 if names == "fused" else 10)  # two of them share a fused one
+    for name, tensor in found.items():
+        assert (tensor - theirs[name]).abs().max() <= 2e-6 * theirs[name].abs().max(), name
+
+
+def test_fused_queries_fit_a_checkpoint_that_keeps_them_apart(molmo2_bases, tmp_path):
+    fused, apart = molmo2_bases
+    adapter, theirs = of_fused(tmp_path, fused, ["att_proj", "ff_proj"], use_dora=True)
+    dora_export.merge(apart, adapter, tmp_path / "out", verify="full")
+    found = tensors(tmp_path / "out")
+    own, layer = "model.transformer.blocks.0", "model.language_model.layers.0"
+    for whole, parts in (
+        (f"{own}.self_attn.att_proj", "self_attn.q_proj self_attn.k_proj self_attn.v_proj"),
+        (f"{own}.mlp.ff_proj", "mlp.up_proj mlp.gate_proj"),
+    ):
+        got = torch.cat([found[f"{layer}.{part}.weight"] for part in parts.split()])
+        want = theirs[f"{whole}.weight"]
+        assert (got - want).abs().max() <= 2e-6 * want.abs().max()
+        assert (got - tensors(fused)[f"{whole}.weight"]).abs().max() > 0.1 * want.abs().max()
+
+
+@pytest.mark.parametrize(
+    "heads",
+    [{"num_attention_heads": None}, {"num_attention_heads": 5}, {"num_key_value_heads": 0}],
+    ids=str,
+)
+def test_queries_in_what_is_fused_are_not_guessed(heads, tmp_path):
+    save_file({"a.att_proj.weight": torch.ones(64, 8)}, tmp_path / "model.safetensors")
+    text = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    for said, spans in ((text, [(0, 32), (32, 48), (48, 64)]), (text | heads, None)):
+        write_json(tmp_path / "config.json", {"model_type": "molmo2", "text_config": said})
+        found = part_names.other_names(open_checkpoint(tmp_path))
+        places = [(Place("a.att_proj.weight", span),) for span in spans or ()]
+        assert list(found.values()) == places
+
+
 # --- the table, row by row
 
 
@@ -558,10 +637,9 @@ def test_fused_modules_are_those_that_transformers_cuts(number):
         parents = {n.rpartition(".")[0] for n in rest}
         whole = path.rpartition(".")[2]
         theirs[whole] = how, tuple(n.rpartition(".")[2] for n in rest)
-        for model_type in row.model_types:
-            forward, _ = conventions.both_ways(row)
-            renamed = forward(f"layers.0.{path}.weight").removesuffix(f".{whole}.weight")
-            assert {renamed} == {f"layers.0.{p}" for p in parents}
+        forward, _ = conventions.both_ways(row)
+        renamed = forward(f"layers.0.{path}.weight").removesuffix(f".{whole}.weight")
+        assert {renamed} == {f"layers.0.{p}" for p in parents}
     ours = [("Chunk", pair) for pair in row.fused] + [("Split", pair) for pair in row.grouped]
     assert theirs == {whole: (how, parts) for how, (whole, parts) in ours}
 
