@@ -257,6 +257,21 @@ def test_factors_beyond_float64_are_left_to_numpy():
     assert case.open(scaling=float("nan")).rule is None
 
 
+def test_terms_beyond_float64_are_left_to_numpy(monkeypatch):
+    """Rows of B at right angles to A: their product is 0, its terms times m / ||W|| are not finite."""
+    case = Case((6, 8), "row", rank=2)
+    B, A = np.tile([1e38, 0.0], (6, 1)), np.tile([[0.0], [1e38]], (1, 8))
+    delta = Product(Operand.plain(stored(B, "F32")), Operand.plain(stored(A, "F32")))
+    m = Operand.plain(stored(np.full(6, 1e90), "F64"))
+    case.change = replace(case.change, delta=delta, magnitude=m, scaling=1e111)
+    case.source = stored(np.full((6, 8), 1e-38), "F32")
+    merged = stored(np.full((6, 8), 1e30), "F32")
+    with np.errstate(over="ignore"):
+        one, other = both(case, merged, monkeypatch)
+    assert_same(one, other)
+    assert (one.excess == np.inf).all()
+
+
 def test_other_rules_are_left_to_numpy():
     """Each of these would be computed wrongly by the loop, were it taken."""
     case = Case((6, 8), "row")
