@@ -1,9 +1,9 @@
 """The oracle's compiled loop: one pass over a block of rows, where numpy takes two dozen.
 
-``kernel/compare_rows.c`` computes what ``tally`` and ``exact`` do in the most common case: one low-rank
-product, or none, and one magnitude per row or per column. All of it is float64, none of it is the
-merge's. Without a C compiler, or with ``DORA_EXPORT_KERNEL=numpy`` in the environment, numpy does
-all the work.
+``kernel/compare_rows.c`` computes what ``tally`` and ``exact`` do, in the most common case: one
+low-rank product, or none, and one magnitude per row or per column. All of it is float64, none of it
+is the merge's. Without a C compiler, or with ``DORA_EXPORT_KERNEL=numpy`` in the environment, numpy
+does all the work.
 """
 
 from __future__ import annotations
