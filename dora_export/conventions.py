@@ -11,8 +11,9 @@ holds every row against it); github.com/ml-explore/mlx-lm, mlx_lm/models/*.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 Pairs = tuple[tuple[str, str], ...]
 Within = tuple[tuple[str, str, Pairs], ...]
@@ -72,14 +73,14 @@ def _replaced(name: str, pairs: Pairs) -> str:
     for old, new in pairs:
         if "*" in old:
             numbered = re.escape(old).replace(r"\*", r"(\d+)")
-            name = re.sub(numbered, lambda match, new=new: _filled(new, match.groups()), name)
+            name = re.sub(numbered, partial(_filled, new), name)
         else:
             name = name.replace(old, new)
     return name
 
 
-def _filled(pattern: str, numbers: Iterable[str]) -> str:
-    for number in numbers:
+def _filled(pattern: str, match: re.Match[str]) -> str:
+    for number in match.groups():
         pattern = pattern.replace("*", number, 1)
     return pattern
 

@@ -35,10 +35,10 @@ def _heads(config: Mapping[str, Any]) -> tuple[int, ...]:
     """Return how many heads queries, keys and values have; config.json does not say: ()."""
     text = config.get("text_config")
     counted = text if isinstance(text, Mapping) else config
-    queries = counted.get("num_attention_heads")
-    others = counted.get("num_key_value_heads", queries)
-    told = all(isinstance(n, int) and n > 0 for n in (queries, others))
-    return (queries, others, others) if told else ()
+    queries: Any = counted.get("num_attention_heads")
+    others: Any = counted.get("num_key_value_heads", queries)
+    heads = (queries, others, others)
+    return heads if all(isinstance(n, int) and n > 0 for n in heads) else ()
 
 
 def _names(

@@ -263,6 +263,11 @@ def test_metadata_and_inspection(tmp_path):
     assert merge(path, "--alpha", "4").exit_code == 0
     with safe_open(tmp_path / "out/model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt", "run": "7"}
+    for name in ("plain.safetensors", "plain.pt"):  # without metadata: as transformers asks for
+        other = save(with_dora(plain()).state_dict(), tmp_path / name)
+        assert merge(other, "--alpha", "4", "--allow-pickle", out=f"of {name}").exit_code == 0
+        with safe_open(tmp_path / f"of {name}/model.safetensors", "pt") as file:
+            assert file.metadata() == {"format": "pt"}
     shown = small.run("inspect", path, "--alpha", "4")
     assert shown.exit_code == 0
     for words in ("linear-with-dora-merged", "one per input", "rank         3", "3 tensors would"):
