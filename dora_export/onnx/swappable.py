@@ -306,7 +306,8 @@ def _write(
     # mypy only: numpy's annotations take what ** gives for options of savez itself
     np.savez(str(table), **arrays)  # type: ignore[arg-type]
     _settle(table)
-    back = ort.AdapterFormat.read_adapter(str(path)).get_parameters()
+    stored = ort.AdapterFormat.read_adapter(str(path))  # up to 1.23 its parameters die with it
+    back = stored.get_parameters()
     lost = [n for n, a in arrays.items() if n not in back or not np.array_equal(back[n].numpy(), a)]
     if lost or len(back) != len(arrays):
         raise VerifyError(f"{path.name}: onnxruntime wrote {shown((lost or ['more'])[0])} wrong.")
