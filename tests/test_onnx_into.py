@@ -304,11 +304,6 @@ def test_memory_for_tensors_is_bounded_and_given_back(monkeypatch):
     assert begin(3, 100) is None
 
 
-def test_hashing_ends_with_what_it_goes_along_with():
-    with pytest.raises(ZeroDivisionError), files.digesting([Path("/dev/zero")]):
-        raise ZeroDivisionError
-
-
 def refused(folder, graph, match, error=DoraExportError, **options):
     before = entries(folder)
     with pytest.raises(error, match=match) as found:

@@ -26,6 +26,7 @@ from dora_export.onnx import files
 from dora_export.onnx.assembly import TENSOR_BYTES
 from dora_export.onnx.encodings import Int8
 from dora_export.onnx.graph_file import Graph, StoredTensor, nodes, open_graph
+from dora_export.onnx.hashing import Digests
 from dora_export.onnx.layout import Layout, lay_out
 from dora_export.onnx.matching import Match, weights_of
 from dora_export.onnx.matching_graph import Matched, match_graph
@@ -90,24 +91,30 @@ def make(request: Request) -> Made:
         request.on_stage("writing merged weights into the graph")
         names = [path.name, *graph.data_files]
         with (
-            files.digesting([path, *graph.data_files.values()]) as before,
+            Digests(
+                [path, *graph.data_files.values()],
+                [request.folder / name for name in names],
+                layout.sizes,
+            ) as digests,
             FileSink(
-                request.folder, layout.names, layout.sizes, sync=request.sync, read_again=True
+                request.folder,
+                layout.names,
+                layout.sizes,
+                sync=request.sync,
+                read_again=True,
+                on_finished=digests.finished,
             ) as sink,
         ):
             write(plan, changed, parameters, layout, request, sink)
             # While the disk is still busy with it: checking and hashing take the processor only.
             request.on_stage("checking what was written")
-            with files.digesting([request.folder / name for name in names]) as after:
-                found = recheck(
-                    plan, graph, changed, parameters, layout, request.folder,
-                    threads=request.threads,
-                )  # fmt: skip
-                known = files.check_again(
-                    request.folder / path.name, found.model, graph.path, graph.model
-                )
-                were = dict(zip(names, before(), strict=True))
-                are = dict(zip(names, after(), strict=True))
+            found = recheck(
+                plan, graph, changed, parameters, layout, request.folder, threads=request.threads
+            )
+            known = files.check_again(
+                request.folder / path.name, found.model, graph.path, graph.model
+            )
+            were, are = (dict(zip(names, d, strict=True)) for d in digests.results())
     return Made(
         graphs=(graph.path.name,),
         facts=_facts(graph, matched, proofs, were),
