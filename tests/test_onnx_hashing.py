@@ -3,6 +3,8 @@
 import hashlib
 import os
 import random
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -97,3 +99,43 @@ def test_hashing_ends_with_what_it_goes_along_with(tmp_path):
 def test_a_file_that_cannot_be_read_is_told(tmp_path):
     with Digests([tmp_path / "none"], [], []) as digests, pytest.raises(OSError, match="none"):
         digests.results()
+
+
+def test_one_writer_waits_for_hashing_that_is_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(hashing, "CHUNK", 128)
+    monkeypatch.setattr(hashing, "BEHIND", 256)
+    path, content = tmp_path / "file", os.urandom(1280)
+    path.write_bytes(content)
+    may_go_on, update = threading.Semaphore(0), Sha256.update
+    monkeypatch.setattr(Sha256, "update", lambda *given: may_go_on.acquire() and update(*given))
+    more, ended = [True], []
+
+    def write(digests):
+        digests.keep_up(lambda: more[0])
+        ended.append(len(ended))
+
+    with Digests([], [path], [1280]) as digests:
+        write(digests)  # nothing is there to be hashed
+        digests.finished(0, 0, 1024)
+        waiting = threading.Thread(target=write, args=(digests,))
+        waiting.start()
+        while not digests._waiting.locked():
+            time.sleep(0.001)
+        write(digests)  # another one waits
+        assert ended == [0, 1]
+        may_go_on.release(4)  # the fifth chunk is in work, 384 bytes are behind
+        waiting.join(0.1)
+        assert waiting.is_alive()
+        may_go_on.release()
+        waiting.join(10)
+        assert ended == [0, 1, 2]
+        may_go_on.release(9)
+        digests.finished(0, 1152, 1280)
+        write(digests)  # hashing waits for what is still to come
+        digests.finished(0, 1024, 1152)
+        assert digests.results() == ([], [said(content)])
+    more[0] = False
+    with Digests([], [path], [1280]) as digests:
+        digests.finished(0, 0, 1280)
+        write(digests)  # it is behind, but there is no more to write
+        may_go_on.release(99)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -20,6 +20,7 @@ from dora_export.tensors import Bytes
 from dora_export.writers.ranges import Ranges
 
 CHUNK = 512 << 10  # bytes of each side at once: both stay in the processor's cache
+BEHIND = 64 << 20  # bytes that may wait to be hashed before whoever writes them does
 BLOCK = 64
 NOTHING = np.empty(0, np.uint8)
 # FIPS 180-4, 5.3.3
@@ -122,7 +123,9 @@ class Digests:
         self._before, self._after, self._sizes = list(before), list(after), list(sizes)
         self._written = [Ranges() for _ in after]
         self._changed = threading.Condition()
-        self._complete = self._ended = False
+        self._complete = self._ended = self._starved = False
+        self._behind = 0  # bytes that can be read and have not been
+        self._waiting = threading.Lock()
         self._found: tuple[list[str], list[str]] | None = None
         self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="digest", daemon=True)
@@ -139,14 +142,35 @@ class Digests:
     ) -> None:
         with self._changed:
             self._ended = True
-            self._changed.notify()
+            self._changed.notify_all()
         self._thread.join()
 
     def finished(self, file: int, start: int, stop: int) -> None:
         """Note that bytes of a file that is being written can be read from now on."""
         with self._changed:
             self._written[file].add(start, stop)
-            self._changed.notify()
+            self._behind += stop - start
+            self._starved = False  # or else it will say so again
+            self._changed.notify_all()
+
+    def keep_up(self, wanted: Callable[[], bool]) -> None:
+        """Wait while hashing is far behind, unless another thread does that already.
+
+        Hashing goes in one thread, which on few processors those that write would outrun, to be
+        idle while it goes on alone. Nobody waits while it waits for bytes itself.
+
+        Args:
+            wanted: Whether there is more to write; called from time to time.
+        """
+        if not self._waiting.acquire(blocking=False):
+            return
+        try:
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self._ended or self._starved or self._behind <= BEHIND or not wanted()
+                )
+        finally:
+            self._waiting.release()
 
     def results(self) -> tuple[list[str], list[str]]:
         """Return the digests of the files before and after, all of which have been written.
@@ -156,7 +180,7 @@ class Digests:
         """
         with self._changed:
             self._complete = True
-            self._changed.notify()
+            self._changed.notify_all()
         self._thread.join()
         if self._failure is not None:
             raise self._failure
@@ -168,6 +192,10 @@ class Digests:
             self._found = self._computed()
         except Exception as error:  # raised where the digests are wanted
             self._failure = error
+        finally:
+            with self._changed:
+                self._ended = True  # nobody is to wait for more
+                self._changed.notify_all()
 
     def _computed(self) -> tuple[list[str], list[str]] | None:
         before, after = _Side(self._before), _Side(self._after)
@@ -190,10 +218,13 @@ class Digests:
                 stop = min(after.offset + CHUNK, size)
                 with self._changed:
                     self._changed.wait_for(lambda: self._can_be_read(after, stop))  # noqa: B023
+                    self._behind -= stop - after.offset
             if self._ended:
                 return
             yield before.chunk(), after.chunk()
 
     def _can_be_read(self, side: _Side, stop: int) -> bool:
         there = self._written[side.at].covers(side.offset, stop)
+        self._starved = not there
+        self._changed.notify_all()
         return there or self._complete or self._ended

@@ -32,7 +32,7 @@ from dora_export.onnx.matching import Match, weights_of
 from dora_export.onnx.matching_graph import Matched, match_graph
 from dora_export.onnx.model import GraphError, GraphOptions, Made, Parity, Request
 from dora_export.onnx.rewritten import recheck
-from dora_export.onnx.scatter import Part, Rewriter, Scatter, parts_of, rewriting
+from dora_export.onnx.scatter import OnWritten, Part, Rewriter, Scatter, parts_of, rewriting
 from dora_export.plan import Plan
 from dora_export.tensors import FileRange
 from dora_export.verification.plausible import refuse_implausible
@@ -105,7 +105,7 @@ def make(request: Request) -> Made:
                 on_finished=digests.finished,
             ) as sink,
         ):
-            write(plan, changed, parameters, layout, request, sink)
+            write(plan, changed, parameters, layout, request, sink, digests.keep_up)
             # While the disk is still busy with it: checking and hashing take the processor only.
             request.on_stage("checking what was written")
             found = recheck(
@@ -342,6 +342,7 @@ def write(
     layout: Layout,
     request: Request,
     sink: FileSink,
+    on_written: OnWritten = lambda _: None,
 ) -> None:
     """Write all files of a re-weighted graph, merged values in the place of the base's.
 
@@ -352,6 +353,7 @@ def write(
         layout: Where everything goes.
         request: What was asked for.
         sink: The files, open.
+        on_written: As of ``Rewriter``.
 
     Peak memory: a few blocks per worker, and ``assembly.HELD_BYTES`` of tensors whose rows lie
     in columns.
@@ -372,7 +374,7 @@ def write(
             if request.progress is not None:
                 request.progress(done, total)
 
-    writer = Rewriter(layout, sink, matches)
+    writer = Rewriter(layout, sink, matches, on_written)
     writer.copy()
     on_bytes(sum(c.nbytes for c in layout.copied))
     writer.replace(parameters)
