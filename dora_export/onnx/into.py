@@ -27,7 +27,7 @@ from dora_export.onnx.assembly import TENSOR_BYTES
 from dora_export.onnx.encodings import Int8
 from dora_export.onnx.graph_file import Graph, StoredTensor, nodes, open_graph
 from dora_export.onnx.hashing import Digests
-from dora_export.onnx.layout import Layout, lay_out
+from dora_export.onnx.layout import Layout, Place, lay_out
 from dora_export.onnx.matching import Match, weights_of
 from dora_export.onnx.matching_graph import Matched, match_graph
 from dora_export.onnx.model import GraphError, GraphOptions, Made, Parity, Request
@@ -361,6 +361,8 @@ def write(
     Raises:
         OutputError: The disk is full, or writing fails.
     """
+    # In the order of the files, as far as it goes: hashing follows.
+    matches = sorted(matches, key=lambda m: _file_and_offset(layout.places[m.tensor]))
     parts = parts_of(matches)
     sources = dict.fromkeys(m.encoding.source for m in matches)
     plans = [rewriting(plan, matches, dtype) for dtype in sources]
@@ -383,6 +385,10 @@ def write(
     resources = Resources("cpu", request.threads, _block_bytes(matches, layout))
     for part in plans:
         Engine(part, Scatter(part, parts, writer.emit), resources, on_bytes).run()
+
+
+def _file_and_offset(place: Place) -> tuple[int, int]:
+    return place.file, place.offset
 
 
 def _block_bytes(matches: Sequence[Match], layout: Layout) -> int:
