@@ -72,6 +72,7 @@ def test_files_are_hashed_as_they_are_written(tmp_path, monkeypatch, sizes):
     for path, content in zip(after, contents, strict=True):
         path.write_bytes(bytes(len(content)))
     with Digests(before, after, sizes) as digests:
+        time.sleep(0.02)  # long enough to read all of them, as they are by now
         for file in (1, 0):
             places = list(range(0, sizes[file], 50))
             random.Random(file).shuffle(places)
@@ -104,7 +105,7 @@ def test_a_file_that_cannot_be_read_is_told(tmp_path):
 def test_one_writer_waits_for_hashing_that_is_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(hashing, "CHUNK", 128)
     monkeypatch.setattr(hashing, "BEHIND", 256)
-    path, content = tmp_path / "file", os.urandom(1280)
+    path, content = tmp_path / "file", os.urandom(2560)
     path.write_bytes(content)
     may_go_on, update = threading.Semaphore(0), Sha256.update
     monkeypatch.setattr(Sha256, "update", lambda *given: may_go_on.acquire() and update(*given))
@@ -114,7 +115,7 @@ def test_one_writer_waits_for_hashing_that_is_behind(tmp_path, monkeypatch):
         digests.keep_up(lambda: more[0])
         ended.append(len(ended))
 
-    with Digests([], [path], [1280]) as digests:
+    with Digests([], [path], [2560]) as digests:
         write(digests)  # nothing is there to be hashed
         digests.finished(0, 0, 1024)
         waiting = threading.Thread(target=write, args=(digests,))
@@ -129,13 +130,13 @@ def test_one_writer_waits_for_hashing_that_is_behind(tmp_path, monkeypatch):
         may_go_on.release()
         waiting.join(10)
         assert ended == [0, 1, 2]
-        may_go_on.release(9)
-        digests.finished(0, 1152, 1280)
+        may_go_on.release(99)
+        digests.finished(0, 1152, 2560)
         write(digests)  # hashing waits for what is still to come
         digests.finished(0, 1024, 1152)
         assert digests.results() == ([], [said(content)])
     more[0] = False
-    with Digests([], [path], [1280]) as digests:
-        digests.finished(0, 0, 1280)
+    with Digests([], [path], [2560]) as digests:
+        digests.finished(0, 0, 2560)
         write(digests)  # it is behind, but there is no more to write
         may_go_on.release(99)

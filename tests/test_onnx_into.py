@@ -370,8 +370,8 @@ def test_what_was_written_is_held_against_the_plan(pair, monkeypatch, damage):
     graph = save_graph(folder / "graph/model.onnx", transposed(base), data="w.bin")
     write = into.write
 
-    def spoilt(plan, matches, parameters, layout, request, sink):
-        write(plan, matches, parameters, layout, request, sink)
+    def spoilt(plan, matches, parameters, layout, request, sink, *others):
+        write(plan, matches, parameters, layout, request, sink, *others)
         path = request.folder / ("model.onnx" if damage == "structure" else "w.bin")
         data = bytearray(path.read_bytes())
         at = {"tensor": matches[0].tensor.source.start + 3, "structure": 1,
@@ -392,8 +392,8 @@ def test_a_row_left_as_it_was_is_found_wherever_it_is(pair, monkeypatch, turned)
     graph = save_graph(folder / "graph/model.onnx", stored, data="w.bin")
     write = into.write
 
-    def forgetful(plan, matches, parameters, layout, request, sink):
-        write(plan, matches, parameters, layout, request, sink)
+    def forgetful(plan, matches, parameters, layout, request, sink, *others):
+        write(plan, matches, parameters, layout, request, sink, *others)
         lines = matches[0].lines
         new = np.memmap(request.folder / "w.bin", np.uint8, "r+")
         old = np.fromfile(folder / "graph/w.bin", np.uint8)
@@ -479,8 +479,8 @@ def test_the_checker_may_refuse_what_it_refused_before_and_nothing_else(pair, mo
     assert not any("checker" in n for n in export(folder, graph, "sound").notes)
     write = into.write
 
-    def renamed(plan, matches, parameters, layout, request, sink):
-        write(plan, matches, parameters, layout, request, sink)
+    def renamed(plan, matches, parameters, layout, request, sink, *others):
+        write(plan, matches, parameters, layout, request, sink, *others)
         path = request.folder / "model.onnx"
         path.write_bytes(path.read_bytes().replace(b"MatMul", b"NatMul"))
 
