@@ -591,6 +591,7 @@ def test_scaling_by_the_user_is_alpha_over_rank(tmp_path):
     assert adapter.files == (tmp_path / "a.safetensors",)
     assert {u.kind for u in adapter.updates} == {"dora"}
     assert adapter.facts["scaling from"] == "--alpha"
+    assert (adapter.facts["alpha"], adapter.facts["rank"]) == ([7.0], [3])
 
 
 def test_settings_say_nothing_of_how_weights_lie(tmp_path):
