@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -18,6 +17,7 @@ from dora_export import GraphReport
 from dora_export.errors import DoraExportError, VerifyError
 from dora_export.onnx import assembly, files, into, rewritten
 from dora_export.onnx.layout import Place
+from dora_export.paged import PAGE
 from dora_export.writers.files import FileSink
 from tests import oracle, small
 from tests.small import LINEARS, entries, run
@@ -253,7 +253,9 @@ def test_bytes_do_not_depend_on_threads_or_blocks(pair, monkeypatch):
     assert entries(folder / "one") == entries(folder / "other")
 
 
-@pytest.mark.parametrize("held", [{"TENSOR_BYTES": 0}, {"HELD_BYTES": 1000}], ids=["none", "some"])
+@pytest.mark.parametrize(
+    "held", [{"TENSOR_BYTES": 0}, {"HELD_BYTES": PAGE + 1000}], ids=["none", "some"]
+)
 def test_bytes_do_not_depend_on_what_is_put_together_in_memory(pair, monkeypatch, held):
     """Rows that lie in columns go into a tensor in memory, or each where it belongs in the file."""
     folder, base, _ = pair
@@ -278,26 +280,27 @@ def test_bytes_do_not_depend_on_what_is_put_together_in_memory(pair, monkeypatch
 
 
 def test_memory_for_tensors_is_bounded_and_given_back(monkeypatch):
-    monkeypatch.setattr(assembly, "HELD_BYTES", 150)
+    monkeypatch.setattr(assembly, "HELD_BYTES", 2 * (100 + PAGE) - 1)
     held, tensors = assembly.Assembly(), [object() for _ in range(4)]
-    row = np.arange(50, dtype=np.uint8).reshape(1, -1)
 
-    def begin(i, nbytes=100):
-        return held.put(tensors[i], Place(0, 8, nbytes), [(0, 50, row)])
+    def begin(i, nbytes=100, offset=8):
+        return held.whole(tensors[i], Place(0, offset, nbytes))
 
-    assert begin(0) == ()
-    assert list(begin(1)) == [(0, 50, row)]  # no room: it goes the other way, to its end
-    held.put(tensors[0], Place(0, 8, 100), [(50, 50, row)])
-    assert held.taken(tensors[0]).tobytes() == row.tobytes() * 2
-    assert list(begin(1)) == [(0, 50, row)]
-    assert begin(2) == ()
-    assert held.taken(tensors[1]) is None
-    assert list(begin(3)) == [(0, 50, row)]
-
-
-def test_hashing_ends_with_what_it_goes_along_with():
-    with pytest.raises(ZeroDivisionError), files.digesting([Path("/dev/zero")]):
-        raise ZeroDivisionError
+    first = begin(0)
+    assert (first.size, first.ctypes.data % PAGE) == (100, 8)
+    first[:] = np.arange(100)
+    assert begin(1) is None  # no room: it goes the other way, to its end
+    assert np.array_equal(begin(0), np.arange(100))
+    held.release(tensors[0])
+    assert begin(1) is None
+    second = begin(2, 90)  # in the memory of the first
+    assert second.size == 90
+    assert np.shares_memory(first, second)
+    held.release(tensors[1])
+    assert begin(3) is None
+    held.release(tensors[2])
+    assert begin(1, 150).size == 150  # what is free is too small, and makes room
+    assert begin(3, 100) is None
 
 
 def refused(folder, graph, match, error=DoraExportError, **options):
@@ -367,8 +370,8 @@ def test_what_was_written_is_held_against_the_plan(pair, monkeypatch, damage):
     graph = save_graph(folder / "graph/model.onnx", transposed(base), data="w.bin")
     write = into.write
 
-    def spoilt(plan, matches, parameters, layout, request, sink):
-        write(plan, matches, parameters, layout, request, sink)
+    def spoilt(plan, matches, parameters, layout, request, sink, *others):
+        write(plan, matches, parameters, layout, request, sink, *others)
         path = request.folder / ("model.onnx" if damage == "structure" else "w.bin")
         data = bytearray(path.read_bytes())
         at = {"tensor": matches[0].tensor.source.start + 3, "structure": 1,
@@ -389,8 +392,8 @@ def test_a_row_left_as_it_was_is_found_wherever_it_is(pair, monkeypatch, turned)
     graph = save_graph(folder / "graph/model.onnx", stored, data="w.bin")
     write = into.write
 
-    def forgetful(plan, matches, parameters, layout, request, sink):
-        write(plan, matches, parameters, layout, request, sink)
+    def forgetful(plan, matches, parameters, layout, request, sink, *others):
+        write(plan, matches, parameters, layout, request, sink, *others)
         lines = matches[0].lines
         new = np.memmap(request.folder / "w.bin", np.uint8, "r+")
         old = np.fromfile(folder / "graph/w.bin", np.uint8)
@@ -476,8 +479,8 @@ def test_the_checker_may_refuse_what_it_refused_before_and_nothing_else(pair, mo
     assert not any("checker" in n for n in export(folder, graph, "sound").notes)
     write = into.write
 
-    def renamed(plan, matches, parameters, layout, request, sink):
-        write(plan, matches, parameters, layout, request, sink)
+    def renamed(plan, matches, parameters, layout, request, sink, *others):
+        write(plan, matches, parameters, layout, request, sink, *others)
         path = request.folder / "model.onnx"
         path.write_bytes(path.read_bytes().replace(b"MatMul", b"NatMul"))
 

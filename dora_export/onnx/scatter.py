@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from dora_export.onnx.assembly import Assembly
 from dora_export.onnx.graph_file import StoredTensor
 from dora_export.onnx.layout import Layout
-from dora_export.onnx.lines import Lines, Strided
+from dora_export.onnx.lines import Lines
 from dora_export.onnx.matching import KEPT, Match
 from dora_export.onnx.matching_proof import lines_at_once
 from dora_export.plan import OutputFile, Plan, Step
@@ -167,6 +167,9 @@ class Scatter:
             self._emit(part, int(start), rows if whole else rows[picked])
 
 
+OnWritten = Callable[[Callable[[], bool]], None]
+
+
 class Rewriter:
     """Writes the files of a re-weighted graph.
 
@@ -174,10 +177,18 @@ class Rewriter:
         layout: Where everything goes.
         sink: The files, open.
         matches: What is written anew.
+        on_written: Called from several threads when a match has been written, with what tells
+            whether there are more.
     """
 
-    def __init__(self, layout: Layout, sink: FileSink, matches: Sequence[Match]) -> None:
-        self._layout, self._sink = layout, sink
+    def __init__(
+        self,
+        layout: Layout,
+        sink: FileSink,
+        matches: Sequence[Match],
+        on_written: OnWritten = lambda _: None,
+    ) -> None:
+        self._layout, self._sink, self._on_written = layout, sink, on_written
         self._lock = threading.Lock()
         self._left = {id(m): m.lines.count for m in matches}
         self._assembly = Assembly()
@@ -220,10 +231,12 @@ class Rewriter:
 
     def _place(self, lines: Lines, first: int, block: NDArray[np.uint8]) -> None:
         place = self._layout.places[lines.tensor]
-        pieces: Iterable[Strided] = lines.placed(first, block)
         if lines.by_column:
-            pieces = self._assembly.put(lines.tensor, place, pieces)
-        for at, stride, rows in pieces:
+            whole = self._assembly.whole(lines.tensor, place)
+            if whole is not None:
+                lines.put(first, block, whole)
+                return
+        for at, stride, rows in lines.placed(first, block):
             self._sink.put(place.file, place.offset + at, stride, rows)
 
     def _done(self, match: Match, count: int) -> None:
@@ -232,9 +245,15 @@ class Rewriter:
             complete = self._left[id(match)] == 0
         if complete:
             for lines in match.holders:
-                place = self._layout.places[lines.tensor]
-                whole = self._assembly.taken(lines.tensor)
-                if whole is None:
-                    self._sink.finish(place.file, place.offset, place.nbytes)
-                else:
-                    self._sink.write(place.file, place.offset, whole)
+                self._finish(lines)
+            del self._left[id(match)]
+            self._on_written(lambda: bool(self._left))
+
+    def _finish(self, lines: Lines) -> None:
+        place = self._layout.places[lines.tensor]
+        whole = self._assembly.whole(lines.tensor, place) if lines.by_column else None
+        if whole is None:
+            self._sink.finish(place.file, place.offset, place.nbytes)
+        else:
+            self._sink.write(place.file, place.offset, whole)
+        self._assembly.release(lines.tensor)
