@@ -97,7 +97,8 @@ def _shape_after(node: ir.Node) -> Dims | None:
     given, target = node.inputs
     before = None if given is None else _known(given)
     held = None if target is None else target.const_value
-    if before is None or held is None or node.attributes.get_int("allowzero", 0):
+    literal = node.attributes.get_int("allowzero", 0)  # a 0 is a size, not the size before
+    if before is None or held is None or literal:
         return None
     sizes = [int(n) for n in held.numpy()]
     kept = [i for i, n in enumerate(sizes) if n == 0]
