@@ -221,6 +221,11 @@ FINDINGS: tuple[Meaning, ...] = (
             "The tensor is this base tensor with the A and B of another layer or expert: one "
             "order of experts for another, or layers mixed up.",
             "Merge again with the trainer's own order."),
+    Meaning("update-permuted", "oracle", "wrong", "rows or ranks of the update are mixed up",
+            "The tensor is this base tensor with the rows of B in another order than its own, or "
+            "with the columns of B beside other rows of A: a fused or permuted layer whose update "
+            "was not put into the base's order, or an A and a B that do not belong together.",
+            "Merge again; check how the tool splits, joins or permutes the layer."),
     Meaning("tensor-of-another", "oracle", "wrong", "holds the values of another tensor",
             "The tensor is another layer's or expert's merged one: they were swapped.",
             "Merge again; two tensors or experts changed places."),
