@@ -43,6 +43,8 @@ def fuse(model: ir.Model, provider: str) -> None:
     On a CPU, ``GroupQueryAttention`` takes the place of a decoder's attention over its cache, with
     the mask as its bias, so that sequences of a batch may be padded on either side. It refuses
     several new tokens after a cache for more than one sequence, which is then the graph's limit.
+    Where the library's steps are not as known here, all is left to its own function, which leaves
+    the attention of graphs for any batch as it is: right, and slower.
 
     Raises:
         GraphError: The fusions fail.
