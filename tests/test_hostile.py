@@ -11,6 +11,7 @@ import torch
 import dora_export
 from dora_export import limits
 from dora_export.errors import AdapterError, InputError, VerifyError
+from dora_export.onnx import wire
 from dora_export.onnx.graph_file import open_graph
 from dora_export.storage.safetensors import read_header
 from tests import small
@@ -109,6 +110,41 @@ def test_hostile_config_takes_little_memory(case, tmp_path):
     assert found.said == ""
     assert found.peak <= MOST_MEMORY
     print(f"\n{case}: {found.peak / MB:.0f} MB, {found.seconds:.2f} s")
+
+
+def delimited(number, data):
+    return wire.varint(number << 3 | wire.DELIMITED) + wire.varint(len(data)) + data
+
+
+RELU = delimited(4, b"Relu")
+MANY = limits.GRAPH_FIELDS - 100
+GRAPHS = {  # each as many fields as may be, or twice as many
+    "nodes": lambda n: delimited(1, RELU) + delimited(1, b"") * n,
+    "inputs": lambda n: delimited(1, RELU + delimited(1, b"") * n),
+    "ints": lambda n: delimited(1, RELU + delimited(5, delimited(8, b"\1" * n))),
+    "dimensions": lambda n: delimited(1, RELU) + delimited(5, delimited(1, b"\1" * n)),
+    "tensors": lambda n: delimited(1, RELU) + delimited(5, delimited(8, b"a")) * (n // 11),
+    "text": lambda n: delimited(1, RELU) + delimited(10, b"n" * (n * 100)),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "times"),
+    [pytest.param(case, times, marks=[] if (case, times) == ("text", 2) else pytest.mark.nightly)
+     for case in GRAPHS for times in (1, 2)],
+)  # fmt: skip
+def test_hostile_graph_takes_little_memory_and_time(case, times, tmp_path):
+    path = tmp_path / "x.onnx"
+    opset = delimited(8, wire.varint(2 << 3) + wire.varint(18))
+    path.write_bytes(opset + delimited(7, GRAPHS[case](MANY * times)))
+    found = measured(
+        f"open_graph(Path({str(path)!r}))",
+        imports="import onnx\nfrom dora_export.onnx.graph_file import open_graph",
+    )
+    assert ("No graph is known that has as much" in found.said) == (times > 1), found.said
+    assert found.peak <= MOST_MEMORY
+    assert found.seconds <= MOST_SECONDS
+    print(f"\n{found.peak / MB:.0f} MB, {found.seconds:.2f} s")
 
 
 # --- what fuzzing found ---

@@ -2,8 +2,11 @@
 
 import json
 
+import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import helper
 
 import dora_export
 from dora_export import limits
@@ -229,6 +232,46 @@ def test_chat_template_beyond_its_limit_is_held_against_another_as_a_whole(tmp_p
 
 
 # --- graphs ---
+
+
+def graph_at(path, nodes=1, numbers=(), **model):
+    """A chain of nodes from one tensor on, the first with numbers."""
+    kinds = [helper.make_node("Relu", [f"t{i}"], [f"t{i + 1}"]) for i in range(nodes)]
+    if numbers:
+        kinds[0].attribute.append(helper.make_attribute("numbers", numbers))
+    values = [onnx.numpy_helper.from_array(np.ones(3, np.float32), f"w{i}") for i in range(2)]
+    graph = helper.make_graph(kinds, "g", [], [], values)
+    onnx.save(helper.make_model(graph, **model), path)
+    return path
+
+
+def test_fields_tensors_and_bytes_of_a_graph(tmp_path, monkeypatch):
+    small_one = graph_at(tmp_path / "a.onnx")
+    assert len(open_graph(small_one).tensors) == 2
+    monkeypatch.setattr(limits, "GRAPH_FIELDS", 60)
+    open_graph(small_one)
+    for beyond in (
+        graph_at(tmp_path / "b.onnx", nodes=20),
+        graph_at(tmp_path / "c.onnx", numbers=[1] * 60),
+        graph_at(tmp_path / "d.onnx", numbers=[1.0] * 60),
+    ):
+        with pytest.raises(InputError, match="more than 60 fields"):
+            open_graph(beyond)
+    dims = graph_at(tmp_path / "e.onnx")
+    content = onnx.load(dims)
+    content.graph.initializer[0].dims.extend([1] * 60)
+    onnx.save(content, dims)
+    with pytest.raises(InputError, match="more than 60 fields"):
+        open_graph(dims)
+    monkeypatch.setattr(limits, "GRAPH_TENSORS", 1)
+    with pytest.raises(InputError, match="more than 1 tensors"):
+        open_graph(small_one)
+    monkeypatch.undo()
+    wordy = graph_at(tmp_path / "f.onnx", doc_string="n" * 5000)
+    monkeypatch.setattr(limits, "GRAPH_BYTES", 5000)
+    open_graph(small_one)
+    with pytest.raises(InputError, match="bytes without the weights"):
+        open_graph(wordy)
 
 
 def test_graph_larger_than_a_protobuf_message(tmp_path):

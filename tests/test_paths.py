@@ -183,3 +183,5 @@ def test_a_model_with_a_planted_link_is_refused_and_nothing_is_written(kind, at)
     assert result.exit_code == 2
     assert "a link that leads out of its folder" in result.output
     assert sorted(p.name for p in at.iterdir()) == ["adapter", "base", "model", "secret"]
+    with pytest.raises(InputError, match="a link that leads out of its folder"):
+        dora_export.inspect(at / "adapter", at / "base")  # which copies nothing, and reads
