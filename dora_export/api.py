@@ -151,7 +151,7 @@ def merge(
         map_prefix: ``OLD=NEW`` replacements at the start of tensor names.
         fan_in_fan_out: Whether square weights are stored ``(in, out)``; None: by model type.
         max_shard_size: Re-shard, e.g. "5GB" or bytes; None keeps the base's files.
-        threads: Workers; None: one per CPU.
+        threads: Workers; None: one per CPU, and two more where each waits for its own writes.
         block_bytes: About how many bytes a worker reads and writes at once.
         verify: Check of the written files before they are published: "none", "fast", "full".
         force: Replace an earlier output of this tool.
@@ -201,10 +201,14 @@ def merge(
     )
     total = plan.output_bytes + side_files.side_bytes(beside)
     place.check_space(target, total, leftover)
-    if block_bytes is None and resources.on_cpu and sync and direct.pays(target):
-        resources = replace(resources, block_bytes=direct.BLOCK_BYTES)
     # The disk is what a merge waits for: checks go on beside the writing.
     checkers = 0 if verify == "none" or resources.workers == 1 else min(4, resources.workers)
+    if resources.on_cpu and sync and direct.pays(target):
+        resources = replace(
+            resources,
+            threads=threads or resources.workers + direct.WAITING,
+            block_bytes=block_bytes or direct.BLOCK_BYTES,
+        )
     memory = memory_bound(plan, resources, tile_elements) + bytes_beside(plan, checkers)
     if not dry_run:
         # the workers, those that check, the thread that syncs, and this one

@@ -10,10 +10,13 @@ holds every row against it); github.com/ml-explore/mlx-lm, mlx_lm/models/*.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 Pairs = tuple[tuple[str, str], ...]
+Within = tuple[tuple[str, str, Pairs], ...]
 Fused = tuple[tuple[str, tuple[str, ...]], ...]
 
 
@@ -21,18 +24,25 @@ Fused = tuple[tuple[str, tuple[str, ...]], ...]
 class Convention:
     """A renaming of whole checkpoints.
 
+    ``*`` in a part of a name is a number; the other has as many, and the numbers keep their order.
+
     Attributes:
         prefixes: (checkpoint's, model class's) beginnings of names; the longest that fits counts.
+        within: The same with the parts of names that are replaced behind that beginning alone.
         inside: (checkpoint's, model class's) parts of names, all of them replaced, in this order
             both ways round.
         model_types: Of config.json; empty: any model, since the names say enough.
         fused: (checkpoint's, model class's) last modules of a path, where the one holds the rows
             of the others one after the other, as many of each (``part_names``).
+        grouped: The same for queries, keys and values, where several queries share a key and value:
+            rows are as many as the heads that config.json counts of each.
     """
 
     prefixes: Pairs = ()
+    within: Within = ()
     inside: Pairs = ()
     fused: Fused = ()
+    grouped: Fused = ()
     model_types: frozenset[str] = frozenset()
 
 
@@ -42,23 +52,37 @@ class Renaming:
 
     Attributes:
         what: For people.
-        prefixes: (old, new), the longest old first.
+        prefixes: (old, new, what is replaced behind it), the longest old first.
         inside: (old, new), applied in turn.
     """
 
     what: str
-    prefixes: Pairs
+    prefixes: Within
     inside: Pairs
 
     def __call__(self, name: str) -> str:
         """Return the name under the other convention."""
-        for old, new in self.prefixes:
+        for old, new, behind in self.prefixes:
             if name.startswith(old):
-                name = new + name[len(old) :]
+                name = new + _replaced(name[len(old) :], behind)
                 break
-        for old, new in self.inside:
+        return _replaced(name, self.inside)
+
+
+def _replaced(name: str, pairs: Pairs) -> str:
+    for old, new in pairs:
+        if "*" in old:
+            numbered = re.escape(old).replace(r"\*", r"(\d+)")
+            name = re.sub(numbered, partial(_filled, new), name)
+        else:
             name = name.replace(old, new)
-        return name
+    return name
+
+
+def _filled(pattern: str, match: re.Match[str]) -> str:
+    for number in match.groups():
+        pattern = pattern.replace("*", number, 1)
+    return pattern
 
 
 _TOWERS = ("vision_tower.", "multi_modal_projector.", "audio_tower.", "vision_model.",
@@ -140,6 +164,170 @@ CONVENTIONS = (
         model_types=frozenset({"lfm3"}),
     ),
     Convention(
+        inside=(
+            (".mlp.shared_mlp.", ".mlp.shared_experts."),
+            (".mlp.router.gate.", ".mlp.gate."),
+        ),
+        model_types=frozenset({"hy_v3"}),
+    ),
+    Convention(
+        inside=((".mlp.shared_expert.", ".mlp.shared_experts."),),
+        model_types=frozenset({"laguna"}),
+    ),
+    Convention(
+        prefixes=(("embed.", "embed_tokens."), ("head.", "lm_head.")),
+        inside=(
+            (".attn.indexer.wq_b.", ".self_attn.compressor.indexer.q_b_proj."),
+            (".attn.indexer.weights_proj.", ".self_attn.compressor.indexer.scorer.weights_proj."),
+            (".attn.indexer.compressor.wkv.", ".self_attn.compressor.indexer.kv_proj."),
+            (".attn.indexer.compressor.wgate.", ".self_attn.compressor.indexer.gate_proj."),
+            (".attn.compressor.wkv.", ".self_attn.compressor.kv_proj."),
+            (".attn.compressor.wgate.", ".self_attn.compressor.gate_proj."),
+            (".attn.indexer.compressor.norm.", ".self_attn.compressor.indexer.kv_norm."),
+            (".attn.compressor.norm.", ".self_attn.compressor.kv_norm."),
+            (".attn.norm.", ".self_attn.kv_norm."),
+            (".attn.q_norm.", ".self_attn.q_a_norm."),
+            (".attn_norm.", ".input_layernorm."),
+            (".ffn_norm.", ".post_attention_layernorm."),
+            (".attn.wq_a.", ".self_attn.q_a_proj."),
+            (".attn.wq_b.", ".self_attn.q_b_proj."),
+            (".attn.wkv.", ".self_attn.kv_proj."),
+            (".attn.wo_a.", ".self_attn.o_a_proj."),
+            (".attn.wo_b.", ".self_attn.o_b_proj."),
+            (".ffn.shared_experts.w1.", ".mlp.shared_experts.gate_proj."),
+            (".ffn.shared_experts.w2.", ".mlp.shared_experts.down_proj."),
+            (".ffn.shared_experts.w3.", ".mlp.shared_experts.up_proj."),
+            (".ffn.gate.", ".mlp.gate."),
+            (".ffn.experts.", ".mlp.experts."),
+        ),
+        model_types=frozenset({"deepseek_v4"}),
+    ),
+    Convention(
+        prefixes=(
+            ("language_model.model.", "model.language_model."),
+            ("language_model.lm_head.", "lm_head."),
+            ("mm_projector.proj.0.", "model.mm_projector.in_proj."),
+            ("mm_projector.proj.2.", "model.mm_projector.out_proj."),
+        ),
+        within=(
+            (
+                "vision_tower.encoder.",
+                "model.vision_tower.",
+                (
+                    ("blocks.*.wo.", "layers.*.attn.proj."),
+                    ("blocks.*.mlp.fc0.", "layers.*.mlp.fc1."),
+                    ("blocks.*.mlp.fc1.", "layers.*.mlp.fc2."),
+                    ("blocks.*.norm0.", "layers.*.norm1."),
+                    ("blocks.*.norm1.", "layers.*.norm2."),
+                ),
+            ),
+        ),
+        model_types=frozenset({"kimi_k25"}),
+    ),
+    Convention(
+        within=(
+            (
+                "model.transformer.blocks.",
+                "model.language_model.layers.",
+                (
+                    (".attn_out.", ".o_proj."),
+                    (".ff_out.", ".down_proj."),
+                    (".attn_norm.", ".input_layernorm."),
+                    (".ff_norm.", ".post_attention_layernorm."),
+                ),
+            ),
+            (
+                "model.vision_backbone.image_vit.transformer.resblocks.",
+                "model.vision_tower.layers.",
+                (
+                    *((f".attention.w{x}.", f".self_attn.{x}_proj.") for x in "qkvo"),
+                    (".feed_forward.w1.", ".mlp.fc1."),
+                    (".feed_forward.w2.", ".mlp.fc2."),
+                    (".attention_norm.", ".layer_norm1."),
+                    (".ffn_norm.", ".layer_norm2."),
+                ),
+            ),
+            (
+                "model.vision_backbone.image_pooling_2d.",
+                "model.multi_modal_projector.image_pooling_2d.",
+                tuple((f"w{x}.", f"{x}_proj.") for x in "qkvo"),
+            ),
+            (
+                "model.vision_backbone.image_projector.",
+                "model.multi_modal_projector.image_projector.",
+                (("w1.", "gate_proj."), ("w2.", "down_proj."), ("w3.", "up_proj.")),
+            ),
+        ),
+        prefixes=(
+            ("model.vision_backbone.image_vit.", "model.vision_tower."),
+            ("model.transformer.ln_f.", "model.language_model.norm."),
+        ),
+        fused=(("ff_proj", ("up_proj", "gate_proj")),),
+        grouped=(("att_proj", _QKV),),
+        model_types=frozenset({"molmo2"}),
+    ),
+    Convention(
+        prefixes=(
+            ("tok_embeddings.", "model.language_model.embed_tokens."),
+            ("norm.", "model.language_model.norm."),
+            ("output.", "lm_head."),
+            ("pre_mm_projector_norm.", "model.multi_modal_projector.norm."),
+            ("patch_merger.", "model.multi_modal_projector.patch_merger."),
+            ("vision_language_adapter.w_in.", "model.multi_modal_projector.linear_1."),
+            ("vision_language_adapter.w_out.", "model.multi_modal_projector.linear_2."),
+        ),
+        within=(
+            (
+                "layers.",
+                "model.language_model.layers.",
+                (
+                    (".attention.wkv_a_with_mqa.", ".self_attn.kv_a_proj_with_mqa."),
+                    (".attention.wkv_b.", ".self_attn.kv_b_proj."),
+                    (".attention.wo.", ".self_attn.o_proj."),
+                    (".attention.wq.", ".self_attn.q_proj."),
+                    (".attention.indexer.", ".self_attn.indexer."),
+                    (".feed_forward.w1.", ".mlp.gate_proj."),
+                    (".feed_forward.w2.", ".mlp.down_proj."),
+                    (".feed_forward.w3.", ".mlp.up_proj."),
+                    (".shared_experts.w1.", ".mlp.shared_experts.gate_proj."),
+                    (".shared_experts.w2.", ".mlp.shared_experts.down_proj."),
+                    (".shared_experts.w3.", ".mlp.shared_experts.up_proj."),
+                    (".attention.kv_a_norm.", ".self_attn.kv_a_layernorm."),
+                    (".attention_norm.", ".input_layernorm."),
+                    (".ffn_norm.", ".post_attention_layernorm."),
+                    (".gate.", ".mlp.gate."),
+                    (".experts.", ".mlp.experts."),
+                ),
+            ),
+            (
+                "vision_encoder.",
+                "model.vision_tower.",
+                (
+                    (".attention.wv.", ".attention.v_proj."),
+                    (".attention.wo.", ".attention.o_proj."),
+                    (".feed_forward.w1.", ".feed_forward.gate_proj."),
+                    (".feed_forward.w2.", ".feed_forward.down_proj."),
+                    (".feed_forward.w3.", ".feed_forward.up_proj."),
+                ),
+            ),
+        ),
+        model_types=frozenset({"mistral_large4"}),
+    ),
+    Convention(
+        prefixes=(
+            ("model.layers.", "model.language_model.layers."),
+            ("model.embed_tokens.", "model.language_model.embed_tokens."),
+            ("model.norm.", "model.language_model.norm."),
+            ("model.vision_model.", "model.vision_tower."),
+        ),
+        inside=tuple(
+            (f".{of}_linear.{number}.", f".{of}_linear.{name}.")
+            for of in ("spatial", "temporal")
+            for number, name in ((0, "fc1"), (2, "fc2"), (3, "ln"))
+        ),
+        model_types=frozenset({"ernie4_5_vl_moe"}),
+    ),
+    Convention(
         inside=((".ff0.", ".fc1."), (".ff1.", ".fc2.")), model_types=frozenset({"timesfm2_5"})
     ),
     Convention(
@@ -149,6 +337,43 @@ CONVENTIONS = (
             (".fc2.", ".mlp.fc2."),
         ),
         model_types=frozenset({"detr"}),
+    ),
+    Convention(
+        inside=(
+            ("encoder.encoder.*.layers.", "encoder.aifi.*.layers."),
+            (".out_proj.", ".o_proj."),
+            ("layers.*.fc1.", "layers.*.mlp.fc1."),
+            ("layers.*.fc2.", "layers.*.mlp.fc2."),
+        ),
+        model_types=frozenset({"rt_detr", "rt_detr_v2", "pp_doclayout_v2", "pp_doclayout_v3"}),
+    ),
+    Convention(
+        inside=(
+            ("encoder.encoder.*.layers.", "encoder.aifi.*.layers."),
+            (".out_proj.", ".o_proj."),
+            ("layers.*.fc1.", "layers.*.mlp.layers.0."),
+            ("layers.*.fc2.", "layers.*.mlp.layers.1."),
+        ),
+        model_types=frozenset({"d_fine"}),
+    ),
+    Convention(
+        inside=(
+            ("encoder.patch_embeddings.*.", "stages.*.patch_embeddings."),
+            ("encoder.block.*.", "stages.*.blocks."),
+            ("encoder.layer_norm.*.", "stages.*.layer_norm."),
+            (".attention.self.query.", ".attention.q_proj."),
+            (".attention.self.key.", ".attention.k_proj."),
+            (".attention.self.value.", ".attention.v_proj."),
+            (".attention.self.sr.", ".attention.sequence_reduction.sequence_reduction."),
+            (".attention.self.layer_norm.", ".attention.sequence_reduction.layer_norm."),
+            (".attention.output.dense.", ".attention.o_proj."),
+            (".mlp.dense1.", ".mlp.fc1."),
+            (".mlp.dense2.", ".mlp.fc2."),
+            (".layer_norm_1.", ".layernorm_before."),
+            (".layer_norm_2.", ".layernorm_after."),
+            ("decode_head.linear_c.", "decode_head.linear_projections."),
+        ),
+        model_types=frozenset({"segformer"}),
     ),
     Convention(
         prefixes=(("encoder.layer.", "layers."),),  # of the class without a head
@@ -162,10 +387,23 @@ CONVENTIONS = (
             """vit deit audio-spectrogram-transformer beit ijepa vit_mae vit_msn vivit""".split()
         ),
     ),
+    # transformers 5 renames the decoder, too, where it saves a whole one under the old names.
+    Convention(
+        prefixes=(("decoder.decoder_encoder.layer.", "decoder.decoder_layers."),),
+        inside=(
+            ("vit.encoder.layer.", "vit.layers."),
+            *_ATTENTION,
+            (".intermediate.dense.", ".mlp.fc1."),
+            (".output.dense.", ".mlp.fc2."),
+        ),
+        model_types=frozenset({"vit_mae"}),
+    ),
     Convention(
         inside=(*_ATTENTION, (".mlp.weights_out.", ".mlp.down_proj.")),
         fused=(("weights_in", ("gate_proj", "up_proj")),),
-        model_types=frozenset({"dinov2", "dinov2_with_registers"}),
+        model_types=frozenset(
+            """dinov2 dinov2_with_registers depth_anything prompt_depth_anything""".split()
+        ),
     ),
     Convention(
         inside=(
@@ -245,13 +483,22 @@ HEADS: Mapping[str, Pairs] = {"gpt_neox": (("embed_out.weight", "lm_head.weight"
 
 
 def fused_modules(model_types: tuple[object, ...]) -> Fused:
-    """Return the modules that checkpoints of these model types fuse, as in ``Convention``.
+    """Return the modules that checkpoints of these model types fuse, as ``Convention.fused``.
 
     Args:
         model_types: Of config.json and its text part.
     """
+    return tuple(pair for row in _rows_of(model_types) for pair in row.fused)
+
+
+def grouped_modules(model_types: tuple[object, ...]) -> Fused:
+    """Return the same of ``Convention.grouped``."""
+    return tuple(pair for row in _rows_of(model_types) for pair in row.grouped)
+
+
+def _rows_of(model_types: tuple[object, ...]) -> Iterator[Convention]:
     types = set(map(str, model_types))
-    return tuple(pair for row in CONVENTIONS if types & row.model_types for pair in row.fused)
+    return (row for row in CONVENTIONS if types & row.model_types)
 
 
 def renamings(model_types: tuple[object, ...]) -> Iterator[Renaming]:
@@ -263,21 +510,34 @@ def renamings(model_types: tuple[object, ...]) -> Iterator[Renaming]:
     for row in CONVENTIONS:
         if row.model_types and not row.model_types.intersection(map(str, model_types)):
             continue
-        to_class = _longest_first(row.prefixes)
-        to_stored = _longest_first(tuple((new, old) for old, new in row.prefixes))
-        inside_back = tuple((new, old) for old, new in row.inside)
-        yield Renaming(_what(row, False), to_class, row.inside)
-        yield Renaming(_what(row, True), to_stored, inside_back)
+        yield from both_ways(row)
 
 
-def _longest_first(pairs: Pairs) -> Pairs:
-    """Return the pairs, with names that have their new beginning already left as they are."""
-    kept = tuple((new, new) for _, new in pairs if any(new.startswith(old) for old, _ in pairs))
-    return tuple(sorted({*pairs, *kept}, key=lambda pair: -len(pair[0])))
+def both_ways(row: Convention) -> tuple[Renaming, Renaming]:
+    """Return a row's renamings: of the checkpoint's names, and of the model class's."""
+    prefixes: Within = (*((old, new, ()) for old, new in row.prefixes), *row.within)
+    to_class = _longest_first(prefixes)
+    to_stored = _longest_first([(new, old, _turned(pairs)) for old, new, pairs in prefixes])
+    return (
+        Renaming(_what(row, False), to_class, row.inside),
+        Renaming(_what(row, True), to_stored, _turned(row.inside)),
+    )
+
+
+def _turned(pairs: Pairs) -> Pairs:
+    return tuple((new, old) for old, new in pairs)
+
+
+def _longest_first(prefixes: Sequence[tuple[str, str, Pairs]]) -> Within:
+    """Return the rows, with names that have their new beginning already left as they are."""
+    kept: Within = tuple(
+        (new, new, ()) for _, new, _ in prefixes if any(new.startswith(old) for old, *_ in prefixes)
+    )
+    return tuple(sorted({*prefixes, *kept}, key=lambda row: -len(row[0])))
 
 
 def _what(row: Convention, back: bool) -> str:
-    old, new = (row.prefixes or row.inside)[0]
+    old, new, *_ = next(iter((*row.prefixes, *row.within, *row.inside)), ("", ""))
     return f"'{new}' as '{old}'" if back else f"'{old}' as '{new}'"
 
 

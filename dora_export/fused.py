@@ -28,8 +28,9 @@ Mode = Literal["none", "norm", "given"]
 MODES: dict[Mode, int] = {"none": 0, "norm": 1, "given": 2}
 PANEL = 16  # columns that lie together in a packed factor
 WIDE_PANEL = 8  # the same of float64
+SIZES = (1, 2, 4, 8)  # bytes of an item of a matrix that is turned
 # As in kernel/module.c; changes with the bytes that a merge writes, and with what there is to call.
-NAME = "merge_rows 1, merge_wide 1, turn 2"
+NAME = "merge_rows 1, merge_wide 1, turn 3"
 SWITCH = "DORA_EXPORT_KERNEL"
 
 
@@ -247,21 +248,53 @@ def _merged(flags: NDArray[np.uint8], first_row: int, nonfinite: bool, again: in
 
 def turned(matrix: NDArray[Any]) -> NDArray[Any] | None:
     """Return the transpose of a matrix, contiguous, or None where the kernel is not there."""
-    if not available() or matrix.itemsize not in (1, 2, 4, 8):
-        return None
     rows, columns = matrix.shape
     out = np.empty((columns, rows), matrix.dtype)
-    _module().turn(np.ascontiguousarray(matrix), out, rows, columns, matrix.itemsize)
-    return out
+    nbytes = out.reshape(-1).view(np.uint8)
+    return out if turn_into(matrix, nbytes, 0, rows * matrix.itemsize) else None
 
 
-def is_turned(matrix: NDArray[Any], turned: NDArray[Any]) -> bool | None:
-    """Return whether one matrix is the other's transpose, bit for bit; None: no kernel is there."""
-    if not available() or matrix.itemsize not in (1, 2, 4, 8):
-        return None
+def turn_into(matrix: NDArray[Any], out: Bytes, first: int, stride: int) -> bool:
+    """Put the transpose of a matrix into a larger one that is given as bytes.
+
+    Args:
+        matrix: Of items of 1, 2, 4 or 8 bytes.
+        out: Written into.
+        first: Where in it the first row begins.
+        stride: Bytes from one row to the next.
+
+    Returns:
+        Whether it was; False: the kernel is not there, and nothing was.
+    """
+    if not available() or matrix.itemsize not in SIZES:
+        return False
     rows, columns = matrix.shape
+    matrix = np.ascontiguousarray(matrix)
+    _module().turn(matrix, out, rows, columns, matrix.itemsize, first, stride)
+    return True
+
+
+def is_turned(matrix: NDArray[Any], turned: NDArray[Any], first: int = 0) -> bool | None:
+    """Return whether columns of a matrix are the rows of another one, bit for bit.
+
+    Args:
+        matrix: Shape ``(rows, columns)``.
+        turned: Shape ``(n, rows)``, n at most ``columns``. Where its items have four bytes and the
+            matrix's two, those are bfloat16, and compared after they are widened.
+        first: The column that belongs to the first row.
+
+    Returns:
+        Whether they are; None: the kernel is not there.
+    """
+    size, stored = turned.itemsize, matrix.itemsize
+    if not available() or size not in SIZES:
+        return None
     one, other = np.ascontiguousarray(matrix), np.ascontiguousarray(turned)
-    return bool(_module().is_turned(one, other, rows, columns, matrix.itemsize))
+    (rows, columns), (count, _) = one.shape, other.shape
+    stride, wider = columns * stored, stored != size
+    assert not wider or (stored, size) == (2, 4), "Bug: only bfloat16 is widened"
+    found = _module().is_turned(one, other, rows, count, size, first * stored, stride, wider)
+    return bool(found)
 
 
 def read_rows(descriptor: int, offset: int, stride: int, out: Bytes) -> bool | None:

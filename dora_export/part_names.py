@@ -8,7 +8,8 @@ them: the first third of ``encoder.layers.0.attn.Wqkv`` is ``encoder.layers.0.at
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from dora_export import conventions
 from dora_export.checkpoints.model import Checkpoint
@@ -18,23 +19,39 @@ from dora_export.diffusion_names import Place, Places, row_spans
 def other_names(base: Checkpoint) -> Places:
     """Return the names of parts and of fused modules, with where they are in the base.
 
-    Empty for models that the table does not have. Parts are of equal size, as transformers cuts
-    them; a module whose rows do not divide has no parts.
+    Empty for models that the table does not have. Parts are of the sizes that transformers cuts; a
+    module whose rows do not divide so has no parts.
     """
-    fused = conventions.fused_modules(base.model_types)
+    fused = [(whole, parts, (1,) * len(parts))
+             for whole, parts in conventions.fused_modules(base.model_types)]  # fmt: skip
+    heads = _heads(base.config)
+    fused += [(whole, parts, heads)
+              for whole, parts in conventions.grouped_modules(base.model_types)]  # fmt: skip
     found = dict(_names(base, fused)) if fused else {}
     return {name: places for name, places in found.items() if name not in base.tensors}
 
 
-def _names(base: Checkpoint, fused: conventions.Fused) -> Iterator[tuple[str, tuple[Place, ...]]]:
+def _heads(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return how many heads queries, keys and values have; config.json does not say: ()."""
+    text = config.get("text_config")
+    counted = text if isinstance(text, Mapping) else config
+    queries: Any = counted.get("num_attention_heads")
+    others: Any = counted.get("num_key_value_heads", queries)
+    heads = (queries, others, others)
+    return heads if all(isinstance(n, int) and n > 0 for n in heads) else ()
+
+
+def _names(
+    base: Checkpoint, fused: Iterable[tuple[str, tuple[str, ...], tuple[int, ...]]]
+) -> Iterator[tuple[str, tuple[Place, ...]]]:
     tensors = base.tensors
     for name in tensors:
         module, _, leaf = name.rpartition(".")
         parent, _, last = module.rpartition(".")
-        for whole, parts in fused if leaf in ("weight", "bias") else ():
+        for whole, parts, shares in fused if leaf in ("weight", "bias") else ():
             here = [f"{parent}.{part}.{leaf}" for part in parts]
-            if last == whole and (rows := _rows(base, name)) and rows % len(parts) == 0:
-                of = row_spans([rows // len(parts)] * len(parts))
+            if last == whole and shares and (rows := _rows(base, name)) and rows % sum(shares) == 0:
+                of = row_spans(rows // sum(shares) * share for share in shares)
                 yield from ((n, (Place(name, at),)) for n, at in zip(here, of, strict=True))
             elif last == parts[0] and all(n in tensors and _rows(base, n) for n in here):
                 of = row_spans(_rows(base, n) for n in here)

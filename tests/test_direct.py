@@ -313,6 +313,7 @@ def test_more_is_handed_over_at_once(tmp_path, device, monkeypatch):
     """Where nothing has to stay within a cache; unless the user says how much."""
     write_case(tmp_path, layers=2, out=1100, inputs=700)
     monkeypatch.setattr(direct, "BLOCK_BYTES", 1_500_000)
+    monkeypatch.setattr(direct, "WAITING", 0)
     reports = {
         "direct": merge(tmp_path, "direct"),
         "cached": merge(tmp_path, "cached", sync=False),
@@ -320,6 +321,23 @@ def test_more_is_handed_over_at_once(tmp_path, device, monkeypatch):
     }
     memory = {name: report.memory_bytes for name, report in reports.items()}
     assert memory["said"] < memory["direct"] < memory["cached"]
+
+
+def test_workers_that_wait_for_the_disk_leave_no_processor_idle(tmp_path, device, monkeypatch):
+    """More of them than processors; unless the user says how many."""
+    write_case(tmp_path, layers=1, out=300, inputs=200)
+    started = []
+    monkeypatch.setattr(engine, "start", lambda thread: started.append(thread) or thread.start())
+
+    def workers(name, **options):
+        started.clear()
+        merge(tmp_path, name, verify="none", **options)
+        return len(started)
+
+    processors = engine.Resources().workers
+    assert workers("direct") == processors + direct.WAITING > processors
+    assert workers("said", threads=2) == 2
+    assert workers("cached", sync=False) in (processors, 0)  # one works in the caller's thread
 
 
 # --- with this machine's own file systems ---

@@ -344,3 +344,43 @@ def test_matrices_are_held_against_turned_ones(kind, shape):
             other = matrix.T.copy("C")
             other.reshape(-1)[position] ^= np.dtype(kind).type(1 << bit)
             assert not fused.is_turned(matrix, other)
+
+
+@needs_kernel
+@pytest.mark.parametrize("kind", ["u1", "u2", "u4", "u8"])
+@pytest.mark.parametrize("shape", [(1, 1), (16, 16), (70, 33), (1100, 3), (3, 130)], ids=str)
+def test_matrices_are_turned_into_larger_ones(kind, shape):
+    rows, columns = shape
+    matrix = np.random.default_rng(0).integers(0, 255, shape).astype(kind)
+    out = np.zeros((columns, rows + 5), kind)
+    expected = out.copy()
+    expected[:, 3 : 3 + rows] = matrix.T
+    stride, flat = out.shape[1] * out.itemsize, out.reshape(-1).view(np.uint8)
+    assert fused.turn_into(matrix, flat, 3 * out.itemsize, stride)
+    np.testing.assert_array_equal(out, expected)
+    for first, far in ((6 * out.itemsize, stride), (-1, stride), (0, rows * out.itemsize - 1)):
+        with pytest.raises(ValueError, match="do not fit"):
+            fused.turn_into(matrix, flat, first, far)
+
+
+@needs_kernel
+@pytest.mark.parametrize("rows", [5, 16, 300])
+@pytest.mark.parametrize("first", [0, 7])
+@pytest.mark.parametrize("count", [1, 16, 70])
+@pytest.mark.parametrize("stored", ["bfloat16", "u2", "u4"])
+def test_some_columns_are_held_against_a_turned_matrix(rows, first, count, stored):
+    kind = "u4" if stored == "u4" else "u2"
+    matrix = np.random.default_rng(0).integers(0, 65536, (rows, 80)).astype(kind)
+    turned = matrix[:, first : first + count].T.copy()
+    if stored == "bfloat16":
+        turned = turned.astype(np.uint32) << 16
+    assert fused.is_turned(matrix, turned, first)
+    if count > 1:
+        assert not fused.is_turned(matrix, turned, first + 1)
+    for position in range(0, turned.size, 29):
+        for bit in (0, turned.itemsize * 8 - 1):
+            other = turned.copy()
+            other.reshape(-1)[position] ^= turned.dtype.type(1 << bit)
+            assert not fused.is_turned(matrix, other, first)
+    with pytest.raises(ValueError, match="do not fit"):
+        fused.is_turned(matrix, turned, 80 - count + 1)

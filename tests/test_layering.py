@@ -1,6 +1,7 @@
 """Imports point down: a lower floor never imports a higher one, and there is no circle."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,24 @@ def test_verify_shares_no_arithmetic_with_the_engine():
         }
         == set()
     )
+
+
+def test_verifys_compiled_loop_shares_no_source_with_the_merges():
+    project = (PACKAGE.parent / "pyproject.toml").read_text()
+    sections = project.split("[[tool.setuptools.ext-modules]]")[1:]
+    sources = {
+        re.search(r'name = "([\w.]+)"', section)[1]: set(re.findall(r'"([\w/]+\.[ch])"', section))
+        for section in sections
+    }
+    assert sources.keys() == {"dora_export._kernel", "dora_export._oracle"}
+    assert not sources["dora_export._kernel"] & sources["dora_export._oracle"]
+    for name, own in sources.items():
+        assert {f"dora_export/kernel/{n}" for path in own for n in included(path)} <= own, name
+
+
+def included(path):
+    """Headers that a C file takes from its own folder."""
+    return re.findall(r'^#include "(.+)"', (PACKAGE.parent / path).read_text(), re.MULTILINE)
 
 
 def test_readers_know_no_arithmetic():

@@ -607,13 +607,73 @@ def test_metadata_that_leaves_the_type_open_is_no_answer(tmp_path):
         assert_near(merged(*paths, "--trained-in", "fp32"), wanted(base, made, "out"))
 
 
-def test_fused_layers_trained_as_several_are_refused(tmp_path):
-    base, made = layers(shapes={"double_blocks.0.img_attn.qkv": (24, 8)})
-    said = {"ss_network_module": "networks.lora_flux",
-            "ss_network_args": json.dumps({"split_qkv": "True"})}  # fmt: skip
-    message = refused(*write(tmp_path, base, named(made), said))
-    assert "trained with split_qkv" in message
-    assert "Save it split" in message
+SPLIT = {"ss_network_module": "networks.lora_flux",
+         "ss_network_args": json.dumps({"split_qkv": "True"})}  # fmt: skip
+# Flux' fused layers -> rows of what is trained apart.
+FUSED = {"double_blocks.0.img_attn.qkv": (8, 8, 8), "double_blocks.1.txt_attn.qkv": (8, 8, 8),
+         "single_blocks.0.linear1": (8, 8, 8, 32)}  # fmt: skip
+
+
+def split_layers():
+    """Per layer the factors as sd-scripts saves them, and the merged weight by its forward."""
+    torch.manual_seed(0)
+    base, made, exact = {}, {}, {}
+    for name, rows in {**FUSED, "single_blocks.0.linear2": (8,)}.items():
+        W = torch.randn(sum(rows), 8) * 0.2
+        pairs = [(torch.randn(R, 8) * 0.3, torch.randn(n, R) * 0.3) for n in rows]
+        base[f"{name}.weight"] = W
+        made[name] = {"down": torch.cat([A for A, _ in pairs]),
+                      "up": torch.block_diag(*(B for _, B in pairs))}  # fmt: skip
+        parts = W.split(rows)
+        exact[f"{name}.weight"] = np.concatenate([
+            oracle.lora(*map(oracle.float64, (part, A, B)), ALPHA / R)
+            for part, (A, B) in zip(parts, pairs, strict=True)
+        ])  # fmt: skip
+    return base, made, exact
+
+
+def test_fused_layers_trained_as_several_have_the_rank_of_one(tmp_path):
+    base, made, exact = split_layers()
+    assert_near(merged(*write(tmp_path, base, named(made), SPLIT)), exact)
+    by_all = wanted(base, made, scaling=ALPHA / (3 * R))
+    assert all(np.abs(by_all[f"{n}.weight"] - exact[f"{n}.weight"]).max() > 0.1 for n in FUSED)
+
+
+@pytest.mark.parametrize("module", ["lycoris.kohya", None])
+def test_fused_layers_that_no_trainer_split_have_their_own_rank(module, tmp_path):
+    base, made, _ = split_layers()
+    said = {**SPLIT, "ss_network_module": module} if module else None
+    got = merged(*write(tmp_path, base, named(made), said))
+    for name, t in made.items():
+        alone = wanted({f"{name}.weight": base[f"{name}.weight"]}, {name: t},
+                       scaling=ALPHA / t["down"].shape[0])  # fmt: skip
+        assert_near(got, alone)
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_layers_that_were_trained_on_as_one_are_refused(name, tmp_path):
+    base, made, _ = split_layers()
+    n = len(FUSED[name])
+    for row, column in ((0, R), (-1, 0)):  # of the first part in the second's, the last's
+        mixed = {k: {p: x.clone() for p, x in t.items()} for k, t in made.items()}
+        mixed[name]["up"][row, column] = 1e-30
+        message = refused(*write(tmp_path, base, named(mixed), SPLIT))
+        assert f"lora_up mixes the {n} layers" in message
+        assert f"with alpha times {n} for the second" in message
+
+
+@pytest.mark.parametrize("change", ["rank", "rows", "dora_scale"])
+def test_fused_layers_that_cannot_be_several_are_refused(change, tmp_path):
+    base, made, _ = split_layers()
+    name = "double_blocks.0.img_attn.qkv"
+    up, down = made[name]["up"], made[name]["down"]
+    made[name] |= {
+        "rank": {"up": up[:, :-1].contiguous(), "down": down[:-1]},
+        "rows": {"up": up[:-1]},
+        "dora_scale": {"dora_scale": torch.ones(24, 1)},
+    }[change]
+    message = refused(*write(tmp_path, base, named(made), SPLIT))
+    assert "is not that of 3 layers of one rank" in message
 
 
 # --- refusals ---

@@ -1,6 +1,7 @@
 """State dicts of LinearWithDoRAMerged: base and adapter in one file, one magnitude per input."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -262,6 +263,11 @@ def test_metadata_and_inspection(tmp_path):
     assert merge(path, "--alpha", "4").exit_code == 0
     with safe_open(tmp_path / "out/model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt", "run": "7"}
+    for name in ("plain.safetensors", "plain.pt"):  # without metadata: as transformers asks for
+        other = save(with_dora(plain()).state_dict(), tmp_path / name)
+        assert merge(other, "--alpha", "4", "--allow-pickle", out=f"of {name}").exit_code == 0
+        with safe_open(tmp_path / f"of {name}/model.safetensors", "pt") as file:
+            assert file.metadata() == {"format": "pt"}
     shown = small.run("inspect", path, "--alpha", "4")
     assert shown.exit_code == 0
     for words in ("linear-with-dora-merged", "one per input", "rank         3", "3 tensors would"):
@@ -326,6 +332,8 @@ BROKEN = {
     "A transposed": ({"A": torch.rand(RANK, 10)}, "needs A (in, rank) and B (rank, out)"),
     "B transposed": ({"B": torch.rand(24, RANK)}, "needs A (in, rank) and B (rank, out)"),
     "ranks that differ": ({"B": torch.rand(RANK + 1, 24)}, "needs A (in, rank)"),
+    "A of other inputs": ({"A": torch.rand(9, RANK)}, "needs A (in, rank)"),
+    "B of other outputs": ({"B": torch.rand(RANK, 23)}, "needs A (in, rank)"),
     "A flat": ({"A": torch.rand(10)}, "needs A (in, rank)"),
     "a convolution": ({"W": torch.rand(24, 10, 1)}, "expected 2 dimensions"),
     "integer magnitudes": ({"m": torch.ones(1, 10, dtype=torch.int64)}, "not a float"),
@@ -342,7 +350,9 @@ def test_broken_layer_is_refused(case, state, tmp_path):
 
 def test_layer_beside_a_plain_one_of_its_name_is_refused(state, tmp_path):
     path = save(state | {"1.weight": torch.ones(24, 10)}, tmp_path / "state.safetensors")
-    assert "beside linear.weight" in refused(path, "--alpha", "4")
+    assert "has ['weight'] beside linear.weight" in refused(path, "--alpha", "4")
+    path = save(state | {"1.bias": torch.ones(24)}, tmp_path / "other.safetensors")
+    assert "has ['bias'] beside linear.weight" in refused(path, "--alpha", "4")
 
 
 @pytest.mark.parametrize("axis", ["in", "out"])
@@ -413,6 +423,27 @@ def test_square_layers_alone_are_told_to_be_like_those_of_the_sibling(tmp_path):
     assert "LinearWithDoRA, which cannot be merged, stores the same shapes" in doubt
     assert doubts(path, layer(6, 6), layer(6, 6), axis="in") == ()
     assert doubts(path, layer(6, 6), layer(6, 4)) == ()
+
+
+@pytest.mark.parametrize("kept", ["lora.A", "lora.B"])
+def test_one_factor_alone_is_no_layer_that_is_left_as_it_is(kept, tmp_path):
+    path = tmp_path / "state.safetensors"
+    lone = {n: t for n, t in layer(6, 4).items() if n in ("linear.weight", kept)}
+    missing = "lora.B, m" if kept == "lora.A" else "lora.A, m"
+    with pytest.raises(DoraExportError, match=f"1: {re.escape(missing)} missing"):
+        doubts(path, layer(6, 4), lone)
+    save_file(lone, path)
+    with pytest.raises(DoraExportError, match=f"the layer: {re.escape(missing)} missing"):
+        dora_export.load_adapter(path, alpha=2.0)
+
+
+def test_adapter_names_its_file_and_a_folder_of_that_name_is_none(tmp_path):
+    save_file(layer(6, 4), tmp_path / "state.safetensors")
+    adapter = dora_export.load_adapter(tmp_path / "state.safetensors", alpha=2.0)
+    assert adapter.files == (tmp_path / "state.safetensors",)
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(DoraExportError, match="no known format"):
+        dora_export.load_adapter(tmp_path / "folder.safetensors", alpha=2.0)
 
 
 def test_magnitudes_without_factors_are_refused_and_others_of_their_name_are_left_alone(tmp_path):

@@ -18,6 +18,7 @@ from dora_export import GraphReport
 from dora_export.errors import DoraExportError, VerifyError
 from dora_export.onnx import assembly, files, into, rewritten
 from dora_export.onnx.layout import Place
+from dora_export.paged import PAGE
 from dora_export.writers.files import FileSink
 from tests import oracle, small
 from tests.small import LINEARS, entries, run
@@ -253,7 +254,9 @@ def test_bytes_do_not_depend_on_threads_or_blocks(pair, monkeypatch):
     assert entries(folder / "one") == entries(folder / "other")
 
 
-@pytest.mark.parametrize("held", [{"TENSOR_BYTES": 0}, {"HELD_BYTES": 1000}], ids=["none", "some"])
+@pytest.mark.parametrize(
+    "held", [{"TENSOR_BYTES": 0}, {"HELD_BYTES": PAGE + 1000}], ids=["none", "some"]
+)
 def test_bytes_do_not_depend_on_what_is_put_together_in_memory(pair, monkeypatch, held):
     """Rows that lie in columns go into a tensor in memory, or each where it belongs in the file."""
     folder, base, _ = pair
@@ -278,21 +281,27 @@ def test_bytes_do_not_depend_on_what_is_put_together_in_memory(pair, monkeypatch
 
 
 def test_memory_for_tensors_is_bounded_and_given_back(monkeypatch):
-    monkeypatch.setattr(assembly, "HELD_BYTES", 150)
+    monkeypatch.setattr(assembly, "HELD_BYTES", 2 * (100 + PAGE) - 1)
     held, tensors = assembly.Assembly(), [object() for _ in range(4)]
-    row = np.arange(50, dtype=np.uint8).reshape(1, -1)
 
-    def begin(i, nbytes=100):
-        return held.put(tensors[i], Place(0, 8, nbytes), [(0, 50, row)])
+    def begin(i, nbytes=100, offset=8):
+        return held.whole(tensors[i], Place(0, offset, nbytes))
 
-    assert begin(0) == ()
-    assert list(begin(1)) == [(0, 50, row)]  # no room: it goes the other way, to its end
-    held.put(tensors[0], Place(0, 8, 100), [(50, 50, row)])
-    assert held.taken(tensors[0]).tobytes() == row.tobytes() * 2
-    assert list(begin(1)) == [(0, 50, row)]
-    assert begin(2) == ()
-    assert held.taken(tensors[1]) is None
-    assert list(begin(3)) == [(0, 50, row)]
+    first = begin(0)
+    assert (first.size, first.ctypes.data % PAGE) == (100, 8)
+    first[:] = np.arange(100)
+    assert begin(1) is None  # no room: it goes the other way, to its end
+    assert np.array_equal(begin(0), np.arange(100))
+    held.release(tensors[0])
+    assert begin(1) is None
+    second = begin(2, 90)  # in the memory of the first
+    assert second.size == 90
+    assert np.shares_memory(first, second)
+    held.release(tensors[1])
+    assert begin(3) is None
+    held.release(tensors[2])
+    assert begin(1, 150).size == 150  # what is free is too small, and makes room
+    assert begin(3, 100) is None
 
 
 def test_hashing_ends_with_what_it_goes_along_with():

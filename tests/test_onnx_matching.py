@@ -3,14 +3,20 @@
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import helper, numpy_helper
 from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_torch
 
+from dora_export import fused
 from dora_export.checkpoints import open_checkpoint
-from dora_export.onnx import matching_lines
+from dora_export.onnx import matching_lines, matching_proof
 from dora_export.onnx.graph_file import open_graph
+from dora_export.onnx.lines import Lines
 from dora_export.onnx.matching import KEPT, Weight
 from dora_export.onnx.matching_graph import match_graph
+from dora_export.onnx.matching_proof import proven
+from dora_export.onnx.memory import Memory
 from dora_export.plan import Step
 
 RNG = np.random.default_rng(3)
@@ -284,3 +290,34 @@ def test_kept_lines_are_those_of_no_base_row(tmp_path):
     matched = look(tmp_path, {"w": padded}, ["model.embed_tokens.weight"])
     (match,) = matched.changed
     assert list(match.weight_of[-3:]) == [0, KEPT, KEPT]
+
+
+def test_columns_are_proven_as_both_sides_are_stored(tmp_path, monkeypatch):
+    """Neither converted nor turned first; what takes too much memory is, with the same verdict."""
+    rng = np.random.default_rng(5)
+    parts = [torch.from_numpy(rng.standard_normal((n, 37))).bfloat16() for n in (40, 9)]
+    (tmp_path / "base").mkdir()
+    save_torch({"a.weight": parts[0], "b.weight": parts[1]}, tmp_path / "base/model.safetensors")
+    base = open_checkpoint(tmp_path / "base").tensors
+    changed = [Weight(n, ref, Step(n, ref.dtype, ref, status="merged")) for n, ref in base.items()]
+    stored = torch.cat(parts).float().T.contiguous().numpy()
+    found = graph(tmp_path / "model.onnx", {"w": stored})
+    (match,) = match_graph(found, changed, threads=1).changed
+    monkeypatch.setattr(matching_proof, "BLOCK_BYTES", 5 * 49 * 4)  # several bands
+    turned, hold = [], Lines.hold
+    monkeypatch.setattr(Lines, "hold", lambda *given: turned.append(1) or hold(*given))
+    path, at = match.tensor.source.path, match.tensor.source.start
+    for room, one_by_one in ((matching_proof.WHOLE_BYTES, not fused.available()), (10, True)):
+        monkeypatch.setattr(matching_proof, "WHOLE_BYTES", room)
+        turned.clear()
+        assert proven(match).evidence == "bytes"
+        assert bool(turned) == one_by_one
+        for byte in (0, 3, 4 * 49 * 20 + 4 * 40 + 1, stored.nbytes - 1):
+            right = path.read_bytes()
+            wrong = bytearray(right)
+            wrong[at + byte] ^= 1
+            path.write_bytes(wrong)
+            assert proven(match) is None
+            path.write_bytes(right)
+    monkeypatch.undo()
+    assert proven(match, Memory(10)).evidence == "bytes"  # none left

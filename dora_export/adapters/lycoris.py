@@ -6,7 +6,8 @@ difference (``diff``, ``diff_b``; ``w_norm``, ``b_norm`` for norms), or a whole 
 
 Scaling is alpha / rank. A missing alpha, or 0, is the rank; rs_lora is folded into alpha on saving,
 ``scalar`` into the factors. The rank of LoKr is that of w2's factors, else of w1's; with both whole
-the scaling is 1, whatever alpha says.
+the scaling is 1, whatever alpha says. What sd-scripts trained with split_qkv has the rank of one
+of the layers that a fused one was trained as, not of all of them together.
 
 ``dora_scale`` makes it DoRA: ``W' = m V / (||V|| + eps)`` with ``V = W + scaling * delta``. Its
 shape says what it counts: ``(out, 1, ...)`` outputs, with the norm over all else, ``(1, in, ...)``

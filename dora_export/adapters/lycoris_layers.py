@@ -31,7 +31,8 @@ BIASES = ("diff_b", "b_norm")
 # torch.finfo(dtype).eps by the dtype's name.
 EPS = {"F64": 2.0**-52, "F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}
 NUMBERS = (*EPS, "I64", "I32")  # types that alpha is stored in
-SPLIT = ("attn_qkv", "attn.qkv", "linear1")  # Flux' fused layers
+# Flux' fused layers: how their rows are shared by what sd-scripts trains apart with split_qkv.
+SPLIT = {"attn_qkv": (1, 1, 1), "attn.qkv": (1, 1, 1), "linear1": (1, 1, 1, 4)}
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Told:
         axis: What its magnitudes count, where their shape leaves it open.
         eps: Added to norms; None: the eps of the type that the magnitudes are stored in.
         rs_lora: Whether alpha was divided by the root of the rank; None: not said.
-        split_qkv: Fused layers were trained as several.
+        split_qkv: Flux' fused layers were trained as several.
         ranks: Of the file's LoKr layers, where their factors show one.
     """
 
@@ -103,6 +104,12 @@ def _factored(module: str, algorithm: str, parts: Parts, told: Told) -> Layer | 
     if why := factors.misfit(parts):
         return why
     rank = _rank(algorithm, parts)
+    shares = _shares(module, algorithm, told)
+    if shares:
+        assert rank is not None, "Bug: only LoRA is split"
+        if why := _unsplit(parts, rank, shares):
+            return why
+        rank //= len(shares)
     whole = algorithm == "LoKr" and rank is None
     alpha = _alpha(parts.get("alpha"), told)
     scaling = _whole_scaling(alpha, told) if rank is None else alpha / rank if alpha else 1.0
@@ -114,11 +121,6 @@ def _factored(module: str, algorithm: str, parts: Parts, told: Told) -> Layer | 
         ignored[parts["alpha"].name] = "two whole factors are not scaled; it overflowed its type"
     elif not math.isfinite(alpha or 0.0):
         return f"alpha is {alpha}: it overflowed the type it is stored in. Get the file in float32"
-    if told.split_qkv and algorithm == "LoRA" and module.endswith(SPLIT):
-        return (
-            "trained with split_qkv, as several layers of their own rank: alpha belongs to each of "
-            "them, so alpha / rank is not the scaling. Save it split, as separate layers"
-        )
     update = Update(
         target=f"{module}.weight",
         kind="lora",
@@ -136,6 +138,49 @@ def _factored(module: str, algorithm: str, parts: Parts, told: Told) -> Layer | 
         update, shape = replace(update, delta=delta), delta.shape
     layer = Layer(algorithm, (update,), ignored=ignored, alpha=alpha, rank=rank)
     return _decomposed(layer, parts, shape, _inputs(algorithm, parts), told)
+
+
+def _shares(module: str, algorithm: str, told: Told) -> tuple[int, ...]:
+    """Return how the rows of a fused layer are shared that was trained as several, else ()."""
+    if not told.split_qkv or algorithm != "LoRA":
+        return ()
+    return next((shares for end, shares in SPLIT.items() if module.endswith(end)), ())
+
+
+def _unsplit(parts: Parts, rank: int, shares: tuple[int, ...]) -> str | None:
+    """Return why a fused layer is not several layers of one rank each, side by side, or None.
+
+    sd-scripts saves A of all below each other, B of each on its own rows and columns with zeros
+    around, and the alpha that each of them had.
+
+    Source: github.com/kohya-ss/sd-scripts, networks/lora_flux.py, LoRANetwork.state_dict.
+    """
+    up, count = parts["up"], len(shares)
+    rows, columns = up.shape[:2]
+    if (
+        columns != rank
+        or rank % count
+        or rows % sum(shares)
+        or {"mid", "dora_scale"} & parts.keys()
+    ):
+        return (
+            f"its metadata says split_qkv, but lora_up {up.shape} is not that of {count} layers of "
+            "one rank. Save the file without metadata if the tensors are right"
+        )
+    row = column = 0
+    own = np.zeros((rows, columns), bool)
+    for share in shares:
+        height, width = rows // sum(shares) * share, rank // count
+        own[row : row + height, column : column + width] = True
+        row, column = row + height, column + width
+    if (up.raw().reshape(rows, columns) != 0)[~own].any():
+        return (
+            f"its metadata says split_qkv, but lora_up mixes the {count} layers, so that it was "
+            "trained on as one: whether alpha / rank is the scaling, or the same times "
+            f"{count}, nothing tells. Save the file without metadata for the first, or with alpha "
+            f"times {count} for the second"
+        )
+    return None
 
 
 def _whole(module: str, algorithm: str, parts: Parts, told: Told) -> Layer | str:

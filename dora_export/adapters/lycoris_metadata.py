@@ -34,7 +34,7 @@ class Said:
         axis: What the magnitudes count.
         rs_lora: Whether alpha was divided by the root of the rank.
         bypass: Trained without decomposing, whatever ``dora`` says.
-        split_qkv: Flux' fused layers were trained as several, each with its own rank.
+        split_qkv: sd-scripts trained Flux' fused layers as several, each with its own rank.
         half: Type that all parameters were held in while training, "bf16" or "fp16"; "fp32": none.
         eps: Whether OneTrainer added an epsilon to the norm.
         as_trained: The file's types are those of training.
@@ -81,7 +81,7 @@ def said_by(metadata: Mapping[str, str]) -> Said:
         axis=None if on_output is None else "out" if on_output else "in",
         rs_lora=_flag(arguments, "rs_lora"),
         bypass=bool(_flag(arguments, "bypass_mode")),
-        split_qkv=bool(_flag(arguments, "split_qkv")),
+        split_qkv=module == "networks.lora_flux" and bool(_flag(arguments, "split_qkv")),
         half=half,
         base=metadata.get("ss_sd_model_name") or metadata.get("modelspec.architecture"),
     )

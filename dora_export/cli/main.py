@@ -107,7 +107,11 @@ def cli() -> None:
     help="Square weights are stored (in, out), or not. Default: by model type.",
 )
 @click.option("--max-shard-size", metavar="SIZE", help="Re-shard, e.g. 5GB. Default: as the base.")
-@click.option("--threads", type=int, help="Workers. Default: one per CPU.")
+@click.option(
+    "--threads",
+    type=int,
+    help="Workers. Default: one per CPU, and two more where they wait for the disk.",
+)
 @click.option(
     "--block", "block_bytes", type=int, metavar="BYTES", help="Bytes a worker takes at once."
 )

@@ -192,38 +192,72 @@ done:
   return result;
 }
 
-PyDoc_STRVAR(turn_doc, "turn(matrix, out, rows, columns, itemsize)\n\nTranspose a matrix.");
+PyDoc_STRVAR(turn_doc,
+             "turn(matrix, out, rows, columns, itemsize, first, stride)\n\n"
+             "Transpose a matrix into out, from byte first on, rows stride bytes apart.");
 PyDoc_STRVAR(is_turned_doc,
-             "is_turned(matrix, turned, rows, columns, itemsize) -> bool\n\n"
-             "Whether one matrix is the other's transpose, bit for bit.");
+             "is_turned(matrix, turned, rows, columns, itemsize, first, stride, bfloat16) -> bool\n\n"
+             "Whether a matrix, from byte first on, rows stride bytes apart, is the other's transpose,\n"
+             "bit for bit; bfloat16: whether it is once its values are widened to float32.");
 
-static PyObject *two_matrices(PyObject *args, const char *format, const int comparing) {
+/* Whether rows of so many bytes, stride apart, lie within a buffer and not in each other. */
+static int reaches(const Py_buffer *buffer, Py_ssize_t first, Py_ssize_t stride, Py_ssize_t count,
+                   Py_ssize_t nbytes) {
+  if (first < 0 || count < 0 || nbytes < 0 || stride < nbytes) return 0;
+  if (count == 0 || nbytes == 0) return 1;
+  return first <= buffer->len - nbytes && (count - 1) <= (buffer->len - nbytes - first) / stride;
+}
+
+static int has_size(int itemsize) {
+  return itemsize == 1 || itemsize == 2 || itemsize == 4 || itemsize == 8;
+}
+
+static PyObject *turn_matrix(PyObject *Py_UNUSED(module), PyObject *args) {
   Py_buffer in, out;
-  Py_ssize_t rows, columns;
-  int itemsize, same = 0;
-  if (!PyArg_ParseTuple(args, format, &in, &out, &rows, &columns, &itemsize)) return NULL;
-  const int known = itemsize == 1 || itemsize == 2 || itemsize == 4 || itemsize == 8;
-  const int fits = known && rows >= 0 && columns >= 0 && holds(&in, rows * columns, itemsize, 0) &&
-                   holds(&out, rows * columns, itemsize, 0);
+  Py_ssize_t rows, columns, first, stride;
+  int itemsize;
+  if (!PyArg_ParseTuple(args, "y*w*nninn", &in, &out, &rows, &columns, &itemsize, &first, &stride))
+    return NULL;
+  const int fits = has_size(itemsize) && rows >= 0 && columns >= 0 &&
+                   holds(&in, rows * columns, itemsize, 0) &&
+                   reaches(&out, first, stride, columns, rows * itemsize);
   if (fits) {
+    const struct turning turning = {.matrix = in.buf, .turned = (char *)out.buf + first,
+                                    .rows = rows, .columns = columns, .stride = columns * itemsize,
+                                    .turned_stride = stride, .itemsize = itemsize};
     Py_BEGIN_ALLOW_THREADS
-    if (comparing) same = is_turned(in.buf, out.buf, rows, columns, itemsize);
-    else turn(in.buf, out.buf, rows, columns, itemsize);
+    turn(&turning);
     Py_END_ALLOW_THREADS
   }
   PyBuffer_Release(&in);
   PyBuffer_Release(&out);
   if (!fits) return PyErr_Format(PyExc_ValueError, "turn: buffers do not fit the shape");
-  if (comparing) return PyBool_FromLong(same);
   Py_RETURN_NONE;
 }
 
-static PyObject *turn_matrix(PyObject *Py_UNUSED(module), PyObject *args) {
-  return two_matrices(args, "y*w*nni", 0);
-}
-
 static PyObject *compare_turned(PyObject *Py_UNUSED(module), PyObject *args) {
-  return two_matrices(args, "y*y*nni", 1);
+  Py_buffer in, other;
+  Py_ssize_t rows, columns, first, stride;
+  int itemsize, is_bfloat16, same = 0;
+  if (!PyArg_ParseTuple(args, "y*y*nninnp", &in, &other, &rows, &columns, &itemsize, &first, &stride,
+                        &is_bfloat16))
+    return NULL;
+  const int stored = is_bfloat16 ? 2 : itemsize;
+  const int fits = has_size(itemsize) && (!is_bfloat16 || itemsize == 4) && rows >= 0 &&
+                   columns >= 0 && holds(&other, rows * columns, itemsize, 0) &&
+                   reaches(&in, first, stride, rows, columns * stored);
+  if (fits) {
+    const struct turning turning = {.matrix = (char *)in.buf + first, .turned = other.buf,
+                                    .rows = rows, .columns = columns, .stride = stride,
+                                    .turned_stride = rows * itemsize, .itemsize = itemsize};
+    Py_BEGIN_ALLOW_THREADS
+    same = is_turned(&turning, is_bfloat16);
+    Py_END_ALLOW_THREADS
+  }
+  PyBuffer_Release(&in);
+  PyBuffer_Release(&other);
+  if (!fits) return PyErr_Format(PyExc_ValueError, "is_turned: buffers do not fit the shape");
+  return PyBool_FromLong(same);
 }
 
 #if !defined(_WIN32)
@@ -295,7 +329,7 @@ static PyMethodDef methods[] = {{"pack", pack, METH_VARARGS, pack_doc},
 
 /* As fused.NAME: a build that lies beside newer sources must not be taken for one of them. */
 static int fill(PyObject *module) {
-  if (PyModule_AddStringConstant(module, "name", "merge_rows 1, merge_wide 1, turn 2")) return -1;
+  if (PyModule_AddStringConstant(module, "name", "merge_rows 1, merge_wide 1, turn 3")) return -1;
   return PyModule_AddObject(module, "usable", PyBool_FromLong(usable()));
 }
 

@@ -4,11 +4,20 @@
 
 #include <stddef.h>
 
-/* out (columns, rows) becomes the transpose of in (rows, columns); itemsize 1, 2, 4 or 8. */
-void turn(const void *in, void *out, ptrdiff_t rows, ptrdiff_t columns, int itemsize);
+struct turning {
+  const char *matrix;   /* (rows, columns) */
+  char *turned;         /* (columns, rows) */
+  ptrdiff_t rows, columns;
+  ptrdiff_t stride;        /* bytes from one row of the matrix to the next */
+  ptrdiff_t turned_stride; /* the same of turned */
+  int itemsize;            /* of an element of turned: 1, 2, 4 or 8 */
+};
 
-/* Whether turned (columns, rows) is the transpose of matrix (rows, columns), bit for bit. */
-int is_turned(const void *matrix, const void *turned, ptrdiff_t rows, ptrdiff_t columns,
-              int itemsize);
+/* turned becomes the transpose of the matrix. */
+void turn(const struct turning *t);
+
+/* Whether turned is the transpose of the matrix, bit for bit; of one of bfloat16, where turned holds
+ * floats. */
+int is_turned(const struct turning *t, int is_bfloat16);
 
 #endif

@@ -124,6 +124,26 @@ class Lines:
                 yield at, self.columns * self.itemsize, turned
             done += count
 
+    def put(self, first: int, block: Bytes, whole: Bytes) -> None:
+        """Put columns into place in memory.
+
+        Args:
+            first: The first of them.
+            block: Their bytes, shape ``(lines, line bytes)``.
+            whole: The bytes of the stored tensor.
+        """
+        assert self.by_column, "Bug: rows lie together and are written as they come"
+        done, stride = 0, self.columns * self.itemsize
+        for panel, start, stop in self._panels(first, first + block.shape[0]):
+            part = block[done : done + stop - start]
+            done += stop - start
+            at = panel * self.rows * stride + start * self.itemsize
+            if not fused.turn_into(part.view(f"u{self.itemsize}"), whole, at, stride):
+                turned = _transposed(part, self.itemsize)
+                panes = whole[panel * self.rows * stride :][: self.rows * stride]
+                place = panes.reshape(self.rows, stride)[:, start * self.itemsize :]
+                place[:, : turned.shape[1]] = turned
+
     def _panels(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
         """Yield panel, first and last column of the parts of a range of lines."""
         while first < last:

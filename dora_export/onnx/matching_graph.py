@@ -14,7 +14,7 @@ from dora_export.onnx.graph_file import Graph, StoredTensor
 from dora_export.onnx.lines import Lines
 from dora_export.onnx.matching import KEPT, Match, Weight, Whole, described, ends, narrowed
 from dora_export.onnx.matching_lines import ByLines, Found
-from dora_export.onnx.matching_proof import proven, values_of
+from dora_export.onnx.matching_proof import memory, proven, values_of
 from dora_export.onnx.matching_quantised import Quantised, find, proven_quantised, quantised
 from dora_export.verification.parallel import each
 from dora_export.writers.ranges import Ranges
@@ -81,6 +81,7 @@ class _Looking:
 
     def __init__(self, graph: Graph, weights: tuple[Weight, ...], threads: int | None) -> None:
         self.graph, self.weights, self.threads = graph, weights, threads
+        self.memory = memory()
         self.matches: list[Match] = []
         self.problems: list[str] = []
         self.quantised: list[str] = []
@@ -112,7 +113,7 @@ class _Looking:
         kept: dict[tuple[str, bool], Match] = {}
         for candidate in candidates:
             key = (candidate.weights[0].name, candidate.lines.by_column)
-            if key not in kept and (proof := proven(candidate)) is not None:
+            if key not in kept and (proof := proven(candidate, self.memory)) is not None:
                 kept[key] = proof
         # A symmetric matrix is its own transpose: either way is right until it changes.
         return tensor, list(kept.values())
@@ -183,7 +184,7 @@ class _Looking:
             )
         elif found.strange.size:
             self.problems.append(f"{what}: {found.strange.size} of {count} lines are of no tensor")
-        elif (proof := proven(match)) is not None:
+        elif (proof := proven(match, self.memory)) is not None:
             return proof
         else:
             self.problems.append(f"{what}: alike, but not the same values")

@@ -8,26 +8,43 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dora_export import fused
 from dora_export.onnx.encodings import NeverZero, Plain, converted
 from dora_export.onnx.lines import gather, rows_of
 from dora_export.onnx.matching import KEPT, Match, Weight
-from dora_export.tensors import F16, Bytes, TensorRef
+from dora_export.onnx.memory import Memory
+from dora_export.tensors import BF16, F16, F32, Bytes, TensorRef
 
 BLOCK_BYTES = 4 << 20  # of lines that are compared at once
 COLUMN_BYTES = 4096  # of a row that columns are read from at once: fewer make too many reads
 MOST_BYTES = 16 << 20
+WHOLE_BYTES, HELD_BYTES = 64 << 20, 160 << 20  # of base rows that are held for one match, for all
+MOST_RUNS = 64  # of neighbouring rows that are read one by one
 SPREAD = 4  # rows within as many times their number are read in one go
 
 
-def proven(match: Match) -> Match | None:
+def memory() -> Memory:
+    """Return the memory for proofs that go on at the same time."""
+    return Memory(HELD_BYTES)
+
+
+def proven(match: Match, held: Memory | None = None) -> Match | None:
     """Return a match with its proof, or None where the graph holds other bytes.
 
-    Reads both sides once, a few MB at a time. float16 that onnxruntime's converter made is told
-    from float16 rounded to nearest here: they differ in the tiniest values only.
+    Reads both sides once, a few MB at a time, or all of the base's rows of a match whose columns
+    they are. float16 that onnxruntime's converter made is told from float16 rounded to nearest
+    here: they differ in the tiniest values only.
+
+    Args:
+        match: What is to be proven.
+        held: Where memory for the base's rows comes from; None: from the system.
 
     Raises:
         InputError: The base or the graph cannot be read.
     """
+    same = _columns_are_rows(match, memory() if held is None else held)
+    if same is not None:
+        return replace(match, evidence="bytes") if same else _otherwise(match)
     step = lines_at_once(match)
     for first in range(0, match.lines.count, step):
         last = min(first + step, match.lines.count)
@@ -39,6 +56,72 @@ def proven(match: Match) -> Match | None:
             if not holder.hold(first, mine):
                 return _otherwise(match)
     return replace(match, evidence="bytes")
+
+
+def _columns_are_rows(match: Match, held: Memory) -> bool | None:
+    """Return whether the columns of a matrix are rows of the base, all of them.
+
+    The graph is read in the order of its bytes, and the base's rows are held against it as they are
+    stored: neither is turned or converted first, and no piece of a row is read by itself.
+
+    Returns:
+        None where it has to be found out in another way.
+    """
+    lines, source = match.lines, match.tensor.source
+    runs = _runs(match)
+    if not runs or source is None or not fused.available():
+        return None
+    dtype = values_of(match.weights[0]).dtype
+    each = match.length * dtype.itemsize
+    if (piece := held.take(lines.count * each)) is None:
+        return None
+    try:
+        rows = piece[: lines.count * each].reshape(lines.count, each)
+        for position, row, line, count in runs:
+            base = values_of(match.weights[position]).source
+            base.read(row * each, rows[line : line + count].reshape(-1))
+        across = lines.columns * lines.itemsize
+        step = max(1, BLOCK_BYTES // across)
+        band = np.empty((min(step, lines.rows), across), np.uint8)
+        for first in range(0, lines.rows, step):
+            part = band[: min(step, lines.rows - first)]
+            source.read(first * across, part.reshape(-1))
+            stored = part.view(f"u{lines.itemsize}")
+            if not fused.is_turned(rows.view(dtype.raw), stored, first):
+                return False
+        return True
+    finally:
+        held.give(piece)
+
+
+def _runs(match: Match) -> list[tuple[int, int, int, int]]:
+    """Return what the columns of one matrix are, if rows of the base as they are, or widened.
+
+    Returns:
+        Position of the weight, first row, first line, how many, for neighbours; none: it is another
+        kind of match, or one of too many pieces, or too large.
+    """
+    lines, encoding = match.lines, match.encoding
+    if not (lines.by_column and lines.panels == 1 and len(match.holders) == 1):
+        return []
+    if not isinstance(encoding, Plain) or encoding.inner is not None or not lines.count:
+        return []
+    types = {values_of(w).dtype for w in match.weights}
+    if len(types) != 1 or (match.weight_of == KEPT).any():
+        return []
+    (dtype,) = types
+    widened = dtype is BF16 and encoding.dtype is F32
+    if not (dtype is encoding.dtype or widened) or lines.itemsize != encoding.dtype.itemsize:
+        return []
+    if lines.count * match.length * dtype.itemsize > WHOLE_BYTES:
+        return []
+    which, row = match.weight_of, match.row_of
+    breaks = (which[1:] != which[:-1]) | (row[1:] != row[:-1] + 1)
+    starts: list[int] = [0, *(np.flatnonzero(breaks) + 1).tolist()]
+    if len(starts) > MOST_RUNS:
+        return []
+    stops = [*starts[1:], which.size]
+    return [(int(which[a]), int(row[a]), a, b - a) for a, b in zip(starts, stops, strict=True)]
 
 
 def _otherwise(match: Match) -> Match | None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from dora_export.onnx.assembly import Assembly
 from dora_export.onnx.graph_file import StoredTensor
 from dora_export.onnx.layout import Layout
-from dora_export.onnx.lines import Lines, Strided
+from dora_export.onnx.lines import Lines
 from dora_export.onnx.matching import KEPT, Match
 from dora_export.onnx.matching_proof import lines_at_once
 from dora_export.plan import OutputFile, Plan, Step
@@ -220,10 +220,12 @@ class Rewriter:
 
     def _place(self, lines: Lines, first: int, block: NDArray[np.uint8]) -> None:
         place = self._layout.places[lines.tensor]
-        pieces: Iterable[Strided] = lines.placed(first, block)
         if lines.by_column:
-            pieces = self._assembly.put(lines.tensor, place, pieces)
-        for at, stride, rows in pieces:
+            whole = self._assembly.whole(lines.tensor, place)
+            if whole is not None:
+                lines.put(first, block, whole)
+                return
+        for at, stride, rows in lines.placed(first, block):
             self._sink.put(place.file, place.offset + at, stride, rows)
 
     def _done(self, match: Match, count: int) -> None:
@@ -232,9 +234,13 @@ class Rewriter:
             complete = self._left[id(match)] == 0
         if complete:
             for lines in match.holders:
-                place = self._layout.places[lines.tensor]
-                whole = self._assembly.taken(lines.tensor)
-                if whole is None:
-                    self._sink.finish(place.file, place.offset, place.nbytes)
-                else:
-                    self._sink.write(place.file, place.offset, whole)
+                self._finish(lines)
+
+    def _finish(self, lines: Lines) -> None:
+        place = self._layout.places[lines.tensor]
+        whole = self._assembly.whole(lines.tensor, place) if lines.by_column else None
+        if whole is None:
+            self._sink.finish(place.file, place.offset, place.nbytes)
+        else:
+            self._sink.write(place.file, place.offset, whole)
+        self._assembly.release(lines.tensor)

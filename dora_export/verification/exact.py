@@ -7,7 +7,7 @@ read; ``rows`` and ``lines`` give base and exact values of parts of it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +18,7 @@ from dora_export.pieces import Region
 from dora_export.plan import Settings
 from dora_export.tensors import DType, Operand, TensorRef
 from dora_export.update import Change, Dense, Kronecker, Product
-from dora_export.verification import functions
+from dora_export.verification import compiled, functions
 from dora_export.verification.values import Floats, floats, operand_values
 
 BLOCK_ELEMENTS = 1 << 17  # float64 elements of one block: the few arrays of a block fit the cache
@@ -98,18 +98,63 @@ class Exact:
                 parts[position] = self._with_factor(position)
         return Exact(self.source, self.region, self.settings, tuple(parts))
 
+    @cached_property
+    def rule(self) -> compiled.Rule | None:
+        """What the compiled loop takes to compute the same rows; None: it does not know how to."""
+        found = self._product_rule()
+        if found is None or self.settings.strength != 1.0:
+            return None
+        (part,) = self.parts
+        change = part.change
+        if part.magnitude is None:
+            return found
+        if change.over == "row":
+            kind = compiled.BY_MAGNITUDE if change.magnitude_is_factor else compiled.OVER_LENGTH
+            return replace(found, kind=kind, magnitude=part.magnitude, eps=change.eps)
+        if part.factor is None or part.kept is None or part.kept.any():
+            return None
+        return replace(found, by_column=compiled.padded(part.factor))
+
+    def _product_rule(self) -> compiled.Rule | None:
+        """Return the rule of ``W + s B A`` alone."""
+        part, *others = self.parts or (None,)
+        if (
+            part is None
+            or others
+            or part.change.kind not in ("lora", "dora", "magnitude")
+            or part.change.weight != 1.0
+            or not isinstance(part.change.delta, Product | None)
+            or self.source.dtype.name not in compiled.TYPES
+            or not compiled.available()
+        ):
+            return None
+        none = np.empty((self.region.rows, 0)), np.empty((0, self.region.columns))
+        left, right = part.factors or none
+        return compiled.Rule.of(left, right)
+
     def _with_factor(self, position: int) -> Part:
         part = self.parts[position]
-        squares = np.zeros(self.region.columns)
-        for rows in self.blocks():
-            values = self._directions(self.base(rows), rows, position)
-            squares += np.einsum("ij,ij->j", values, values)
+        rule = self._product_rule()
+        if rule is not None:
+            squares = self._compiled_squares(rule)
+        else:
+            squares = np.zeros(self.region.columns)
+            for rows in self.blocks():
+                values = self._directions(self.base(rows), rows, position)
+                squares += np.einsum("ij,ij->j", values, values)
         assert part.magnitude is not None, "Bug: a column change has magnitudes"
         group = part.change.group
         norm = np.sqrt(squares.reshape(-1, group).sum(axis=1))
         factor, kept = _factor(part.magnitude, norm, part.change.eps, self.settings)
         return Part(part.change, part.factors, part.magnitude,
                     np.repeat(factor, group), np.repeat(kept, group))  # fmt: skip
+
+    def _compiled_squares(self, rule: compiled.Rule) -> Floats:
+        squares = compiled.padded(np.zeros(self.region.columns))
+        for rows in self.blocks():
+            base = raw_rows(self.source, self.region, rows)
+            compiled.add_column_squares(rule, self.source.dtype.name, base, rows, squares)
+        return squares[: self.region.columns]
 
     def blocks(self, elements: int = BLOCK_ELEMENTS) -> Iterator[slice]:
         """Yield consecutive rows whose float64 values are about ``elements``."""
@@ -124,7 +169,11 @@ class Exact:
     def rows(self, rows: slice | NDArray[Any]) -> tuple[Floats, Floats]:
         """Return base and exact values of some rows; columns' factors must be there."""
         base = self.base(rows)
-        return base, self._exact(base, rows, slice(None))
+        return base, self.values(base, rows)
+
+    def values(self, base: Floats, rows: slice | NDArray[Any]) -> Floats:
+        """Return exact values of some rows, given the base's; columns' factors must be there."""
+        return self._exact(base, rows, slice(None))
 
     def columns(self, columns: NDArray[Any]) -> tuple[Floats, Floats]:
         """Return base and exact values of some columns; whole groups of them."""
@@ -357,13 +406,18 @@ def _with_rows(
 
 def read_rows(ref: TensorRef, region: Region, rows: slice | NDArray[Any]) -> Floats:
     """Return stored rows of a region as float64."""
+    return floats(raw_rows(ref, region, rows), ref.dtype)
+
+
+def raw_rows(ref: TensorRef, region: Region, rows: slice | NDArray[Any]) -> NDArray[Any]:
+    """Return rows of a region as they are stored."""
     columns = region.columns
     if isinstance(rows, slice):
         first, last, _ = rows.indices(region.rows)
         raw = ref.raw(region.start + first * columns, region.start + last * columns)
     else:
         raw = ref.raw_each([region.start + int(row) * columns for row in rows], columns)
-    return floats(raw, ref.dtype).reshape(-1, columns)
+    return raw.reshape(-1, columns)
 
 
 def read_columns(ref: TensorRef, region: Region, columns: NDArray[Any]) -> Floats:

@@ -16,7 +16,6 @@ import time
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import numpy as np
@@ -30,9 +29,7 @@ from dora_export.tensors import DType, TensorRef
 from dora_export.verification import diagnose
 from dora_export.verification.exact import (
     FRACTION,
-    SMALLEST,
     Exact,
-    binade,
     read_columns,
     read_rows,
     rounded,
@@ -41,6 +38,7 @@ from dora_export.verification.model import Finding, Level, Status, TensorResult,
 from dora_export.verification.neighbours import KeptLines, Member, Neighbours
 from dora_export.verification.parallel import each
 from dora_export.verification.samples import line_count
+from dora_export.verification.tally import Measurement, Tally
 from dora_export.verification.values import Floats
 from dora_export.words import count, number
 
@@ -57,42 +55,8 @@ FEW_EXCESS = 2  # where most lines are exact: a sum, and the two roundings of a 
 ALIKE = 4  # lines of one tensor whose worst errors differ by less are of one kind
 NEARLY_ALL = 1e-3  # share of elements of an exact merge that need not be correctly rounded
 ODD_ELEMENTS = 3  # of a small tensor, likewise
-TIE = 1 + 2.0**-20  # float64 cannot tell on which side of a tie the real number lies
 CACHED = 64  # operands of regions kept while mix-ups are looked for
 QUARTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """A region, or sampled lines of it, against the exact result.
-
-    Attributes:
-        lines: Rows (or groups of columns) compared.
-        excess: Per line, the largest arithmetic error in units of the terms' size.
-        misrounded: Elements that are not the correctly rounded exact ones.
-        not_finite: Elements that are not finite where the exact ones are.
-        elements: Elements compared.
-        max_ulp: Largest distance.
-        error: Squared Frobenius norm of the error.
-        one_rounding: The same for the exact result rounded once, as expected.
-        exact: Squared Frobenius norm of the exact result.
-        update: Squared Frobenius norm of the update.
-        base: Squared Frobenius norm of the base.
-        ratios: ``m / ||W||`` of each line, or None.
-    """
-
-    lines: NDArray[np.int64]
-    excess: Floats
-    misrounded: int
-    not_finite: int
-    elements: int
-    max_ulp: float
-    error: float
-    one_rounding: float
-    exact: float
-    update: float
-    base: float
-    ratios: Floats | None
 
 
 TensorCheck = Callable[[Step, TensorRef], tuple[TensorResult, tuple[Finding, ...]]]
@@ -304,32 +268,27 @@ def _measure(exact: Exact, ref: TensorRef, level: Level, name: str) -> tuple[Mea
     region = exact.region
     if level == "full":
         exact = exact.with_factors()
-        tally = _Tally(exact, ref.dtype, np.arange(region.rows))
+        tally = Tally(exact, ref.dtype, np.arange(region.rows))
         for rows in exact.blocks():
-            base, values = exact.rows(rows)
-            merged = read_rows(ref, region, rows)
-            tally.add(rows, base, values, merged)
+            tally.read(ref, rows, rows)
         return tally.measurement(), exact
     seed = zlib.crc32(name.encode()) + region.start
     if not exact.by_column:
         exact = exact.with_factors()  # only where other norms run along rows: all of it is read
         lines = _sampled(region.rows, seed)
-        base, values = exact.rows(lines)
-        more = _enough(base, exact.product(lines, slice(None)), ref.dtype)
+        more = _enough(exact.base(lines), exact.product(lines, slice(None)), ref.dtype)
         if more > len(lines):
             lines = _sampled(region.rows, seed, more)
-            base, values = exact.rows(lines)
-        merged = read_rows(ref, region, lines)
-        tally = _Tally(exact, ref.dtype, lines)
-        tally.add(slice(0, len(lines)), base, values, merged)
+        tally = Tally(exact, ref.dtype, lines)
+        tally.read(ref, slice(None), lines)
         return tally.measurement(), exact
     group = region.changes[region.column_changes[0]].group
     lines = _sampled(region.columns // group, seed)
     columns = (lines[:, None] * group + np.arange(group)).ravel()
     base, values = exact.columns(columns)
     merged = read_columns(ref, region, columns)
-    tally = _Tally(exact, ref.dtype, np.arange(region.rows), columns)
-    tally.add(slice(None), base, values, merged)
+    tally = Tally(exact, ref.dtype, np.arange(region.rows), columns)
+    tally.add(tally.rows, base, values, merged)
     return tally.measurement(), exact
 
 
@@ -352,119 +311,6 @@ def _enough(base: Floats, product: Floats | None, dtype: DType) -> int:
     error = ONE_ROUNDING * 2.0 ** -FRACTION[dtype.name] * float(np.linalg.norm(base)) / size
     elements: float = min((error / SCALING_TOLD) ** 2, MOST_SAMPLED)
     return math.ceil(elements / max(1.0, float(base.shape[1])))
-
-
-class _Tally:
-    """Figures of a region, added up block by block."""
-
-    def __init__(
-        self,
-        exact: Exact,
-        dtype: DType,
-        rows: NDArray[np.int64],
-        columns: NDArray[np.int64] | None = None,
-    ) -> None:
-        self.exact, self.dtype, self.rows = exact, dtype, rows
-        self.columns = slice(None) if columns is None else columns
-        count = exact.region.columns if columns is None else len(columns)
-        self.row_excess, self.row_norm = np.zeros(len(rows)), np.zeros(len(rows))
-        self.column_excess, self.column_norm = np.zeros(count), np.zeros(count)
-        self.sizes = exact.product_sizes(self.columns)
-        self.max_ulp, self.misrounded, self.not_finite, self.elements = 0.0, 0, 0, 0
-        self.error = self.ulps = self.size = self.update = 0.0
-
-    def add(self, rows: slice, base: Floats, values: Floats, merged: Floats) -> None:
-        """Add a block: rows of ``self.rows``, all of ``self.columns``."""
-        gap = merged - values
-        unit = binade(values, self.dtype)
-        self.ulps += float(np.vdot(unit, unit))
-        distance = np.abs(gap)
-        np.divide(distance, unit, out=distance)  # in ulps, times 2**-FRACTION
-        worst = float(distance.max(initial=0.0))
-        half = 0.5 * TIE * 2.0 ** -FRACTION[self.dtype.name]
-        if not worst <= half:
-            wrong = ~(distance <= half)  # NaN is wrong
-            self.misrounded += int(np.count_nonzero(wrong))
-            at = np.flatnonzero(wrong.any(axis=1))
-            picked = self.rows[rows][at]
-            block = (base, values, gap, unit)
-            if len(at) < len(values):  # of an exact merge, one row in a hundred
-                block = tuple(a[at] for a in block)  # type: ignore[assignment]
-            excess = self._excess(picked, *block)
-            if self.exact.by_column:
-                np.maximum(self.column_excess, excess.max(axis=0), out=self.column_excess)
-            else:
-                self.row_excess[rows.indices(len(self.rows))[0] + at] = excess.max(axis=1)
-            if not math.isfinite(worst):
-                finite = np.isfinite(merged)
-                self.not_finite += int((~finite & np.isfinite(values)).sum())
-                gap = np.where(finite, gap, 0.0)
-                worst = math.inf
-        self.max_ulp = max(self.max_ulp, worst * 2.0 ** FRACTION[self.dtype.name])
-        self.elements += values.size
-        self.error += float(np.vdot(gap, gap))
-        self.size += float(np.vdot(values, values))
-        if self.exact.by_column:
-            self.column_norm += np.einsum("ij,ij->j", base, base)
-        else:
-            self.row_norm[rows] = np.einsum("ij,ij->i", base, base)
-        np.subtract(values, base, out=gap)
-        self.update += float(np.vdot(gap, gap))
-
-    def _excess(
-        self, rows: NDArray[np.int64], base: Floats, values: Floats, gap: Floats, unit: Floats
-    ) -> Floats:
-        """Return, for some rows, the arithmetic's error in units of the terms' size.
-
-        That size is ``|f| (|W| + s ||B_i|| ||A_j||) + |W'|``.
-        """
-        terms = np.abs(base) + self.sizes.of(rows)
-        part = next((p for p in self.exact.parts if p.magnitude is not None), None)
-        if part is not None and part.factor is not None and len(self.exact.parts) == 1:
-            terms *= np.abs(part.factor[self.columns])
-        elif part is not None:
-            product = self.exact.product(rows, self.columns)
-            v = base if product is None else base + product
-            line = "ij,ij->j" if self.exact.by_column else "ij,ij->i"
-            before, after = (np.sqrt(np.einsum(line, a, a)) for a in (v, values))
-            factor = after / np.where(before == 0, np.inf, before)
-            terms *= factor if self.exact.by_column else factor[:, None]
-        terms += np.abs(values)
-        smallest_normal = 2.0 ** (SMALLEST[self.dtype.name] + FRACTION[self.dtype.name])
-        # errors shrink no further; those of a product grow with its scaling
-        scalings = (abs(p.change.scaling) for p in self.exact.parts if p.factors)
-        np.maximum(terms, max((1.0, *scalings)) * smallest_normal, out=terms)
-        excess = np.abs(gap)
-        unit *= 0.5 * 2.0 ** -FRACTION[self.dtype.name]
-        excess -= unit
-        np.maximum(excess, 0.0, out=excess)
-        excess /= terms
-        excess[~np.isfinite(terms)] = np.inf  # beyond float64: nothing is small beside that
-        return np.nan_to_num(excess, copy=False, nan=np.inf)
-
-    def measurement(self) -> Measurement:
-        """Return the figures."""
-        by_column = self.exact.by_column
-        part = next((p for p in self.exact.parts if p.magnitude is not None), None)
-        group = part.change.group if part is not None and by_column else 1
-        excess = self.column_excess.reshape(-1, group).max(axis=1) if by_column else self.row_excess
-        squares = self.column_norm.reshape(-1, group).sum(axis=1) if by_column else self.row_norm
-        columns = np.arange(self.exact.region.columns)[self.columns]
-        lines = columns[::group] // group if by_column else self.rows
-        ratios = None
-        if (
-            part is not None
-            and part.magnitude is not None
-            and not part.change.magnitude_is_factor
-            and not part.change.own_norm  # several magnitudes have no one ratio
-        ):
-            norm = np.sqrt(squares)
-            ratios = part.magnitude[lines][norm > 0] / norm[norm > 0]
-        return Measurement(lines, excess, self.misrounded, self.not_finite, self.elements,
-                           self.max_ulp, self.error,
-                           self.ulps * 4.0 ** -FRACTION[self.dtype.name] / 12,  # spread evenly
-                           self.size, self.update,
-                           float(squares.sum()), ratios)  # fmt: skip
 
 
 def _judge(

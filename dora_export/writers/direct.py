@@ -27,6 +27,8 @@ FILE_SYSTEMS = {0xEF53: "ext4", 0x58465342: "xfs", 0x794C7630: "overlayfs"}
 
 # What is best handed over at once: the disk has more to do in one go, and no cache to stay within.
 BLOCK_BYTES = 8 << 20
+# Workers beyond one for each CPU: whoever writes past the cache waits for the disk meanwhile.
+WAITING = 2
 FICLONERANGE = 0x4020940D  # linux/fs.h, as on all processors but MIPS, PowerPC and SPARC
 
 
