@@ -5,6 +5,7 @@ import shutil
 import struct
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 
@@ -232,13 +233,29 @@ def test_fields_of_a_config_that_are_of_another_type_are_refused(seed, fields, r
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "*.onnx_adapter"])
-def test_files_that_onnxruntime_does_not_take_are_refused(name, tmp_path):
+def test_files_that_onnxruntime_does_not_take_are_refused(name, tmp_path, capsys):
     """Although the manifest that a stranger wrote to them has their digests."""
     swappable(tmp_path)
+    capsys.readouterr()
     (path,) = (tmp_path / "out").rglob(name)
     path.write_bytes(b"x" + path.read_bytes())
     with pytest.raises(InputError, match="onnxruntime does not take it"):
         session(tmp_path)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_session_prints_nothing_of_a_graph(tmp_path, monkeypatch, capsys):
+    """onnxruntime prints what it met before it tries again, as it is, for a terminal to obey."""
+
+    def refuse(*_):
+        raise ValueError("\x1b]0;owned\x07")
+
+    swappable(tmp_path)
+    monkeypatch.setattr(onnxruntime.InferenceSession, "_create_inference_session", refuse)
+    capsys.readouterr()
+    with pytest.raises(InputError, match=r"onnxruntime does not take it: \\x1b"):
+        session(tmp_path)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_words_about_many_long_names_stay_short(tmp_path):

@@ -89,6 +89,8 @@ def test_bytes_of_json(tmp_path):
     for read in (read_json, read_list):
         with pytest.raises(InputError, match="larger than 32000000 bytes"):
             read(hole(path, limits.JSON_BYTES + 1))
+        with pytest.raises(InputError, match="larger than 32000000 bytes"):
+            read(hole(path, 1 << 40))  # which could not be read
 
 
 def test_json_that_grows_while_it_is_read(tmp_path):

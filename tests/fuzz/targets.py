@@ -54,7 +54,8 @@ class Target:
         cost: How many times as long a case takes as most do.
         make: Each makes a seed that is not stored as it is.
         needs: A module to import before, not within a watched call.
-        trusts: Whether transformers builds what a config asks for, as large and as long as it asks.
+        trusts: Whether transformers builds what a config asks for, as large and as long as it asks;
+            to wait for something is still a fault.
     """
 
     seeds: tuple[Path, ...]
@@ -247,7 +248,8 @@ TRACES = (
 
 def traced(folder):
     """In a way that depends on what was read, so that a case stays the same."""
-    files = sorted(f for f in folder.rglob("*") if f.is_file() and f.stat().st_size < 1 << 20)
+    found = [f for part in ("base", "adapter") for f in sorted((folder / part).rglob("*"))]
+    files = [f for f in found if f.is_file() and not f.is_symlink() and f.stat().st_size < 1 << 20]
     way = TRACES[sum(zlib.crc32(f.read_bytes()) for f in files) % len(TRACES)]
     report = dora_export.export_onnx(
         folder / "base", folder / "adapter", folder / "out", threads=1, **way
