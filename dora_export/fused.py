@@ -30,7 +30,7 @@ PANEL = 16  # columns that lie together in a packed factor
 WIDE_PANEL = 8  # the same of float64
 SIZES = (1, 2, 4, 8)  # bytes of an item of a matrix that is turned
 # As in kernel/module.c; changes with the bytes that a merge writes, and with what there is to call.
-NAME = "merge_rows 1, merge_wide 1, turn 3"
+NAME = "merge_rows 1, merge_wide 1, turn 3, sha256 1"
 SWITCH = "DORA_EXPORT_KERNEL"
 
 
@@ -340,6 +340,23 @@ def write_rows(descriptor: int, offset: int, stride: int, rows: Bytes) -> bool:
     if rows.size:
         _module().write_rows(descriptor, offset, stride, rows.shape[1], rows)
     return True
+
+
+def digests_two() -> bool:
+    """Return whether ``digest_two`` can be called."""
+    return available() and bool(_module().hashes)
+
+
+def digest_two(state: bytearray, blocks: Bytes, other: bytearray, other_blocks: Bytes) -> None:
+    """Take blocks of two messages into their SHA-256, side by side, without the interpreter lock.
+
+    Args:
+        state: Of the first message: eight uint32, in the machine's order of bytes.
+        blocks: What follows of it, a multiple of 64 bytes; may be empty.
+        other: As ``state``, of the second message.
+        other_blocks: As ``blocks``.
+    """
+    _module().sha256_two(state, blocks, other, other_blocks)
 
 
 def _transfers() -> bool:

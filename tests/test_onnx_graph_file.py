@@ -227,7 +227,9 @@ def test_replaced_tensors_keep_the_rest_of_the_model(folder, count):
 
 @pytest.mark.parametrize("shape", [(6, 8), (3, 4, 5)])
 @pytest.mark.parametrize("by_column", [False, True])
-def test_lines_are_read_and_placed_alike(folder, shape, by_column):
+@pytest.mark.parametrize("kernel", ["compiled", "numpy"])
+def test_lines_are_read_and_placed_alike(folder, shape, by_column, kernel, monkeypatch):
+    monkeypatch.setenv("DORA_EXPORT_KERNEL", kernel)
     whole = np.random.default_rng(0).integers(0, 99, shape).astype(np.float32)
     path = save(folder, numpy_helper.from_array(whole, "w"))
     tensor = open_graph(path).by_name["", "w"]
@@ -235,7 +237,7 @@ def test_lines_are_read_and_placed_alike(folder, shape, by_column):
     lines = Lines(tensor, 4, panels, rows, columns, by_column)
     expected = np.moveaxis(whole, -1, -2) if by_column else whole
     expected = expected.reshape(lines.count, lines.length)
-    made = np.zeros(whole.nbytes, np.uint8)
+    made, put = np.zeros((2, whole.nbytes), np.uint8)
     for first in range(0, lines.count, 5):
         last = min(first + 5, lines.count)
         block = lines.read(first, last)
@@ -243,6 +245,9 @@ def test_lines_are_read_and_placed_alike(folder, shape, by_column):
         for at, stride, piece in lines.placed(first, block):
             for i, row in enumerate(piece):
                 made[at + i * stride :][: row.size] = row
+        if by_column:
+            lines.put(first, block, put)
+    assert not by_column or np.array_equal(made, put)
     assert np.array_equal(made.view(np.float32).reshape(shape), whole)
 
 

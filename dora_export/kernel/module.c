@@ -1,4 +1,4 @@
-/* dora_export._kernel: merge_rows.c, merge_wide.c and turn.c for Python, over buffers checked here. */
+/* dora_export._kernel: merge_rows.c, merge_wide.c, turn.c, sha256.c for Python; buffers checked here. */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
@@ -9,6 +9,7 @@
 
 #include "merge_rows.h"
 #include "merge_wide.h"
+#include "sha256.h"
 #include "turn.h"
 
 static int usable(void) {
@@ -260,6 +261,31 @@ static PyObject *compare_turned(PyObject *Py_UNUSED(module), PyObject *args) {
   return PyBool_FromLong(same);
 }
 
+PyDoc_STRVAR(sha256_doc,
+             "sha256_two(state, blocks, other_state, other_blocks)\n\n"
+             "Take blocks of 64 bytes of two messages into their states, each eight uint32.");
+
+static PyObject *two_digests(PyObject *Py_UNUSED(module), PyObject *args) {
+  enum { STATE, BLOCKS, OTHER_STATE, OTHER_BLOCKS, BUFFERS, BLOCK = 64 };
+  Py_buffer b[BUFFERS] = {{0}};
+  if (!PyArg_ParseTuple(args, "w*y*w*y*", &b[STATE], &b[BLOCKS], &b[OTHER_STATE], &b[OTHER_BLOCKS]))
+    return NULL;
+  uint32_t *states[2] = {b[STATE].buf, b[OTHER_STATE].buf};
+  const uint8_t *blocks[2] = {b[BLOCKS].buf, b[OTHER_BLOCKS].buf};
+  const ptrdiff_t counts[2] = {b[BLOCKS].len / BLOCK, b[OTHER_BLOCKS].len / BLOCK};
+  const int fits = sha256_usable() && states[0] != states[1] && holds(&b[STATE], 8, 4, 0) &&
+                   holds(&b[OTHER_STATE], 8, 4, 0) && holds(&b[BLOCKS], counts[0], BLOCK, 0) &&
+                   holds(&b[OTHER_BLOCKS], counts[1], BLOCK, 0);
+  if (fits) {
+    Py_BEGIN_ALLOW_THREADS
+    sha256_two(states, blocks, counts);
+    Py_END_ALLOW_THREADS
+  }
+  for (int i = 0; i < BUFFERS; i++) PyBuffer_Release(&b[i]);
+  if (!fits) return PyErr_Format(PyExc_ValueError, "sha256_two: no two states and whole blocks");
+  Py_RETURN_NONE;
+}
+
 #if !defined(_WIN32)
 /* Reads or writes rows of bytes, equally far apart in a file; returns how many are complete: all, but
  * where the file ends. */
@@ -321,6 +347,7 @@ static PyMethodDef methods[] = {{"pack", pack, METH_VARARGS, pack_doc},
                                 {"merge_wide", wide, METH_VARARGS, wide_doc},
                                 {"turn", turn_matrix, METH_VARARGS, turn_doc},
                                 {"is_turned", compare_turned, METH_VARARGS, is_turned_doc},
+                                {"sha256_two", two_digests, METH_VARARGS, sha256_doc},
 #if !defined(_WIN32)
                                 {"read_rows", read_rows, METH_VARARGS, read_doc},
                                 {"write_rows", write_rows, METH_VARARGS, write_doc},
@@ -329,7 +356,8 @@ static PyMethodDef methods[] = {{"pack", pack, METH_VARARGS, pack_doc},
 
 /* As fused.NAME: a build that lies beside newer sources must not be taken for one of them. */
 static int fill(PyObject *module) {
-  if (PyModule_AddStringConstant(module, "name", "merge_rows 1, merge_wide 1, turn 3")) return -1;
+  if (PyModule_AddStringConstant(module, "name", "merge_rows 1, merge_wide 1, turn 3, sha256 1")) return -1;
+  if (PyModule_AddObject(module, "hashes", PyBool_FromLong(sha256_usable()))) return -1;
   return PyModule_AddObject(module, "usable", PyBool_FromLong(usable()));
 }
 

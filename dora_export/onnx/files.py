@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -193,28 +190,10 @@ def digests(folder: Path, graphs: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def sha256(path: Path, wanted: Callable[[], bool] = lambda: True) -> str:
-    """Return a file's SHA-256; of its beginning once it is not wanted any more."""
+def sha256(path: Path) -> str:
+    """Return a file's SHA-256."""
     digest = hashlib.sha256()
     with path.open("rb") as opened:
-        while wanted() and (chunk := opened.read(CHUNK)):
+        while chunk := opened.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-@contextmanager
-def digesting(paths: Sequence[Path]) -> Iterator[Callable[[], list[str]]]:
-    """Compute the SHA-256 of files while the block runs; the block calls for them when it wants.
-
-    What is computed is dropped if the block fails.
-
-    Raises:
-        OSError: A file cannot be read; from the call.
-    """
-    ended = threading.Event()
-    with ThreadPoolExecutor(1, "digest") as pool:
-        futures = [pool.submit(sha256, path, lambda: not ended.is_set()) for path in paths]
-        try:
-            yield lambda: [future.result() for future in futures]
-        finally:
-            ended.set()

@@ -26,12 +26,13 @@ from dora_export.onnx import files
 from dora_export.onnx.assembly import TENSOR_BYTES
 from dora_export.onnx.encodings import Int8
 from dora_export.onnx.graph_file import Graph, StoredTensor, nodes, open_graph
-from dora_export.onnx.layout import Layout, lay_out
+from dora_export.onnx.hashing import Digests
+from dora_export.onnx.layout import Layout, Place, lay_out
 from dora_export.onnx.matching import Match, weights_of
 from dora_export.onnx.matching_graph import Matched, match_graph
 from dora_export.onnx.model import GraphError, GraphOptions, Made, Parity, Request
 from dora_export.onnx.rewritten import recheck
-from dora_export.onnx.scatter import Part, Rewriter, Scatter, parts_of, rewriting
+from dora_export.onnx.scatter import OnWritten, Part, Rewriter, Scatter, parts_of, rewriting
 from dora_export.plan import Plan
 from dora_export.tensors import FileRange
 from dora_export.verification.plausible import refuse_implausible
@@ -90,24 +91,30 @@ def make(request: Request) -> Made:
         request.on_stage("writing merged weights into the graph")
         names = [path.name, *graph.data_files]
         with (
-            files.digesting([path, *graph.data_files.values()]) as before,
+            Digests(
+                [path, *graph.data_files.values()],
+                [request.folder / name for name in names],
+                layout.sizes,
+            ) as digests,
             FileSink(
-                request.folder, layout.names, layout.sizes, sync=request.sync, read_again=True
+                request.folder,
+                layout.names,
+                layout.sizes,
+                sync=request.sync,
+                read_again=True,
+                on_finished=digests.finished,
             ) as sink,
         ):
-            write(plan, changed, parameters, layout, request, sink)
+            write(plan, changed, parameters, layout, request, sink, digests.keep_up)
             # While the disk is still busy with it: checking and hashing take the processor only.
             request.on_stage("checking what was written")
-            with files.digesting([request.folder / name for name in names]) as after:
-                found = recheck(
-                    plan, graph, changed, parameters, layout, request.folder,
-                    threads=request.threads,
-                )  # fmt: skip
-                known = files.check_again(
-                    request.folder / path.name, found.model, graph.path, graph.model
-                )
-                were = dict(zip(names, before(), strict=True))
-                are = dict(zip(names, after(), strict=True))
+            found = recheck(
+                plan, graph, changed, parameters, layout, request.folder, threads=request.threads
+            )
+            known = files.check_again(
+                request.folder / path.name, found.model, graph.path, graph.model
+            )
+            were, are = (dict(zip(names, d, strict=True)) for d in digests.results())
     return Made(
         graphs=(graph.path.name,),
         facts=_facts(graph, matched, proofs, were),
@@ -335,6 +342,7 @@ def write(
     layout: Layout,
     request: Request,
     sink: FileSink,
+    on_written: OnWritten = lambda _: None,
 ) -> None:
     """Write all files of a re-weighted graph, merged values in the place of the base's.
 
@@ -345,6 +353,7 @@ def write(
         layout: Where everything goes.
         request: What was asked for.
         sink: The files, open.
+        on_written: As of ``Rewriter``.
 
     Peak memory: a few blocks per worker, and ``assembly.HELD_BYTES`` of tensors whose rows lie
     in columns.
@@ -352,6 +361,8 @@ def write(
     Raises:
         OutputError: The disk is full, or writing fails.
     """
+    # In the order of the files, as far as it goes: hashing follows.
+    matches = sorted(matches, key=lambda m: _file_and_offset(layout.places[m.tensor]))
     parts = parts_of(matches)
     sources = dict.fromkeys(m.encoding.source for m in matches)
     plans = [rewriting(plan, matches, dtype) for dtype in sources]
@@ -365,7 +376,7 @@ def write(
             if request.progress is not None:
                 request.progress(done, total)
 
-    writer = Rewriter(layout, sink, matches)
+    writer = Rewriter(layout, sink, matches, on_written)
     writer.copy()
     on_bytes(sum(c.nbytes for c in layout.copied))
     writer.replace(parameters)
@@ -374,6 +385,10 @@ def write(
     resources = Resources("cpu", request.threads, _block_bytes(matches, layout))
     for part in plans:
         Engine(part, Scatter(part, parts, writer.emit), resources, on_bytes).run()
+
+
+def _file_and_offset(place: Place) -> tuple[int, int]:
+    return place.file, place.offset
 
 
 def _block_bytes(matches: Sequence[Match], layout: Layout) -> int:

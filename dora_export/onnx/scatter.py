@@ -167,6 +167,9 @@ class Scatter:
             self._emit(part, int(start), rows if whole else rows[picked])
 
 
+OnWritten = Callable[[Callable[[], bool]], None]
+
+
 class Rewriter:
     """Writes the files of a re-weighted graph.
 
@@ -174,10 +177,18 @@ class Rewriter:
         layout: Where everything goes.
         sink: The files, open.
         matches: What is written anew.
+        on_written: Called from several threads when a match has been written, with what tells
+            whether there are more.
     """
 
-    def __init__(self, layout: Layout, sink: FileSink, matches: Sequence[Match]) -> None:
-        self._layout, self._sink = layout, sink
+    def __init__(
+        self,
+        layout: Layout,
+        sink: FileSink,
+        matches: Sequence[Match],
+        on_written: OnWritten = lambda _: None,
+    ) -> None:
+        self._layout, self._sink, self._on_written = layout, sink, on_written
         self._lock = threading.Lock()
         self._left = {id(m): m.lines.count for m in matches}
         self._assembly = Assembly()
@@ -235,6 +246,8 @@ class Rewriter:
         if complete:
             for lines in match.holders:
                 self._finish(lines)
+            del self._left[id(match)]
+            self._on_written(lambda: bool(self._left))
 
     def _finish(self, lines: Lines) -> None:
         place = self._layout.places[lines.tensor]
