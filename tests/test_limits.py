@@ -23,6 +23,7 @@ from dora_export.storage.safetensors import read_header
 from dora_export.verification.side_ledger import _template_of, _tokenizer_parts
 from dora_export.writers import manifest, side_files
 from tests import small
+from tests.test_hostile import delimited
 from tests.test_storage import write
 
 
@@ -259,6 +260,15 @@ def test_fields_tensors_and_bytes_of_a_graph(tmp_path, monkeypatch):
     ):
         with pytest.raises(InputError, match="more than 60 fields"):
             open_graph(beyond)
+    plain = onnx.load(small_one)
+    for kind, number in (("attribute", 8), ("tensor", 1)):  # a list in one field, a byte a number
+        packed = delimited(number, bytes(60))
+        node = plain.graph.node[0].SerializeToString()
+        part = delimited(1, node + delimited(5, packed)) if kind == "attribute" else (
+            delimited(1, node) + delimited(5, packed))  # fmt: skip
+        (tmp_path / "p.onnx").write_bytes(plain.SerializeToString() + delimited(7, part))
+        with pytest.raises(InputError, match="more than 60 fields"):
+            open_graph(tmp_path / "p.onnx")
     dims = graph_at(tmp_path / "e.onnx")
     content = onnx.load(dims)
     content.graph.initializer[0].dims.extend([1] * 60)
