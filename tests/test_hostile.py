@@ -125,7 +125,7 @@ GRAPHS = {  # each as many fields as may be, or twice as many
     "ints": lambda n: delimited(1, RELU + delimited(5, delimited(8, b"\1" * n))),
     "dimensions": lambda n: delimited(1, RELU) + delimited(5, delimited(1, b"\1" * n)),
     "tensors": lambda n: delimited(1, RELU) + delimited(5, delimited(8, b"a")) * (n // 11),
-    "text": lambda n: delimited(1, RELU) + delimited(10, b"n" * (n * 100)),
+    "text": lambda n: delimited(1, RELU) + delimited(10, b"n" * (n * (limits.GRAPH_BYTES // MANY))),
 }
 
 
