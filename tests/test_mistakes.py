@@ -175,6 +175,18 @@ WHOLE = {  # mistakes about whole tensors: found at level "fast" as well
     "magnitudes of no layer":
         (formula(Q, lambda W, A, B, m: scaled(W + SCALING * B @ A, m * np.linspace(1, 1.1, 80))),
          "oracle", "magnitude-other", Q),
+    "magnitudes a little too large":
+        (formula(Q, lambda W, A, B, m: oracle.dora(W, A, B, 1.01 * m, SCALING)), "oracle",
+         "magnitude-other", Q),
+    "magnitudes that count from one":
+        (formula(Q, lambda W, A, B, m: oracle.dora(W, A, B, 1 + m, SCALING)), "oracle",
+         "magnitude-other", Q),
+    "rows of B rolled":
+        (formula(Q, lambda W, A, B, m: oracle.dora(W, A, np.roll(B, 1, 0), m, SCALING)), "oracle",
+         "update-permuted", Q),
+    "ranks in another order":
+        (formula(Q, lambda W, A, B, m: oracle.dora(W, np.roll(A, 1, 0), B, m, SCALING)), "oracle",
+         "update-permuted", Q),
     "experts swapped": (swap(EXPERT, OTHER_EXPERT), "oracle", "tensor-of-another", EXPERT),
     "experts' updates in another order":
         (lambda pair: pair.plant(**{f"{EXPERT}.weight": oracle.dora(
@@ -239,6 +251,10 @@ WORDS = {
     "norm on the other axis": "one norm and magnitude per stored column",
     "magnitudes of another layer": f"the magnitudes of '{OTHER}.weight'",
     "magnitudes of no layer": "of the right ones",
+    "magnitudes a little too large": "of the right ones",
+    "magnitudes that count from one": "(1 + m) V / ||V||",
+    "rows of B rolled": "row 0 holds the update of row 79, and ",
+    "ranks in another order": "column 0 of B meets row 2 of A, and 2 more of 3",
     "experts swapped": f"the values of '{OTHER_EXPERT}.weight'",
     "experts' updates in another order": f"the update of '{OTHER_EXPERT}.weight'",
     "layers swapped": f"the values of '{OTHER}.weight'",

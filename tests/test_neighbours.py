@@ -117,3 +117,22 @@ def test_every_tensor_of_a_right_merge_is_told_by_few_lines_and_ways_of_rounding
     assert [t.status for t in results.values()].count("rounded") >= 10
     assert len(opened) <= 3 * len(layers)  # its own lines; of all pairs: 12 * 11 more
     assert len(cooked) <= 20 * len(layers)  # most take the first that is tried, not a hundred
+
+
+def test_patience_with_what_nothing_explains_ends(monkeypatch):
+    """Then formulas are still tried, and everything wrong is still found to be so."""
+    layers, random = model(3, torch.float32, "trained", each=2)
+    values = {x.name: x.merged() * (1 + 0.1 * random.standard_normal(x.W.shape)) for x in layers}
+    known = layers[-1]
+    values[known.name] = oracle.lora(known.W, known.A, known.B, known.scaling)
+    looked = []
+    rearranged = diagnose._rearranged
+    monkeypatch.setattr(diagnose, "_rearranged", lambda *a: looked.append(1) or rearranged(*a))
+    monkeypatch.setattr(oracle_tier, "Patience", lambda: neighbours.Patience(3))
+    results, findings = judge(layers, values, torch.float32, "full")
+    assert {t.status for t in results.values()} == {"wrong"}
+    assert findings[known.name].code == "lora-for-dora"
+    rest = [f for n, f in findings.items() if n != known.name]
+    assert {f.code for f in rest} == {"wrong-values"}
+    assert len(looked) == 3
+    assert sum("only formulas were tried" in f.what for f in rest) == len(rest) - 3 > 2

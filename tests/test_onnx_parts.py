@@ -16,7 +16,7 @@ from torch import nn
 
 import dora_export
 from dora_export import GraphOptions
-from dora_export.onnx import engines, files, merged_decoder, overflow, quantise, tasks
+from dora_export.onnx import engines, files, merged_decoder, overflow, quantise, tasks, unneeded
 from dora_export.onnx.model import GraphError
 from dora_export.onnx.wrappers import Flat, Part
 from dora_export.verification import inputs, noise, script, times, together
@@ -587,3 +587,33 @@ def test_model_of_unknown_vocabulary_is_refused_by_name():
 
     with pytest.raises(GraphError, match=r"Towers: takes tokens of an unknown.*export_module\(\)"):
         tasks._tokens(Towers(), (2, 3))
+
+
+def floats(name, shape):
+    return ir.Value(name=name, shape=None if shape is None else ir.Shape(shape),
+                    type=ir.TensorType(ir.DataType.FLOAT))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("middle", "last", "kept"),
+    [
+        ([0, 0, 4, -1], ["b", "s", 32], 0),
+        ([0, 0, 4, -1], ["s", "b", 32], 2),  # other names: another shape
+        ([0, 0, 4, -1], ["b", "s", None], 2),  # of no known size
+        ([-1, 8], ["b", "s", 32], 0),  # back, whatever lies between
+    ],
+    ids=str,
+)
+def test_reshapes_go_only_where_the_shape_is_the_same(middle, last, kept):
+    x = floats("x", ["b", "s", 32])
+    sizes = [ir.Value(name=n, const_value=ir.tensor(np.array(v), name=n))
+             for n, v in (("middle", middle), ("last", [3, 2, 32]))]  # fmt: skip
+    first = ir.node("Reshape", [x, sizes[0]])
+    second = ir.node("Reshape", [first.outputs[0], sizes[1]])
+    second.outputs[0].shape = ir.Shape(last)
+    end = ir.node("Neg", [second.outputs[0]])
+    end.outputs[0].name = "y"
+    graph = ir.Graph([x], end.outputs, nodes=[first, second, end], initializers=sizes,
+                     opset_imports={"": 20})  # fmt: skip
+    unneeded.leave_out(ir.Model(graph, ir_version=10))
+    assert [n.op_type for n in graph] == ["Reshape"] * kept + ["Neg"]

@@ -366,7 +366,7 @@ def test_key_is_understood_with_wrappers_inside_the_path(adapter, wrapper):
 
 def test_pattern_is_held_against_the_path_without_wrappers(adapter):
     tensors = factors("model.layers._orig_mod.0.q_proj")
-    found = adapter(tensors=tensors, alpha_pattern={f"^{MODULE}": 3})
+    found = adapter(tensors=tensors, alpha_pattern={f"^{MODULE}": 3}, peft_version="0.19.0")
     assert found.updates[0].scaling == 3 / RANK
 
 

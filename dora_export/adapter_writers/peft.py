@@ -134,6 +134,9 @@ def _config(source: Source, products: Sequence[Update], copies: Sequence[Update]
 
 def config(rank: Any, alpha: Any, targets: Sequence[str], **fields: Any) -> dict[str, Any]:
     """Return adapter_config.json; what is left out has PEFT's default."""
+    if fields.get("rank_pattern") or fields.get("alpha_pattern"):
+        # PEFT has had it since it reads patterns as these are meant.
+        fields["trainable_token_indices"] = None
     return {
         "peft_type": "LORA",
         "task_type": None,

@@ -198,6 +198,7 @@ def _doubts(
     for component, config in configs.items():
         of = f"of {shown(component or 'the metadata')}"
         own = _own_paths(component, layers)
+        yield from (f"{doubt} ({of})" for doubt in config.doubts)
         if config.idle_patterns:
             yield f"no layer takes its rank or alpha from {', '.join(config.idle_patterns)} {of}"
         for doubt in peft_targets.doubts(raw[component].get("target_modules"), own, own):

@@ -1,13 +1,14 @@
 r"""PEFT's rank_pattern and alpha_pattern held against module names, in bounded time.
 
-PEFT takes the first key for which ``re.match(rf"(.*\.)?({key})$", module)`` finds something, so a
+PEFT takes the first key for which ``re.match(rf"(.*\.)?({key})$", module)`` finds something
+(before 0.15 ``rf".*\.{key}$"``: not the path itself, nor a key that begins with ``^``), so a
 key is any regular expression of Python's. Some of those backtrack for ever on some names, and
 ``re`` cannot be interrupted from a thread. So names with dots in them, which is what configs hold,
 are matched here, where that takes little time; all else is matched by the same ``re`` in a process
 that is ended when the time is over. RE2 and the ``regex`` package have bounds of their own, but
 read some expressions in another way.
 
-Source: github.com/huggingface/peft 0.21.2, src/peft/utils/other.py (get_pattern_key).
+Source: github.com/huggingface/peft 0.21.2 and 0.14.0, src/peft/utils/other.py (get_pattern_key).
 """
 
 from __future__ import annotations
@@ -22,11 +23,16 @@ from pathlib import Path
 from dora_export import limits
 from dora_export.errors import AdapterError, InputError, shown
 
+# What a key, in place of "KEY", is looked for with: as PEFT does, and did before 0.15.
+WHOLE = r"(.*\.)?(KEY)$"
+BEFORE_0_15 = r".*\.KEY$"
+
 # Names whose dots mean any character, perhaps anchored: matched in time linear in their length.
 PLAIN = re.compile(r"\^?[\w.-]+\$?", re.ASCII)
 LITTLE = 10**8  # characters of all patterns times those of all names: about a second at the worst
 
-# Reads {"patterns": [...], "modules": [...]}, tells which pattern it is at, then the result.
+# Reads {"patterns": [...], "modules": [...], "around": ...}, tells which pattern it is at, then
+# the result.
 MATCHER = r"""
 import json, re, sys
 given = json.load(sys.stdin)
@@ -34,7 +40,7 @@ left, found = given["modules"], {}
 for number, pattern in enumerate(given["patterns"]):
     print(number, flush=True)
     try:
-        match = re.compile(rf"(.*\.)?({pattern})$").match
+        match = re.compile(given["around"].replace("KEY", pattern)).match
     except (re.error, OverflowError, RecursionError) as error:
         print(json.dumps({"wrong": str(error)}))
         sys.exit()
@@ -50,7 +56,11 @@ print(json.dumps({"found": found}))
 
 
 def first_matches(
-    config: Path, field: str, patterns: Iterable[str], modules: Iterable[str]
+    config: Path,
+    field: str,
+    patterns: Iterable[str],
+    modules: Iterable[str],
+    around: str = WHOLE,
 ) -> dict[str, str]:
     """Return the first pattern that matches each module, for those modules that one matches.
 
@@ -61,6 +71,7 @@ def first_matches(
         field: Their name in it.
         patterns: Regular expressions, in the file's order.
         modules: Module paths in the wrapped model.
+        around: WHOLE or BEFORE_0_15.
 
     Raises:
         AdapterError: A pattern is too long, or no regular expression, or takes too much time.
@@ -77,18 +88,20 @@ def first_matches(
         )
     characters = sum(map(len, patterns)) * sum(map(len, modules))
     if characters <= LITTLE and all(PLAIN.fullmatch(p) for p in patterns):
-        expressions = [(p, re.compile(rf"(.*\.)?({p})$")) for p in patterns]
+        expressions = [(p, re.compile(around.replace("KEY", p))) for p in patterns]
         firsts = ((m, next((p for p, e in expressions if e.match(m)), None)) for m in modules)
         return {module: pattern for module, pattern in firsts if pattern is not None}
-    return _matched_apart(where, patterns, modules)
+    return _matched_apart(where, patterns, modules, around)
 
 
-def _matched_apart(where: str, patterns: Sequence[str], modules: Sequence[str]) -> dict[str, str]:
+def _matched_apart(
+    where: str, patterns: Sequence[str], modules: Sequence[str], around: str
+) -> dict[str, str]:
     """Match in a process of its own, which is killed when the time is over."""
     try:
         run = subprocess.run(
             [sys.executable, "-I", "-S", "-W", "ignore", "-c", MATCHER],
-            input=json.dumps({"patterns": patterns, "modules": modules}).encode(),
+            input=json.dumps({"patterns": patterns, "modules": modules, "around": around}).encode(),
             capture_output=True,
             timeout=limits.PATTERN_SECONDS,
             check=False,

@@ -409,6 +409,7 @@ def _doubts(
     if config.group_size is not None:
         yield ("QA-LoRA trains beside a base quantised by GPTQ: on this one, the merged model "
                "differs from the trained one by that quantisation's error")  # fmt: skip
+    yield from config.doubts
     if config.idle_patterns:
         yield (
             f"no layer takes its rank or alpha from {peft_targets.few(config.idle_patterns)}; the "

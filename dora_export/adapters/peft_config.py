@@ -12,9 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dora_export.adapters import peft_init, peft_variants
+from dora_export.adapters import peft_init, peft_patterns, peft_variants
 from dora_export.adapters.model import ReadOptions
-from dora_export.adapters.patterns import first_matches
 from dora_export.adapters.peft_variants import Blocks
 from dora_export.errors import AdapterError, listing, shown
 from dora_export.storage.json_file import is_number, is_rank
@@ -80,6 +79,8 @@ class PeftConfig:
         ranks: Module path -> rank, once ``for_modules`` has held the patterns against the modules.
         alphas: Module path -> alpha, likewise.
         idle_patterns: Patterns that give no module its rank or alpha, for people.
+        rules: By which of PEFT's rules the patterns may have been held against the modules.
+        doubts: Where such a rule is not that of PEFT now, for people.
     """
 
     r: int
@@ -107,6 +108,8 @@ class PeftConfig:
     ranks: Mapping[str, int] | None = None
     alphas: Mapping[str, float] | None = None
     idle_patterns: tuple[str, ...] = ()
+    rules: tuple[str, ...] = peft_patterns.RULES[:1]
+    doubts: tuple[str, ...] = ()
 
     def for_modules(self, path: Path, modules: Collection[str]) -> PeftConfig:
         """Return the config with the rank and alpha of each of these modules.
@@ -116,15 +119,17 @@ class PeftConfig:
             modules: Their paths in the wrapped model.
 
         Raises:
-            AdapterError: A pattern is no regular expression, or takes too much time.
+            AdapterError: A pattern is no regular expression, or takes too much time; or versions of
+                PEFT would take it differently, and the file does not say which wrote it.
         """
-        ranks = first_matches(path, "rank_pattern", self.rank_pattern, modules)
-        alphas = first_matches(path, "alpha_pattern", self.alpha_pattern, modules)
+        found = peft_patterns.held_against(
+            path, self.rank_pattern, self.alpha_pattern, modules, self.rules, (self.r, self.alpha)
+        )
         idle = [
             f"{field} '{shown(key)}'"
             for field, pattern, used in (
-                ("rank_pattern", self.rank_pattern, ranks),
-                ("alpha_pattern", self.alpha_pattern, alphas),
+                ("rank_pattern", self.rank_pattern, found.ranks),
+                ("alpha_pattern", self.alpha_pattern, found.alphas),
             )
             for key in pattern
             if key not in used.values() and key not in modules
@@ -132,10 +137,11 @@ class PeftConfig:
         return replace(
             self,
             idle_patterns=tuple(idle),
+            doubts=found.doubts,
             # PEFT looks the module itself up where no pattern matches it.
-            ranks={m: self.rank_pattern.get(ranks.get(m, m), self.r) for m in modules},
-            alphas={m: self.alpha_pattern.get(alphas.get(m, m), self.alpha) for m in modules},
-        )  # fmt: skip
+            ranks={m: self.rank_pattern.get(found.ranks.get(m, m), self.r) for m in modules},
+            alphas={m: self.alpha_pattern.get(found.alphas.get(m, m), self.alpha) for m in modules},
+        )
 
     @property
     def all_linear(self) -> bool:
@@ -236,6 +242,7 @@ def parse(path: Path, raw: Mapping[str, Any], options: ReadOptions = READ_AS_IT_
         layer_replication=peft_variants.ranges(raw),
         changed_base=peft_init.changed(raw),
         recomputed=options.recompute_init,
+        rules=peft_patterns.rules_of(raw),
     )
 
 

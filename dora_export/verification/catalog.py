@@ -215,12 +215,18 @@ FINDINGS: tuple[Meaning, ...] = (
             "Merge again; the magnitudes were mixed up."),
     Meaning("magnitude-other", "oracle", "wrong", "other magnitudes were used",
             "The directions are right, the lengths of the rows are neither the adapter's "
-            "magnitudes nor those of another layer.",
-            "Merge again; check which magnitudes the tool read, and whether they were rounded."),
+            "magnitudes nor those of another layer: an older checkpoint's, magnitudes that count "
+            "from one, or ones that were rounded or rescaled.",
+            "Merge again; check which magnitudes the tool read, and in which type."),
     Meaning("update-of-another", "oracle", "wrong", "the update of another tensor was applied",
             "The tensor is this base tensor with the A and B of another layer or expert: one "
             "order of experts for another, or layers mixed up.",
             "Merge again with the trainer's own order."),
+    Meaning("update-permuted", "oracle", "wrong", "rows or ranks of the update are mixed up",
+            "The tensor is this base tensor with the rows of B in another order than its own, or "
+            "with the columns of B beside other rows of A: a fused or permuted layer whose update "
+            "was not put into the base's order, or an A and a B that do not belong together.",
+            "Merge again; check how the tool splits, joins or permutes the layer."),
     Meaning("tensor-of-another", "oracle", "wrong", "holds the values of another tensor",
             "The tensor is another layer's or expert's merged one: they were swapped.",
             "Merge again; two tensors or experts changed places."),
@@ -232,15 +238,20 @@ FINDINGS: tuple[Meaning, ...] = (
             "The values are the expected ones with rows and columns exchanged.",
             "Merge again with the layer's own layout."),
     Meaning("rows-wrong", "oracle", "wrong", "some rows are wrong",
-            "Most rows are right, some are not.",
-            "Merge again; if the same rows fail, the adapter was loaded incompletely."),
+            "Most rows are right, some are not: rows of B or magnitudes that were not loaded, a "
+            "part of a fused layer that was left out, or bytes that were damaged later.",
+            "Merge again; if the same rows fail, the adapter was loaded incompletely, if others "
+            "do, check disk and memory."),
     Meaning("not-finite", "oracle", "wrong", "NaN or infinity",
             "The tensor holds values that are not finite where the exact ones are.",
-            "Merge again; a zero norm or an overflow of fp16 is the usual cause."),
+            "Look for rows of zeros in the base, whose norm is zero, and for values beyond 65504 "
+            "that were stored as fp16; merge again in a type with the range."),
     Meaning("wrong-values", "oracle", "wrong", "the values are not those of this merge",
             "The tensor differs from the exact result by more than rounding, and fits no known "
             "mistake.",
-            "Check that base and adapter are the ones that were merged, then merge again."),
+            "Check that base and adapter are the ones that were merged, in the same revision, and "
+            "that nothing else was done to the model (another adapter, training, quantisation and "
+            "back); then merge again."),
     Meaning("coarse-rounding", "oracle", "warning", "computed in less precision than it is stored",
             "The values are right to the precision of a coarser type than the one they are stored "
             "in, so part of the stored digits carries nothing.",
@@ -266,7 +277,8 @@ FINDINGS: tuple[Meaning, ...] = (
             "See the layers with the largest differences; merge again."),
     Meaning("load-fails", "forward", "wrong", "the merged model cannot be loaded",
             "transformers loads the base but not the merged folder, or not all of its tensors.",
-            "See the message; merge again."),
+            "Put right what the message names (mostly config.json, or a tensor that the ledger "
+            "lists too), or merge again."),
     Meaning("peft-differs", "forward", "warning", "PEFT's active adapter computes something else",
             "PEFT gives other outputs than base + adapter in activation form. Known causes: "
             "adapters on tied embeddings, wrappers within wrappers.",
@@ -319,7 +331,8 @@ FINDINGS: tuple[Meaning, ...] = (
             "Export it again with an open batch axis, or say in the graph that it is fixed."),
     Meaning("graph-unsupported", "onnx", "unchecked", "the graph could not be run",
             "onnxruntime does not run it, or the reference model cannot be run.",
-            "See the message."),
+            "Follow the message if it names a package or an operator that is missing; otherwise "
+            "verify the merged folder that the graph was made from."),
 )
 # fmt: on
 MEANINGS = {m.code: m for m in FINDINGS}

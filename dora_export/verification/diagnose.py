@@ -18,7 +18,7 @@ from dora_export.errors import shown
 from dora_export.tensors import DTYPES, TensorRef
 from dora_export.verification import coarse, small_mistakes
 from dora_export.verification.exact import Exact, Part, rounded
-from dora_export.verification.neighbours import Neighbours
+from dora_export.verification.neighbours import PATIENCE, Neighbours
 from dora_export.verification.samples import (
     LINES,
     Sample,
@@ -30,6 +30,7 @@ from dora_export.verification.samples import (
     take,
 )
 from dora_export.verification.small_mistakes import Mistake
+from dora_export.verification.update_orders import orders
 from dora_export.verification.values import Floats
 
 # A mistake must leave less than this share of the squared distance to the right result: rounding
@@ -42,6 +43,8 @@ ALL_BUT_NOISE = 0.01  # share that an explanation leaves where there is nothing 
 ROUNDED_ONCE, ROUNDED_OFTEN = 0.1, 16.0
 FITTED = ("strength-other", "scaling-other")  # with a number that comes nearer than a formula may
 ALL_BUT_ROUNDING = 1e-3  # the same for lengths of lines, which rounding of factors changes too
+ONE_ROUNDING = 1.5  # squared distance of rounded lines, in units of rounding them once
+ONLY_LENGTHS = 0.25  # share of the elements that differ: a length is known as well as lines tell it
 MULTIPLES = (2.0, 0.5)  # of a scaling, where rounding is too large to see which fits best
 TOLD_ELEMENTS = 1 << 14  # that mistakes are tried on, where they could pass for rounding
 SMALL_ELEMENTS = 1 << 15  # that tell mistakes apart which are as small as rounding
@@ -120,13 +123,22 @@ def diagnose(
     """
     few = pick(lines)
     sample = take(exact, ref, few)
-    return (
+    unexplained = Diagnosis("wrong-values", _distance_words(sample))
+    if not others.patience.left:
+        known = [*_formulas(sample), *_combinations(exact, few), *_lengths(sample)]
+        what = f"{unexplained.what}; after {PATIENCE} such tensors only formulas were tried"
+        return _diagnosis(_nearest(sample, known)) or unexplained._replace(what=what)
+    found = (
         _explained(exact, ref, lines, few, sample, others)
         or _rearranged(sample, exact, ref)
+        or _diagnosis(_nearest(sample, _orders(sample, exact)))
         or _diagnosis(_nearest(sample, _lengths(sample), ALL_BUT_ROUNDING))
         or _small(exact, ref, lines, others)
-        or Diagnosis("wrong-values", _distance_words(sample))
+        or _only_lengths(sample)
     )
+    if found is None:
+        others.patience.lose()
+    return found or unexplained
 
 
 def hidden_mistake(
@@ -279,6 +291,8 @@ def _formulas(sample: Sample) -> Iterator[Candidate]:
     yield Candidate("magnitude-ignored", "V / ||V||", finish(base / norm(base)[:, None]))
     if product is not None:
         v = base + product
+        plus = (1 + m) / norm(v)
+        yield Candidate("magnitude-other", "(1 + m) V / ||V||", finish(v * plus[:, None]))
         once = scaled(v)
         yield Candidate("applied-twice", "merged onto the merged weight", scaled(once + product))
         yield Candidate("sign-flipped", "m (W - s B A) / ||W - s B A||", scaled(base - product))
@@ -428,6 +442,34 @@ def _fitted_scaling(sample: Sample) -> float | None:
         if rank == 2 and a:
             ratios.append(b / a)
     return float(np.median(ratios)) * sample.scaling if ratios else None
+
+
+def _orders(sample: Sample, exact: Exact) -> Iterator[Candidate]:
+    for what, values in orders(exact, sample):
+        yield Candidate("update-permuted", what, values)
+
+
+def _only_lengths(sample: Sample) -> Diagnosis | None:
+    """Return whether lines have the right directions, and are rounded once besides.
+
+    For lengths so near to the right ones that rounding leaves a good part of the distance.
+    """
+    for found in _lengths(sample):
+        gap = float(np.square(sample.merged - found.values).sum())
+        once = replace(sample, exact=found.values).one_rounding
+        size = float(np.square(found.values).sum())
+        few = ONLY_LENGTHS * _differing(sample, sample.exact)
+        # zeros have any direction
+        near = gap < min(ONE_ROUNDING * once, EXPLAINS * size)
+        if near and _differing(sample, found.values) <= few:
+            return Diagnosis(found.code, found.what)
+    return None
+
+
+def _differing(sample: Sample, values: Floats) -> int:
+    """Return how many stored elements are not those of a result, rounded as stored."""
+    nearest = rounded(np.ascontiguousarray(values), sample.dtype)
+    return int(np.count_nonzero(sample.merged != nearest))
 
 
 def _lengths(sample: Sample) -> Iterator[Candidate]:

@@ -22,6 +22,7 @@ from dora_export.verification.values import Floats
 
 MOST_OTHERS = 512  # regions that are tried for a mix-up, the nearest in order
 KEPT_BYTES = 48 << 20  # of lines, in float64
+PATIENCE = 100  # regions of a model that nothing explains, until only formulas are tried
 BLOCK_ELEMENTS = 1 << 15  # lines of several regions are looked at together, so many elements
 
 
@@ -72,6 +73,22 @@ class KeptLines:
         return made
 
 
+@dataclass(eq=False)
+class Patience:
+    """How many regions may still be found that nothing explains; threads may share it.
+
+    To find that nothing does takes 0.2 s, so a model that is wrong throughout would take long.
+    """
+
+    left: int = PATIENCE
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def lose(self) -> None:
+        """Count one."""
+        with self._lock:
+            self.left = max(0, self.left - 1)
+
+
 class Member(NamedTuple):
     """A region of a family.
 
@@ -94,11 +111,13 @@ class Neighbours:
         members: The nearest in order first.
         kept: Their lines.
         line: One that stands for all lines of a region; None: none does, only some are wrong.
+        patience: Of the whole model.
     """
 
     members: Sequence[Member]
     kept: KeptLines
     line: int | None
+    patience: Patience = field(default_factory=Patience)
 
     def without_line(self) -> Neighbours:
         """Return them for lines that have nothing to do with the rest of their region."""

@@ -35,7 +35,7 @@ from dora_export.verification.exact import (
     rounded,
 )
 from dora_export.verification.model import Finding, Level, Status, TensorResult, TierResult
-from dora_export.verification.neighbours import KeptLines, Member, Neighbours
+from dora_export.verification.neighbours import KeptLines, Member, Neighbours, Patience
 from dora_export.verification.parallel import each
 from dora_export.verification.samples import line_count
 from dora_export.verification.tally import Measurement, Tally
@@ -170,7 +170,7 @@ class _Families:
     def __init__(self, steps: Iterable[Step], settings: Settings) -> None:
         self._families: dict[tuple[object, ...], list[Member]] = defaultdict(list)
         self._places: dict[tuple[str, int], int] = {}  # of a region in its family
-        self._kept = KeptLines()
+        self._kept, self._patience = KeptLines(), Patience()
         opened = lru_cache(CACHED)(Exact.open)
         count = itertools.count()
         for step in steps:
@@ -190,7 +190,8 @@ class _Families:
         members = self._families[_family(step, exact.region)]
         own = self._places[step.name, exact.region.start]
         nearest = sorted(range(len(members)), key=lambda i: abs(i - own))[1:]
-        return Neighbours([members[i] for i in nearest], self._kept, line_count(exact) // 2)
+        line = line_count(exact) // 2
+        return Neighbours([members[i] for i in nearest], self._kept, line, self._patience)
 
 
 def _family(step: Step, region: Region) -> tuple[object, ...]:

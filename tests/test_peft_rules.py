@@ -1,0 +1,150 @@
+"""rank_pattern and alpha_pattern as the version of PEFT read them that trained the adapter."""
+
+import itertools
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import peft
+import pytest
+
+import dora_export
+from dora_export.adapters import peft_patterns
+from dora_export.errors import AdapterError
+from tests import oracle, small
+
+R, ALPHA = 4, 8.0
+MODULES = ["q_proj", "layers.1.q_proj", "layers.11.q_proj", "layers.1.k_proj", "my_q_proj",
+           "layers.1.attn.q_proj"]  # fmt: skip
+KEYS = ["q_proj", "layers.1.q_proj", "^layers.1.q_proj", "^q_proj", "1.q_proj", "q_proj|k_proj",
+        r"layers\.\d+\.q_proj", "attn.q_proj"]  # fmt: skip
+
+
+def first(keys, module, around):
+    """The first key that PEFT's expression finds, else the module itself."""
+    return next((k for k in keys if re.match(around % k, module)), module)
+
+
+def since_0_15(ranks, alphas, module):
+    return tuple(first(m, module, r"(.*\.)?(%s)$") for m in (ranks, alphas))
+
+
+def in_0_14(ranks, alphas, module):
+    return tuple(first(m, module, r".*\.%s$") for m in (ranks, alphas))
+
+
+def until_0_13(ranks, alphas, module):
+    return (first([*ranks, *alphas], module, r".*\.%s$"),) * 2
+
+
+BY_VERSION = {"0.21.2": since_0_15, "0.15.0": since_0_15, "1.0.0.dev0@1a2b": since_0_15,
+              "0.14.0": in_0_14, "0.13.2": until_0_13, "0.5.0": until_0_13}  # fmt: skip
+
+
+def patterns():
+    """Maps of one and two keys, of both fields."""
+    for one, two in itertools.permutations(KEYS, 2):
+        yield {one: 3}, {two: 5.0}
+        yield {one: 3, two: 6}, {two: 7.0}
+        yield {}, {one: 5.0, two: 7.0}
+
+
+@pytest.mark.parametrize("version", BY_VERSION)
+def test_keys_are_looked_up_as_that_version_did(version):
+    rules = peft_patterns.rules_of({"peft_version": version})
+    assert len(rules) == 1
+    expressions = [k for k in KEYS if "|" not in k and "\\" not in k]  # others cost a process each
+    for ranks, alphas in patterns():
+        if not {*ranks, *alphas} <= {*expressions}:
+            continue
+        found = peft_patterns.held_against(Path("c"), ranks, alphas, MODULES, rules, (R, ALPHA))
+        for module in MODULES:
+            got = found.ranks.get(module, module), found.alphas.get(module, module)
+            want = BY_VERSION[version](ranks, alphas, module)
+            assert [ranks.get(got[0]), alphas.get(got[1])] == [
+                ranks.get(want[0]), alphas.get(want[1])], (ranks, alphas, module)  # fmt: skip
+
+
+@pytest.mark.parametrize("version", ["0.21.2", "0.14.0", "0.13.2"])
+@pytest.mark.parametrize("key", ["q_proj|k_proj", r"layers\.\d+\.q_proj"])
+def test_expressions_are_taken_as_that_version_took_them(version, key):
+    rules = peft_patterns.rules_of({"peft_version": version})
+    found = peft_patterns.held_against(Path("c"), {}, {key: 5.0}, MODULES, rules, (R, ALPHA))
+    for module in MODULES:
+        want = BY_VERSION[version]({}, {key: 5.0}, module)[1]
+        assert (found.alphas.get(module) == key) == (want == key), module
+
+
+# What the configs of each version had for the first time, beside what all had.
+FIELDS = {
+    ("0.15",): {"eva_config": None, "exclude_modules": None, "trainable_token_indices": None},
+    ("0.14",): {"eva_config": None, "exclude_modules": None, "lora_bias": False},
+    ("0.5",): {"layers_pattern": None, "layers_to_transform": None, "loftq_config": {}},
+    peft_patterns.RULES: {"layers_pattern": None},
+}
+
+
+@pytest.mark.parametrize("rules", FIELDS, ids=str)
+def test_version_is_told_by_the_fields_of_its_configs(rules):
+    ever = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none"}
+    assert peft_patterns.rules_of(ever | FIELDS[rules]) == rules
+    assert peft_patterns.rules_of(ever | FIELDS[rules] | {"peft_version": "0.14.1"}) == ("0.14",)
+
+
+def test_fields_that_tell_the_version_are_peft_s():
+    fields = set(asdict(peft.LoraConfig()))
+    told = {*peft_patterns.SINCE_0_15, *peft_patterns.SINCE_0_14, *peft_patterns.EVER_SINCE}
+    assert told <= fields
+
+
+# The rank of layer 1's q_proj is under one key, its alpha under another.
+PATTERNS = {"rank_pattern": {"q_proj": small.RANK}, "alpha_pattern": {"layers.1.attn.q_proj": 11}}
+NAME = "model.layers.1.attn.q_proj"
+OLD = {"layers_pattern": None, "layers_to_transform": None, "loftq_config": {}}
+
+
+def merged(folder, config):
+    base = small.base_tensors()
+    small.write_base(folder / "base", base)
+    held = small.adapter_tensors(base)
+    small.write_adapter(folder / "adapter", held, **PATTERNS, **config)
+    report = dora_export.merge(folder / "base", folder / "adapter", folder / "out")
+    weight = small.load_file(folder / "out/model.safetensors")[f"{NAME}.weight"]
+    key = small.PREFIX + NAME
+    W, A, B, m = map(oracle.float64, (base[f"{NAME}.weight"], held[f"{key}.lora_A.weight"],
+                                      held[f"{key}.lora_B.weight"],
+                                      held[f"{key}.lora_magnitude_vector"]))  # fmt: skip
+    near = {alpha: oracle.ulps(weight, oracle.dora(W, A, B, m, alpha / small.RANK)) <= 1
+            for alpha in (11, small.ALPHA)}  # fmt: skip
+    return near, report
+
+
+@pytest.mark.parametrize(
+    ("config", "alpha"),
+    [
+        ({"peft_version": "0.19.0"}, 11),
+        ({"peft_version": "0.14.0"}, 11),
+        ({"trainable_token_indices": None}, 11),
+        ({"peft_version": "0.13.2"}, small.ALPHA),
+        (OLD, small.ALPHA),
+    ],
+    ids=str,
+)
+def test_alpha_under_another_key_than_the_rank_is_the_versions(config, alpha, tmp_path):
+    near, report = merged(tmp_path, config)
+    assert near == {11: alpha == 11, small.ALPHA: alpha != 11}
+    told = [w for w in report.warnings if "PEFT now gives" in w]
+    assert len(told) == (alpha != 11)
+    assert alpha == 11 or told[0].endswith(
+        f"PEFT now gives {NAME} rank 3, alpha 11, but trained it with rank 3, alpha 5, by its rule "
+        "since 0.5, which is merged; 1 of 4 layers"
+    )
+
+
+def test_alpha_that_versions_take_differently_is_asked_for(tmp_path):
+    with pytest.raises(
+        AdapterError,
+        match=r"q_proj rank 3, alpha 11 as PEFT reads them since 0\.15, and rank 3, alpha 5 as it "
+        r"did since 0\.5; .*Write \"peft_version\": \"0\.15\.0\" or \"0\.5\.0\" into it",
+    ):
+        merged(tmp_path, {})
