@@ -648,11 +648,24 @@ def test_fused_modules_are_those_that_transformers_cuts(number):
 
 
 def test_ends_of_names_are_those_of_transformers():
+    legacy = get_checkpoint_conversion_mapping("legacy")
+    assert len(conventions.LEAVES) == sum("model" not in str(m.source_patterns) for m in legacy)
     for old, new in conventions.LEAVES:
         for theirs in renamed_by_transformers(f"bert{old}", ["legacy"]):
             assert theirs == f"bert{new}"
     ((old, new),) = conventions.HEADS["gpt_neox"]
     assert renamed_by_transformers(old, ["GPTNeoXForCausalLM"]) == {new}
+
+
+def test_ends_of_names_go_both_ways_where_the_other_is_there():
+    rows = [(f"a{old}", f"a{new}", "bert") for old, new in conventions.LEAVES]
+    rows += [(*pair, kind) for kind, pairs in conventions.HEADS.items() for pair in pairs]
+    for old, new, kind in rows:
+        for one, other in ((old, new), (new, old)):
+            assert conventions.alias(one, frozenset({other}), kind) == other
+            assert conventions.alias(one, frozenset({"b"}), kind) is None
+            assert conventions.alias("b", frozenset({other}), kind) is None
+    assert conventions.alias("lm_head.weight", frozenset({"embed_out.weight"}), "llama") is None
 
 
 def test_norms_under_their_earlier_names_are_replaced_and_not_written_beside(tmp_path):

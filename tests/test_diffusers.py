@@ -497,7 +497,8 @@ ODD = {
     "alpha of two": (lambda ts: ts | {f"{Q}.alpha": torch.ones(2)}, {}, "(2,) F32, expected one"),
     "no use_dora": (dict, said_of(use_dora=False),
                     "a magnitude, but the metadata says that use_dora is false"),
-    "no JSON": (dict, {"lora_adapter_metadata": "{"}, "lora_adapter_metadata is not JSON"),
+    "no JSON": (dict, {"lora_adapter_metadata": "{"}, "lora_adapter_metadata: not JSON"),
+    "two things": (dict, {"lora_adapter_metadata": '{"r": 3, "r": 4}'}, "two things of one name"),
     "no object": (dict, {"lora_adapter_metadata": "[]"}, "is not a JSON object"),
     "another part": (dict, said_of(r=4), "rank 4 by the metadata, but its factors have 3"),
 }  # fmt: skip
@@ -543,6 +544,55 @@ def test_bias_of_b_is_there_where_the_metadata_says_so(tmp_path):
         file = tmp_path / "a.safetensors"
         save_file(own, file, said_of(use_dora=False, lora_bias=said))
         assert reason in refused(tmp_path / "base", file, tmp_path / "out")
+
+
+@pytest.mark.parametrize("said", ["by the user", "by the metadata"])
+def test_bias_of_b_is_scaled_and_added(said, tmp_path):
+    """As PEFT's forward does: the product and the bias of B under one factor."""
+    base, tensors = small_norms("out")
+    biases = {f"transformer.{n}.bias": torch.randn(s[0]) for n, s in SHAPES.items()}
+    small.write_base(tmp_path / "base", base | biases, config={"model_type": "net"})
+    plain = {n: t for n, t in tensors.items() if "magnitude" not in n}
+    of_b = {f"transformer.{n}.lora_B.bias": torch.randn(s[0]) for n, s in SHAPES.items()}
+    by_user = said == "by the user"
+    metadata = None if by_user else said_of(use_dora=False, lora_bias=True, lora_alpha=7)
+    save_file(plain | of_b, tmp_path / "a.safetensors", metadata)
+    options = ("--alpha", "7") if by_user else ()
+    got = merged(tmp_path / "base", tmp_path / "a.safetensors", tmp_path / "out", *options)
+    for name in SHAPES:
+        key = f"transformer.{name}"
+        W, A, B = (
+            oracle.float64(t).reshape(len(t), -1)
+            for t in (
+                base[f"{key}.weight"],
+                plain[f"{key}.lora_A.weight"],
+                plain[f"{key}.lora_B.weight"],
+            )
+        )
+        assert distance(got[f"{key}.weight"].flatten(1), oracle.lora(W, A, B, 7 / 3)) <= RELATIVE
+        bias = oracle.float64(biases[f"{key}.bias"]) + 7 / 3 * oracle.float64(
+            of_b[f"{key}.lora_B.bias"]
+        )
+        assert np.abs(oracle.float64(got[f"{key}.bias"]) - bias).max() < 1e-6
+
+
+def test_scaling_by_the_user_is_alpha_over_rank(tmp_path):
+    base, tensors = small_norms("out")
+    small.write_base(tmp_path / "base", base, config={"model_type": "net"})
+    save_file(tensors, tmp_path / "a.safetensors")
+    scaled = {n: t * 7 / 3 if "lora_B" in n else t for n, t in tensors.items()}
+    got = merged(tmp_path / "base", tmp_path / "a.safetensors", tmp_path / "out", "--alpha", "7")
+    for name in SHAPES:
+        exact = trained_weight(base, scaled, name, "out", 0.0)
+        weight, size = got[f"transformer.{name}.weight"].flatten(1), len(exact)
+        assert distance(weight, exact.reshape(size, -1)) <= RELATIVE
+        other = trained_weight(base, tensors, name, "out", 0.0)
+        assert distance(weight, other.reshape(size, -1)) > 1e-3
+    adapter = dora_export.load_adapter(tmp_path / "a.safetensors", alpha=7.0)
+    assert adapter.files == (tmp_path / "a.safetensors",)
+    assert {u.kind for u in adapter.updates} == {"dora"}
+    assert adapter.facts["scaling from"] == "--alpha"
+    assert (adapter.facts["alpha"], adapter.facts["rank"]) == ([7.0], [3])
 
 
 def test_settings_say_nothing_of_how_weights_lie(tmp_path):

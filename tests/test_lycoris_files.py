@@ -607,6 +607,18 @@ def test_metadata_that_leaves_the_type_open_is_no_answer(tmp_path):
         assert_near(merged(*paths, "--trained-in", "fp32"), wanted(base, made, "out"))
 
 
+def test_what_all_layers_lack_is_no_doubt_and_what_is_left_out_is_named(tmp_path):
+    _, made = layers()
+    file = tmp_path / "lora.safetensors"
+    for alpha in (ALPHA, None):
+        save_file(named(made, alpha=alpha), file)
+        assert dora_export.load_adapter(file).doubts == ()
+    save_file(named(made) | {"bundle_emb.a.clip_l": torch.ones(2, 4)}, file)
+    adapter = dora_export.load_adapter(file)
+    assert adapter.doubts == ("1 embeddings are saved along; they are not merged",)
+    assert adapter.files == (file,)
+
+
 SPLIT = {"ss_network_module": "networks.lora_flux",
          "ss_network_args": json.dumps({"split_qkv": "True"})}  # fmt: skip
 # Flux' fused layers -> rows of what is trained apart.

@@ -134,8 +134,8 @@ def test_smollm2_in_float32_is_the_unmerged_model(options, tmp_path):
         sizes = [f.stat().st_size for f in (tmp_path / "out").glob("model*")]
         assert sum(sizes) < 1.01 * max(sizes)  # one copy of the weights
     fused = {n.op_type for n in held.node if n.domain == "com.microsoft"}
-    assert ("GroupQueryAttention" in fused) == ("--batch" in options)
-    assert bool(fused) == ("--fuse" in options)
+    assert ("GroupQueryAttention" in fused) == bool(fused) == ("--fuse" in options)
+    assert ("RotaryEmbedding" in fused) == ("--fuse" in options and "--batch" not in options)
 
 
 @pytest.mark.usefixtures("trace_once")

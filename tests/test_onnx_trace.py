@@ -1,5 +1,6 @@
 """Traced graphs: what is published, that it is right, and what is refused."""
 
+import collections
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import onnxruntime
 import pytest
 import torch
 from click.testing import CliRunner
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertConfig, BertModel
@@ -21,14 +23,14 @@ import dora_export
 from dora_export import DoraExportError, GraphOptions, api_onnx
 from dora_export.cli.main import cli
 from dora_export.errors import InputError
-from dora_export.onnx import engines, files, pooling, quantise, share, tasks, tidy, trace
+from dora_export.onnx import engines, files, fuse, pooling, quantise, share, tasks, tidy, trace
 from dora_export.onnx.model import GraphError, Made, Parity, ParityError
 from dora_export.onnx.wrappers import Flat, Part
 from dora_export.verification.graph import check_graph
 from dora_export.verification.model import Finding
 from dora_export.verification.pooling import embedding
 from tests.forward_models import KINDS, prepare
-from tests.rider_models import WARNINGS
+from tests.rider_models import VOCABULARY, WARNINGS
 
 # Reasons stand beside the entries.
 pytestmark = [pytest.mark.filterwarnings(w) for w in WARNINGS]
@@ -48,7 +50,8 @@ def exported(tmp_path_factory):
     """A decoder and its adapter, exported by the command's defaults."""
     folder = tmp_path_factory.mktemp("traced")
     make, lora = KINDS["llama"]
-    pair = prepare(folder, make(), **lora)
+    wide = make(head_dim=16)  # onnxruntime's attention rotates positions by 16 channels and more
+    pair = prepare(folder, wide, **lora)
     (pair.base / "tokenizer.json").write_text("{}")
     (pair.base / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
     stages = []
@@ -82,7 +85,7 @@ def test_a_decoder_is_published_and_equals_the_unmerged_model(exported):
 
 def test_a_decoders_graph_has_the_names_and_axes_that_run_times_expect(exported):
     graph = graph_of(exported[2])
-    past = ["batch_size", 2, "past_sequence_length", 8]
+    past = ["batch_size", 2, "past_sequence_length", 16]
     assert {v.name: dims(v) for v in graph.input} == {
         "input_ids": ["batch_size", "sequence_length"],
         "attention_mask": ["batch_size", "total_sequence_length"],
@@ -91,7 +94,7 @@ def test_a_decoders_graph_has_the_names_and_axes_that_run_times_expect(exported)
     }
     assert {v.name: dims(v) for v in graph.output} == {
         "logits": ["batch_size", "sequence_length", 97],
-        **{f"present.{i}.{k}": ["batch_size", 2, "total_sequence_length", 8]
+        **{f"present.{i}.{k}": ["batch_size", 2, "total_sequence_length", 16]
            for i in range(2) for k in ("key", "value")},
     }  # fmt: skip
 
@@ -163,7 +166,7 @@ def test_genai_config_names_what_the_graph_has(exported):
     decoder = said["decoder"]
     assert decoder["inputs"]["past_key_names"] % 1 in names
     assert set(decoder["inputs"].values()) - {"past_key_values.%d.key", "past_key_values.%d.value"}
-    assert (decoder["num_key_value_heads"], decoder["head_size"]) == (2, 8)
+    assert (decoder["num_key_value_heads"], decoder["head_size"]) == (2, 16)
     assert (said["type"], said["eos_token_id"]) == ("llama", [2, 3])
 
 
@@ -664,3 +667,103 @@ def test_every_class_of_the_list_has_its_task():
     assert tasks.task_of("BertModel") == "feature-extraction"
     assert tasks.task_of("CLIPTextModelWithProjection") == "feature-extraction"
     assert tasks.task_of("Frobnicator") is None
+
+
+# --- fused
+
+
+LENGTHS, STEPS = (3, 7, 12), 3
+NOISE = 2e-5  # of logits of about 4
+
+
+@pytest.fixture(scope="module")
+def fused(exported, tmp_path_factory):
+    """The decoder's graph, fused, and a session of it."""
+    graph = ir.load(exported[2] / "model.onnx")
+    fuse.fuse(graph, "cpu")
+    path = tmp_path_factory.mktemp("fused") / "model.onnx"
+    ir.save(graph, path)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what is refused below is told as an error
+    return graph, onnxruntime.InferenceSession(path, options)
+
+
+class Decoding:
+    """A batch that goes through the graph, its cache fed back."""
+
+    def __init__(self, session):
+        self.session = session
+        self.outputs = [one.name for one in session.get_outputs()]
+        self.past = {
+            one.name: np.zeros((len(LENGTHS), one.shape[1], 0, one.shape[3]), np.float32)
+            for one in session.get_inputs() if one.name.startswith("past")
+        }  # fmt: skip
+
+    def __call__(self, ids, mask, positions):
+        given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **self.past}
+        found = dict(zip(self.outputs, self.session.run(None, given), strict=True))
+        self.past = {n: found[n.replace("past_key_values", "present")] for n in self.past}
+        return found["logits"]
+
+
+def padded(texts, side):
+    """Tokens, mask and positions of texts of different lengths."""
+    longest = max(LENGTHS)
+    ids, mask = np.zeros((2, len(texts), longest), np.int64)
+    for row, text in enumerate(texts):
+        place = slice(longest - len(text), None) if side == "left" else slice(len(text))
+        ids[row, place], mask[row, place] = text, 1
+    return ids, mask, np.maximum(mask.cumsum(1) - 1, 0)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_fused_decoder_gives_a_padded_batch_what_each_text_gives_alone(side, exported, fused):
+    pair, session = exported[0], fused[1]
+    make = np.random.default_rng(3)
+    texts = [make.integers(3, VOCABULARY, size=n) for n in LENGTHS]
+    more = make.integers(3, VOCABULARY, size=(len(texts), STEPS))
+    with torch.no_grad():  # unmerged, one text at a time, without padding or cache
+        expected = [
+            pair.wrapped(torch.tensor(np.concatenate([text, rest]))[None]).logits[0].numpy()
+            for text, rest in zip(texts, more, strict=True)
+        ]
+    decoding = Decoding(session)
+    ids, mask, positions = padded(texts, side)
+    found = [one[m == 1] for one, m in zip(decoding(ids, mask, positions), mask, strict=True)]
+    positions = np.array(LENGTHS)[:, None]
+    for step in range(STEPS):
+        mask = np.concatenate([mask, np.ones_like(mask[:, :1])], axis=1)
+        logits = decoding(more[:, step : step + 1], mask, positions + step)
+        found = [np.concatenate(pair) for pair in zip(found, logits, strict=True)]
+    scale = max(np.abs(one).max() for one in expected)
+    for one, other in zip(found, expected, strict=True):
+        assert np.abs(one - other).max() < NOISE
+    assert scale > 2
+    # Padding seen, or positions counted from the padding: off by far more.
+    wrong = Decoding(session)(ids, np.ones_like(ids), np.arange(ids.shape[1])[None] + 0 * ids)
+    at = (0, -1) if side == "left" else (0, LENGTHS[0])
+    assert np.abs(wrong[at] - expected[0][LENGTHS[0] - 1]).max() > 1000 * NOISE
+
+
+def test_several_new_tokens_after_a_cache_are_refused_for_a_batch_and_never_wrong(fused):
+    """onnxruntime's kernel takes one sequence then; it says so."""
+    decoding = Decoding(fused[1])
+    ids = np.full((len(LENGTHS), 4), 5)
+    positions = np.arange(4)[None] + 0 * ids
+    decoding(ids, np.ones_like(ids), positions)
+    with pytest.raises(InvalidArgument, match="batch_size must be 1"):
+        decoding(ids, np.ones((len(LENGTHS), 8), np.int64), positions + 4)
+
+
+def test_attention_is_grouped_and_nothing_is_reshaped_around_it(fused):
+    kinds = collections.Counter(node.op_type for node in fused[0].graph)
+    assert kinds["GroupQueryAttention"] == 2
+    assert fuse.takes_one_sequence_after_a_cache(fused[0])
+    assert kinds["RotaryEmbedding"] == 4
+    assert "Softmax" not in kinds
+    ends = ("GroupQueryAttention", "RotaryEmbedding")
+    reshaped = [n.inputs[0].producer() for n in fused[0].graph if n.op_type == "Reshape"]
+    assert not [n for n in reshaped if n.op_type in ends]
+    assert kinds["Reshape"] <= 4  # of masks and positions, once
+    skips = [n for n in fused[0].graph if n.op_type == "SkipSimplifiedLayerNormalization"]
+    assert [[o.name != "" for o in n.outputs] for n in skips] == [[True, False, False, True]] * 4

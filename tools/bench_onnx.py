@@ -1,11 +1,12 @@
 """Time a decoder's graphs beside onnxruntime-genai's builder and torch, all in one run.
 
-``tools/bench_onnx.py --base BASE --adapter ADAPTER --work DIR [--rounds 5] [--json FILE]`` exports
+``tools/bench_onnx.py --base BASE --adapter ADAPTER --work DIR [--rounds 5] [--loads 1]`` exports
 what is not in DIR yet and times, in turn, round by round:
 
 - prefill latency of a prompt and decoding speed of our graphs (fp32 and int4; as traced, fused, and
-  fused for one sequence, which brings GroupQueryAttention as in the builder's) and of the builder's
-  (fp32, int4; where onnxruntime-genai is installed), in onnxruntime with the cache fed back;
+  fused for one sequence, whose attention rotates positions as the builder's does) and of the
+  builder's (fp32, int4; where onnxruntime-genai is installed), in onnxruntime with the cache fed
+  back;
 - torch eager, merged and unmerged (PEFT's active adapter);
 - a traced graph of the unmerged model, whose norms are computed anew in every step.
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import re
 import shutil
 import statistics
@@ -26,26 +28,32 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 PROMPT, TOKENS = 64, 32  # tokens of the prompt, and written behind it
+TOKENS_IN_TORCH = 8  # which takes ten times as long for each
 RATIOS = (
     ("ours, fp32", "builder, fp32"),
     ("ours, fp32 fused", "builder, fp32"),
     ("ours, fp32 fused, one sequence", "builder, fp32"),
     ("ours, int4", "builder, int4"),
     ("ours, int4 fused", "builder, int4"),
+    ("ours, int4 fused, 4-bit head", "builder, int4"),
     ("ours, int4 fused, one sequence", "builder, int4"),
     ("ours, int4 fused, one sequence, 4-bit head", "builder, int4"),
     ("unmerged DoRA, fp32", "ours, fp32"),
     ("torch eager, merged", "ours, fp32"),
     ("torch eager, unmerged", "torch eager, merged"),
 )
-Turn = Callable[[], tuple[float, float]]  # seconds of the prefill, and of all steps behind it
+Turn = Callable[[], tuple[float, float]]  # seconds of the prefill, and of a step behind it
+Maker = tuple[Callable[..., Turn], tuple[Any, ...]]  # with its arguments
 
 
 TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16,
@@ -100,7 +108,7 @@ def of_graph(path: Path, threads: int) -> Turn:
             past = {n: found[n.replace("past_key_values", "present")] for n in none}
             values = values_of(slots, token, PROMPT + step + 1, past)
             found = dict(zip(outputs, session.run(None, values), strict=True))
-        return prefilled - started, time.perf_counter() - prefilled
+        return prefilled - started, (time.perf_counter() - prefilled) / TOKENS
 
     return turn
 
@@ -150,10 +158,10 @@ def of_torch(model: Any, threads: int) -> Turn:
             started = time.perf_counter()
             found = model(torch.arange(100, 100 + PROMPT)[None], use_cache=True)
             prefilled = time.perf_counter()
-            for _ in range(TOKENS):
+            for _ in range(TOKENS_IN_TORCH):
                 token = found.logits[:, -1:].argmax(-1)
                 found = model(token, past_key_values=found.past_key_values, use_cache=True)
-            return prefilled - started, time.perf_counter() - prefilled
+            return prefilled - started, (time.perf_counter() - prefilled) / TOKENS_IN_TORCH
 
     return turn
 
@@ -168,6 +176,7 @@ def make_graphs(base: Path, adapter: Path, work: Path) -> dict[str, Path]:
         "ours, fp32 fused, one sequence": GraphOptions(fuse="cpu", batch=1),
         "ours, int4": GraphOptions(quantize="int4"),
         "ours, int4 fused": GraphOptions(quantize="int4", fuse="cpu"),
+        "ours, int4 fused, 4-bit head": GraphOptions(quantize="int4", fuse="cpu", head_bits=4),
         "ours, int4 fused, one sequence": GraphOptions(quantize="int4", fuse="cpu", batch=1),
         "ours, int4 fused, one sequence, 4-bit head": GraphOptions(  # as the builder's
             quantize="int4", fuse="cpu", batch=1, head_bits=4
@@ -229,24 +238,71 @@ def by_builder(work: Path) -> dict[str, Path]:
     return found
 
 
-def turns(graphs: dict[str, Path], base: Path, adapter: Path, work: Path, threads: int,
-          words: list[str]) -> dict[str, Turn]:  # fmt: skip
-    """Return everything that is timed, by name; only names with one of the words, if any."""
+def of_merged(folder: Path, threads: int) -> Turn:
+    """Return what times the merged model in torch."""
     import torch  # noqa: PLC0415 - seconds
     import transformers  # noqa: PLC0415
 
-    def wanted(name: str) -> bool:
-        return not words or any(word in name for word in words)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return of_torch(model.eval(), threads)
 
-    found = {name: of_graph(path, threads) for name, path in graphs.items() if wanted(name)}
-    if wanted("torch eager, merged"):
-        merged = transformers.AutoModelForCausalLM.from_pretrained(
-            work / "merged", dtype=torch.float32
-        )
-        found["torch eager, merged"] = of_torch(merged.eval(), threads)
-    if wanted("torch eager, unmerged"):
-        found["torch eager, unmerged"] = of_torch(unmerged_model(base, adapter), threads)
-    return found
+
+def of_unmerged(base: Path, adapter: Path, threads: int) -> Turn:
+    """Return what times the base with its adapter active, in torch."""
+    return of_torch(unmerged_model(base, adapter), threads)
+
+
+def serve(asked: Connection, make: Callable[..., Turn], arguments: tuple[Any, ...]) -> None:
+    """Make a turn, warm it up, and take it whenever asked to; the body of a process."""
+    warnings.simplefilter("ignore")
+    turn = make(*arguments)
+    turn()
+    asked.send(None)
+    while asked.recv():
+        asked.send(turn())
+
+
+@contextmanager
+def alone(
+    makers: dict[str, Maker],
+) -> Iterator[dict[str, Turn]]:
+    """Yield turns that are taken in a process each, loaded one after another.
+
+    What is loaded first can be some 10 % slower for as long as it lives, whichever it is: hence
+    ``--loads``.
+    """
+    context, asked = multiprocessing.get_context("spawn"), {}
+    processes = []
+    for name, (make, arguments) in makers.items():
+        asked[name], theirs = context.Pipe()
+        processes.append(context.Process(target=serve, args=(theirs, make, arguments), daemon=True))
+        processes[-1].start()
+        theirs.close()
+        asked[name].recv()  # one after another: loading takes memory
+
+    def take(name: str) -> tuple[float, float]:
+        asked[name].send(True)
+        found: tuple[float, float] = asked[name].recv()
+        return found
+
+    try:
+        yield {name: partial(take, name) for name in asked}
+    finally:
+        for process, pipe in zip(processes, asked.values(), strict=True):
+            pipe.send(False)
+            process.join()
+
+
+def makers_of(graphs: dict[str, Path], base: Path, adapter: Path, work: Path, threads: int,
+              words: list[str]) -> dict[str, Maker]:  # fmt: skip
+    """Return what makes everything that is timed, by name; only names with one of the words."""
+    every: dict[str, Maker] = {
+        **{name: (of_graph, (path, threads)) for name, path in graphs.items()},
+        "torch eager, merged": (of_merged, (work / "merged", threads)),
+        "torch eager, unmerged": (of_unmerged, (base, adapter, threads)),
+    }
+    return {name: made for name, made in every.items()
+            if not words or any(word in name for word in words)}  # fmt: skip
 
 
 def peak_memory(base: Path, adapter: Path, work: Path) -> None:
@@ -290,6 +346,7 @@ def main() -> int:
     parser.add_argument("--adapter", type=Path, default=Path("build/real/smollm2-135m-dora"))
     parser.add_argument("--work", type=Path, default=Path("build/bench-onnx"))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--loads", type=int, default=1, help="times to load all, back and forth")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", default="", help="words of names, joined by semicolons")
     parser.add_argument("--json", type=Path)
@@ -306,19 +363,20 @@ def main() -> int:
     if given.quality:
         print_quality(graphs, given.base)
         return 0
-    timed = turns(graphs, given.base, given.adapter, given.work, given.threads, words)
-    for turn in timed.values():
-        turn()  # warm up
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in timed}
-    for _ in range(given.rounds):
-        for name, turn in timed.items():
-            seconds[name].append(turn())
+    makers = makers_of(graphs, given.base, given.adapter, given.work, given.threads, words)
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in makers}
+    for time_loaded in range(given.loads):
+        order = list(makers.items())[:: -1 if time_loaded % 2 else 1]
+        with alone(dict(order)) as timed:
+            for _ in range(given.rounds):
+                for name, turn in timed.items():
+                    seconds[name].append(turn())
     rows = []
     print(f"{'what':<34} {'prefill ms':>10} {'min - max':>15} {'ms per token':>13} "
           f"{'min - max':>13} {'tokens/s':>9}")  # fmt: skip
     for name, runs in seconds.items():
         prefill = [1000 * first for first, _ in runs]
-        step = [1000 * rest / TOKENS for _, rest in runs]
+        step = [1000 * rest for _, rest in runs]
         row = {"name": name, "prefill_ms": prefill, "token_ms": step}
         rows.append(row)
         print(f"{name:<34} {statistics.median(prefill):>10.1f} "

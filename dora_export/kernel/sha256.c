@@ -10,6 +10,15 @@
 #include <immintrin.h>
 #include <string.h>
 
+enum { BIT_SSSE3 = 1 << 9, BIT_SSE41 = 1 << 19, BIT_SHA = 1 << 29 };
+
+/* For any processor, as all that follows is not. */
+int sha256_usable(void) {
+  unsigned a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & BIT_SSSE3) || !(c & BIT_SSE41)) return 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & BIT_SHA) != 0;
+}
+
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("sha,sse4.1,ssse3"))), apply_to = function)
 #else
@@ -18,7 +27,7 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-enum { BLOCK = 64, LANES = 2, BIT_SSSE3 = 1 << 9, BIT_SSE41 = 1 << 19, BIT_SHA = 1 << 29 };
+enum { BLOCK = 64, LANES = 2 };
 
 static const uint32_t K[64] __attribute__((aligned(16))) = {
     0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1, 0x923f82a4, 0xab1c5ed5,
@@ -97,12 +106,6 @@ void sha256_two(uint32_t *states[2], const uint8_t *data[2], const ptrdiff_t cou
   const uint8_t *at[2] = {data[0], data[1]};
   if (both) blocks(states, at, 2, both);
   for (int i = 0; i < 2; i++) blocks(&states[i], &at[i], 1, counts[i] - both);
-}
-
-int sha256_usable(void) {
-  unsigned a, b, c, d;
-  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & BIT_SSSE3) || !(c & BIT_SSE41)) return 0;
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & BIT_SHA) != 0;
 }
 
 #if defined(__clang__)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import onnx_ir as ir
 
 from dora_export.onnx.engines import quiet
 from dora_export.onnx.model import GraphError, GraphOptions
+from dora_export.onnx.unneeded import leave_out
 
+GROUPED = "GroupQueryAttention"
+Step = Callable[[ir.Model], None]
 MODULE = "transformers.exporters.onnxruntime_fusions"
 
 
@@ -34,21 +40,62 @@ def check(options: GraphOptions) -> None:
 def fuse(model: ir.Model, provider: str) -> None:
     """Fuse in place: norms, rotary embeddings, attention.
 
-    ``GroupQueryAttention`` takes the place of a decoder's attention where the batch is fixed to 1:
-    for several new tokens it takes one sequence only.
+    On a CPU, ``GroupQueryAttention`` takes the place of a decoder's attention over its cache, with
+    the mask as its bias, so that sequences of a batch may be padded on either side. It refuses
+    several new tokens after a cache for more than one sequence, which is then the graph's limit.
 
     Raises:
         GraphError: The fusions fail.
     """
-    from transformers.exporters.onnxruntime_fusions import (  # noqa: PLC0415 - an extra
-        fuse_for_onnxruntime,
-    )
+    from transformers.exporters import onnxruntime_fusions  # noqa: PLC0415 - an extra
 
     try:
         with quiet():
-            fuse_for_onnxruntime(model, provider)
+            if provider == "cpu" and _steps(onnxruntime_fusions):
+                for step in _steps(onnxruntime_fusions):
+                    step(model)
+            else:
+                onnxruntime_fusions.fuse_for_onnxruntime(model, provider)
     except Exception as error:
         # The fusions raise whatever they meet in a graph they were not made for.
         raise GraphError(
             f"--fuse {provider}: fails with {type(error).__name__}: {error}. Leave the option out."
         ) from error
+    leave_out(model)
+
+
+def takes_one_sequence_after_a_cache(model: ir.Model) -> bool:
+    """Return whether a graph refuses several new tokens after a cache for a batch; see ``fuse``."""
+    return any(node.op_type == GROUPED for node in model.graph)
+
+
+def _steps(fusions: Any) -> list[Step]:
+    """Return the library's steps for CPUs, its step for attention as ``_grouped``.
+
+    The library leaves graphs of any batch out, for what ``fuse`` says that they refuse, and has no
+    option for it; its steps are not public. Where they are not as known here, there are none.
+    """
+    own = getattr(fusions, "_fuse_group_query_attention", None)
+    steps = [step for step, providers in getattr(fusions, "_STEPS", ())
+             if providers is None or "cpu" in providers]  # fmt: skip
+    if own is None or own not in steps:
+        return []
+    return [partial(_grouped, own) if step is own else step for step in steps]
+
+
+def _grouped(own: Callable[..., None], model: ir.Model) -> None:
+    """Let the library's step see every batch as one sequence, which is all that it asks of it.
+
+    Where there may be more, rotary embeddings stay operators of their own: the attention's, for the
+    first tokens, counts positions from 0 whatever it is told.
+    """
+    queries = [node.inputs[0] for node in model.graph if node.op_type == "MultiHeadAttention"]
+    several = {id(q): (q, q.shape) for q in queries
+               if q is not None and q.shape is not None and q.shape[0] != 1}  # fmt: skip
+    for query, shape in several.values():
+        query.shape = ir.Shape([1, *shape[1:]])
+    try:
+        own(model, rotary=not several)
+    finally:
+        for query, shape in several.values():
+            query.shape = shape

@@ -209,6 +209,8 @@ def _written(
         shared = share.share(model, folder, request.folder, copy=folder.parent != request.folder)
     request.on_stage(f"writing {name}")
     facts = {"engine": engine, **_facts(model, part), "shared_weights": len(shared)}
+    if fuse.takes_one_sequence_after_a_cache(model):
+        facts["several_tokens_after_a_cache"] = "of one sequence only"
     if options.quantize is None:
         files.write(model, path, data)
         return facts
