@@ -291,6 +291,7 @@ def _swappable(request: Request) -> Made:
     settings = replace(request.plan.settings, dtype=OUTPUT_WORDS[request.options.dtype])
     bare = replace(request, plans=(plan_unchanged(request.plan.base, settings),))
     trace.check(bare)
+    swappable.check(request.plans)  # before minutes of work
     made = trace.make(bare, _as_stored(bare, request.folder / MERGED), whole=True)
     shutil.rmtree(request.folder / MERGED, ignore_errors=True)
     slotted = swappable.make(request, request.folder / made.graphs[0])

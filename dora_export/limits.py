@@ -40,6 +40,12 @@ PICKLE_BYTES = 16_000_000  # of code; a tensor takes about 250
 PICKLE_OPCODES = 1_000_000  # a tensor takes about 40
 ZIP_DIRECTORY_BYTES = 16_000_000  # a tensor takes about 70
 
+# --- ONNX graphs, whose weights are left where they are ---
+
+GRAPH_FIELDS = 500_000  # of nodes and all else; a decoder of 30 layers has 25,000
+GRAPH_TENSORS = 100_000  # a mixture of 256 experts in 61 layers has 47,000
+GRAPH_BYTES = 100_000_000  # without weights; a decoder of 30 layers has 400,000
+
 # --- side files ---
 
 SIDE_FILE_BYTES = 256 << 20

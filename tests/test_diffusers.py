@@ -497,7 +497,8 @@ ODD = {
     "alpha of two": (lambda ts: ts | {f"{Q}.alpha": torch.ones(2)}, {}, "(2,) F32, expected one"),
     "no use_dora": (dict, said_of(use_dora=False),
                     "a magnitude, but the metadata says that use_dora is false"),
-    "no JSON": (dict, {"lora_adapter_metadata": "{"}, "lora_adapter_metadata is not JSON"),
+    "no JSON": (dict, {"lora_adapter_metadata": "{"}, "lora_adapter_metadata: not JSON"),
+    "two things": (dict, {"lora_adapter_metadata": '{"r": 3, "r": 4}'}, "two things of one name"),
     "no object": (dict, {"lora_adapter_metadata": "[]"}, "is not a JSON object"),
     "another part": (dict, said_of(r=4), "rank 4 by the metadata, but its factors have 3"),
 }  # fmt: skip

@@ -1,11 +1,14 @@
 """The ONNX tier: graphs of right merges pass, however they are called; wrong ones do not."""
 
 import json
+import os
 import shutil
+import threading
 import warnings
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 import transformers
@@ -17,7 +20,7 @@ from dora_export.verification import graph as graph_tier
 from dora_export.verification.graph import check_graph
 from dora_export.verification.measured import GraphMeasured
 from dora_export.verification.parity import Compared, Distance
-from dora_export.verification.runner import OnnxRuntime, Slot
+from dora_export.verification.runner import GraphUnusable, OnnxRuntime, Slot
 from tests import rider_models
 from tests.forward_models import KINDS, change, prepare
 from tests.rider_models import WARNINGS
@@ -486,6 +489,45 @@ def test_the_exporter_says_which_outputs_there_are(tmp_path):
 
 
 # --- files
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "weights"])
+def test_pipes_are_not_waited_for(name, tmp_path):
+    values = onnx.TensorProto(name="w", data_type=1, dims=[2], data_location=1)
+    for key, value in (("location", "weights"), ("offset", "0"), ("length", "8")):
+        values.external_data.add(key=key, value=value)
+    nodes = [onnx.helper.make_node("Identity", ["w"], ["y"])]
+    outputs = [onnx.helper.make_tensor_value_info("y", 1, [2])]
+    graph = onnx.helper.make_graph(nodes, "g", [], outputs, [values])
+    opset = onnx.helper.make_opsetid("", 18)
+    path, pipe = tmp_path / "model.onnx", tmp_path / name
+    path.write_bytes(onnx.helper.make_model(graph, opset_imports=[opset]).SerializeToString())
+    pipe.unlink(missing_ok=True)
+    os.mkfifo(pipe)
+    writer = os.open(pipe, os.O_RDWR)
+    ends = threading.Timer(5, os.close, [writer])  # for a reader, which would wait for ever
+    ends.start()
+    with pytest.raises(GraphUnusable, match="regular file"):
+        OnnxRuntime(path)
+    assert ends.is_alive()
+    ends.cancel()
+    os.close(writer)
+
+
+def test_nothing_of_a_graph_is_printed(tmp_path, capsys, monkeypatch):
+    """onnxruntime prints what it met before it tries again, as it is, for a terminal to obey."""
+
+    def refuse(*_):
+        raise ValueError("\x1b]0;owned\x07")
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "_create_inference_session", refuse)
+    path = tmp_path / "model.onnx"
+    path.write_bytes(
+        onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [])).SerializeToString()
+    )
+    with pytest.raises(GraphUnusable, match=r"does not take it: \\x1b"):
+        OnnxRuntime(path)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_external_data_outside_the_graphs_folder_is_not_opened(encoder, tmp_path):

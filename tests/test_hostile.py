@@ -5,12 +5,14 @@ import shutil
 import struct
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 
 import dora_export
 from dora_export import limits
 from dora_export.errors import AdapterError, InputError, VerifyError
+from dora_export.onnx import wire
 from dora_export.onnx.graph_file import open_graph
 from dora_export.storage.safetensors import read_header
 from tests import small
@@ -111,6 +113,41 @@ def test_hostile_config_takes_little_memory(case, tmp_path):
     print(f"\n{case}: {found.peak / MB:.0f} MB, {found.seconds:.2f} s")
 
 
+def delimited(number, data):
+    return wire.varint(number << 3 | wire.DELIMITED) + wire.varint(len(data)) + data
+
+
+RELU = delimited(4, b"Relu")
+MANY = limits.GRAPH_FIELDS - 100
+GRAPHS = {  # each as many fields as may be, or twice as many
+    "nodes": lambda n: delimited(1, RELU) + delimited(1, b"") * n,
+    "inputs": lambda n: delimited(1, RELU + delimited(1, b"") * n),
+    "ints": lambda n: delimited(1, RELU + delimited(5, delimited(8, b"\1" * n))),
+    "dimensions": lambda n: delimited(1, RELU) + delimited(5, delimited(1, b"\1" * n)),
+    "tensors": lambda n: delimited(1, RELU) + delimited(5, delimited(8, b"a")) * (n // 11),
+    "text": lambda n: delimited(1, RELU) + delimited(10, b"n" * (n * (limits.GRAPH_BYTES // MANY))),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "times"),
+    [pytest.param(case, times, marks=[] if (case, times) == ("text", 2) else pytest.mark.nightly)
+     for case in GRAPHS for times in (1, 2)],
+)  # fmt: skip
+def test_hostile_graph_takes_little_memory_and_time(case, times, tmp_path):
+    path = tmp_path / "x.onnx"
+    opset = delimited(8, wire.varint(2 << 3) + wire.varint(18))
+    path.write_bytes(opset + delimited(7, GRAPHS[case](MANY * times)))
+    found = measured(
+        f"open_graph(Path({str(path)!r}))",
+        imports="import onnx\nfrom dora_export.onnx.graph_file import open_graph",
+    )
+    assert ("No graph is known that has as much" in found.said) == (times > 1), found.said
+    assert found.peak <= MOST_MEMORY
+    assert found.seconds <= MOST_SECONDS
+    print(f"\n{found.peak / MB:.0f} MB, {found.seconds:.2f} s")
+
+
 # --- what fuzzing found ---
 
 
@@ -118,8 +155,11 @@ def test_hostile_config_takes_little_memory(case, tmp_path):
 def test_pipe_is_not_waited_for(name, tmp_path):
     os.mkfifo(tmp_path / name)
     read = read_header if name.endswith("safetensors") else open_graph
-    with pytest.raises(InputError, match="not a regular file"):
-        read(tmp_path / name)
+    # With a writer and some bytes in it, so that a reader would not wait, and the test neither.
+    with (tmp_path / name).open("r+b", buffering=0) as pipe:
+        pipe.write(bytes(1 << 16))
+        with pytest.raises(InputError, match="not a regular file"):
+            read(tmp_path / name)
 
 
 TOKENIZER = {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "added_tokens": []}
@@ -193,13 +233,29 @@ def test_fields_of_a_config_that_are_of_another_type_are_refused(seed, fields, r
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "*.onnx_adapter"])
-def test_files_that_onnxruntime_does_not_take_are_refused(name, tmp_path):
+def test_files_that_onnxruntime_does_not_take_are_refused(name, tmp_path, capsys):
     """Although the manifest that a stranger wrote to them has their digests."""
     swappable(tmp_path)
+    capsys.readouterr()
     (path,) = (tmp_path / "out").rglob(name)
     path.write_bytes(b"x" + path.read_bytes())
     with pytest.raises(InputError, match="onnxruntime does not take it"):
         session(tmp_path)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_session_prints_nothing_of_a_graph(tmp_path, monkeypatch, capsys):
+    """onnxruntime prints what it met before it tries again, as it is, for a terminal to obey."""
+
+    def refuse(*_):
+        raise ValueError("\x1b]0;owned\x07")
+
+    swappable(tmp_path)
+    monkeypatch.setattr(onnxruntime.InferenceSession, "_create_inference_session", refuse)
+    capsys.readouterr()
+    with pytest.raises(InputError, match=r"onnxruntime does not take it: \\x1b"):
+        session(tmp_path)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_words_about_many_long_names_stay_short(tmp_path):

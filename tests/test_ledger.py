@@ -643,6 +643,31 @@ def test_a_model_with_a_packed_layer_is_not_called_the_base(planted):
     assert model.found(merged) == set()  # packed or not at all applied: the oracle's to say
 
 
+def merged_with(folder, config):
+    """A model whose base has this config, and its merge."""
+    base = tensors()
+    small.write_base(folder / "base", base, config=config)
+    small.write_adapter(folder / "adapter", small.adapter_tensors(base))
+    dora_export.merge(folder / "base", folder / "adapter", folder / "merged", verify="none")
+    model = Model.__new__(Model)
+    model.folder = folder
+    return model, folder / "merged"
+
+
+def test_a_config_that_never_had_a_vocabulary_is_right(tmp_path):
+    without = {k: v for k, v in CONFIG.items() if k != "vocab_size"}
+    model, merged = merged_with(tmp_path, without)
+    assert model.check(merged)[1] == ()
+
+
+@pytest.mark.parametrize(("layers", "wrong"), [(2, False), (3, True)])
+def test_a_value_under_another_name_is_the_same_only_if_it_is_equal(planted, layers, wrong):
+    model, merged = planted()
+    without_keys("config.json", "num_hidden_layers")(merged)
+    config(n_layer=layers)(merged)
+    assert ("config-changed" in {c for c, _ in model.found(merged)}) == wrong
+
+
 # --- tied models
 
 

@@ -1,5 +1,6 @@
 """Models that are no plain encoder or decoder: encoder-decoders, mixtures of experts, diffusion."""
 
+import tempfile
 from types import SimpleNamespace
 
 import diffusers
@@ -364,10 +365,8 @@ def test_a_tied_head_that_was_fused_is_within_reach_of_quantisers(scaled, reache
     assert not node.attributes or not reached
 
 
-def test_int8_weights_are_unsigned_since_signed_ones_overflow_without_vnni(tmp_path):
-    """Large activations and weights of one sign: with signed weights AVX2 gives half of it."""
-    make = np.random.default_rng(0)
-    weight = make.uniform(0.8, 1, size=(64, 32)).astype(np.float32)
+def save_product(weight, path):
+    """A graph of one matrix product."""
     x = ir.Value(name="x", shape=ir.Shape(["n", 64]), type=ir.TensorType(ir.DataType.FLOAT))
     held = ir.Value(name="w", const_value=ir.tensor(weight, name="w"))
     held.shape, held.dtype = ir.Shape([64, 32]), ir.DataType.FLOAT
@@ -376,7 +375,24 @@ def test_int8_weights_are_unsigned_since_signed_ones_overflow_without_vnni(tmp_p
     node.outputs[0].dtype, node.outputs[0].shape = ir.DataType.FLOAT, ir.Shape(["n", 32])
     graph = ir.Graph([x], node.outputs, nodes=[node], initializers=[held],
                      opset_imports={"": 20})  # fmt: skip
-    ir.save(ir.Model(graph, ir_version=10), tmp_path / "m.onnx")
+    ir.save(ir.Model(graph, ir_version=10), path)
+
+
+@pytest.mark.parametrize("method", ["int8", "int4"])
+def test_quantising_writes_beside_the_graph_and_nowhere_else(method, tmp_path, monkeypatch):
+    """The system's folder for temporary files may have no room for a model, and is no output."""
+    save_product(np.ones((64, 32), np.float32), tmp_path / "m.onnx")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "not there"))
+    options = GraphOptions(quantize=method)
+    quantise.quantise(tmp_path / "m.onnx", tmp_path / "q.onnx", "q.data", options)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "q.onnx"]
+
+
+def test_int8_weights_are_unsigned_since_signed_ones_overflow_without_vnni(tmp_path):
+    """Large activations and weights of one sign: with signed weights AVX2 gives half of it."""
+    make = np.random.default_rng(0)
+    weight = make.uniform(0.8, 1, size=(64, 32)).astype(np.float32)
+    save_product(weight, tmp_path / "m.onnx")
     quantise.quantise(
         tmp_path / "m.onnx", tmp_path / "q.onnx", "q.data", GraphOptions(quantize="int8")
     )

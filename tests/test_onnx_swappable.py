@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import dora_export
 from dora_export.errors import DoraExportError, InputError
-from dora_export.onnx import swappable
+from dora_export.onnx import swappable, trace
 from dora_export.onnx.model import BUDGETS, GraphError, GraphOptions, ParityError
 from dora_export.tensors import DTYPES
 from dora_export.verification import graph, named, reference
@@ -613,7 +613,7 @@ def refused(models, graph, match, adapters=None, **options):
     return str(error.value)
 
 
-def test_what_cannot_be_swapped_is_refused_by_name(models):
+def test_what_cannot_be_swapped_is_refused_by_name(models, monkeypatch):
     folder, base = models.folder, models.base
     graph = save_graph(folder / "graph/model.onnx", base)
     dora = small.adapter_tensors(base)
@@ -622,6 +622,9 @@ def test_what_cannot_be_swapped_is_refused_by_name(models):
     text = refused(models, graph, "cannot be swapped at run time", [folder / "whole"])
     assert "lm_head.weight: a head of its own" in text
     assert "Leave --adapters out to merge it" in text
+    with monkeypatch.context() as patched:  # and before a graph is traced for it
+        patched.setattr(trace, "make", lambda *_, **__: pytest.fail("traced first"))
+        refused(models, None, "cannot be swapped at run time", [folder / "whole"])
     small.write_adapter(folder / "sub/pirate", dora)
     refused(models, graph, "two adapters would be called 'pirate'",
             [folder / "pirate", folder / "sub/pirate"])  # fmt: skip

@@ -65,6 +65,10 @@ def plant(at, kind):
         (at / "models--a--b" / "blobs").mkdir(parents=True)
         (at / "models--a--b" / "blobs" / "key").write_bytes(b"secret")
         (model / "x").symlink_to("../models--a--b/blobs/key")
+    elif kind == "a digest beside a cache's blobs":
+        (at / "models--a--b" / "private").mkdir(parents=True)
+        (at / "models--a--b" / "private" / ("0" * 64)).write_bytes(b"secret")
+        (model / "x").symlink_to(f"../models--a--b/private/{'0' * 64}")
     elif kind == "a folder whose name begins alike":
         (at / "model2").mkdir()
         (at / "model2" / "key").write_bytes(b"secret")
@@ -74,7 +78,7 @@ def plant(at, kind):
 
 KINDS = ["a link", "an absolute link", "a link to a link", "a link to a folder",
          "a link to nothing", "a blob in a folder of no cache", "no blob in a cache",
-         "a folder whose name begins alike"]  # fmt: skip
+         "a digest beside a cache's blobs", "a folder whose name begins alike"]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -179,3 +183,5 @@ def test_a_model_with_a_planted_link_is_refused_and_nothing_is_written(kind, at)
     assert result.exit_code == 2
     assert "a link that leads out of its folder" in result.output
     assert sorted(p.name for p in at.iterdir()) == ["adapter", "base", "model", "secret"]
+    with pytest.raises(InputError, match="a link that leads out of its folder"):
+        dora_export.inspect(at / "adapter", at / "base")  # which copies nothing, and reads

@@ -140,13 +140,13 @@ def test_directory_that_two_readers_could_see_in_two_ways_is_refused(tmp_path):
     [
         (8, 8, "is compressed"),  # method of the first record
         (6, 1, "is encrypted"),
-        (40, 0x7FFFFFFF, "ends after the file|not a file saved"),  # its place
+        (40, 0x7FFFFFFF, "ends after the file"),  # the place of the last one, which is not read
     ],
 )
 def test_records_that_torch_does_not_write_are_refused(field, value, reason, tmp_path):
     path = rezipped(saved(tmp_path / "x.bin"))
     content = bytearray(path.read_bytes())
-    at = content.index(b"PK\x01\x02") + 2
+    at = (content.rindex if field == 40 else content.index)(b"PK\x01\x02") + 2
     struct.pack_into("<I" if field == 40 else "<H", content, at + field, value)
     path.write_bytes(content)
     refused(path, reason)

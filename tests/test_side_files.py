@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import dora_export
 from dora_export import DoraExportError, limits
+from dora_export.adapters import peft_parameters
 from dora_export.errors import InputError
 from dora_export.writers import side_files
 from dora_export.writers.config import edited
@@ -486,12 +487,37 @@ def test_the_model_card_says_of_strangers_what_they_said_and_nothing_else(case, 
     assert text.isascii()
 
 
+@pytest.mark.parametrize("mark", list("`<>[]\\"))
+def test_names_are_no_marks_in_a_line_of_the_model_card(case, mark):
+    name = f"a{mark}b\n\x1b[5mc"
+    adapter = case.adapter.rename(case.adapter.with_name(name))
+    dora_export.merge(case.base, adapter, case.base.parent / "out")
+    card = (case.base.parent / "out/README.md").read_text()
+    assert "\x1b" not in card
+    (heading,) = [line for line in card.splitlines() if line.startswith("# ")]
+    assert heading.endswith("with a?b?n?x1b?5mc")
+
+
 def test_no_more_of_a_model_card_is_read_than_its_front(case, tmp_path):
     with (case.base / "README.md").open("wb") as file:
         file.write(b"---\nlicense: mit\n---\n")
         file.truncate(1 << 40)  # a hole
     dora_export.merge(case.base, case.adapter, tmp_path / "out")
     assert "license: mit" in (tmp_path / "out/README.md").read_text()
+
+
+def test_a_model_card_and_modules_that_are_links_to_elsewhere_are_not_read(case, tmp_path):
+    """Neither the base's card nor the adapter's, which are read for a licence and for a trainer."""
+    (tmp_path / "card").write_text("---\nlicense: of-another\n---\nUnsloth")
+    (tmp_path / "modules").write_text('[{"path": "2_Dense"}]')
+    for folder in (case.base, case.adapter):
+        (folder / "README.md").unlink(missing_ok=True)
+        (folder / "README.md").symlink_to(tmp_path / "card")
+    dora_export.merge(case.base, case.adapter, tmp_path / "out")
+    assert "of-another" not in (tmp_path / "out/README.md").read_text()
+    assert not peft_parameters._card(case.adapter)
+    (case.base / "modules.json").symlink_to(tmp_path / "modules")
+    assert side_files._modules(case.base) == set()
 
 
 def test_links_beside_the_weights_that_lead_elsewhere_are_refused(case, tmp_path):

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from dora_export import limits
 from dora_export.errors import InputError
 from dora_export.storage import read_tensors
+from dora_export.storage.json_file import read_index
 from dora_export.storage.safetensors import header_bytes, read_header
 from dora_export.tensors import BY_TORCH, DTYPES, F32
 from tests import small
@@ -92,6 +93,21 @@ def test_malformed_safetensors_are_refused(case, tmp_path):
     path = write(tmp_path / "x.safetensors", header, bytes(24) if data is None else data, length)
     with pytest.raises(InputError, match=reason):
         read_header(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"weight_map": {"w": "a", "w": "b"}}', "places tensor 'w' twice"),
+        ('{"weight_map": {"w": "a", "w": "a"}}', "places tensor 'w' twice"),
+        ('{"weight_map": {"w": "a"}, "weight_map": {"w": "b"}}', "says 'weight_map' twice"),
+        ('{"weight_map": {}} x', "something follows its end"),
+    ],
+)
+def test_indexes_that_say_something_twice_are_refused(text, reason, tmp_path):
+    (tmp_path / "index.json").write_text(text)
+    with pytest.raises(InputError, match=reason):
+        read_index(tmp_path / "index.json")
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, 7, 8, 9])

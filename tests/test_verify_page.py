@@ -479,6 +479,8 @@ def test_failed_write_leaves_the_earlier_page(pages, tmp_path, monkeypatch):
     page_file.write(target, pages["right"], force=False)
 
     def full(*_args):
+        (beside,) = (p.name for p in tmp_path.iterdir() if p.name != "report.html")
+        assert beside.startswith(".report.html.dora_export-")  # whoever finds it knows whose it is
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(page_file.os, "fsync", full)

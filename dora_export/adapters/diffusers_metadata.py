@@ -11,12 +11,12 @@ github.com/bghira/SimpleTuner, simpletuner/helpers/training/save_hooks.py
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dora_export.errors import AdapterError
+from dora_export.errors import AdapterError, InputError
+from dora_export.storage.json_file import parse
 from dora_export.storage.safetensors import read_header
 
 ENTRY = "lora_adapter_metadata"
@@ -33,14 +33,14 @@ def raw_configs(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, 
     """Return the config of each component, or ``{ONE_COMPONENT: config}``; none is there: {}.
 
     Raises:
-        AdapterError: The entry is no JSON object.
+        AdapterError: The entry is no JSON object, or beyond the limits of one.
     """
     if ENTRY not in metadata:
         return {}
     try:
-        content = json.loads(metadata[ENTRY])
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{path}: {ENTRY} is not JSON. Save the adapter again.") from error
+        content = parse(metadata[ENTRY].encode(), f"{path}: {ENTRY}")
+    except InputError as error:
+        raise AdapterError(f"{error} Or save the adapter again.") from error
     if not isinstance(content, dict):
         raise AdapterError(f"{path}: {ENTRY} is not a JSON object. Save the adapter again.")
     found: dict[str, dict[str, Any]] = {}

@@ -9,12 +9,12 @@ github.com/bghira/SimpleTuner, simpletuner/helpers/training/save_hooks.py, _save
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dora_export.errors import shown
+from dora_export.errors import InputError, shown
+from dora_export.storage.json_file import parse
 from dora_export.update import Axis
 
 WORDS = {
@@ -139,8 +139,8 @@ def _has_algorithms_by_layer(preset: object) -> bool:
 
 def _object(text: str | None) -> Mapping[str, Any]:
     try:
-        found = json.loads(text or "{}")
-    except (ValueError, RecursionError):
+        found = parse((text or "{}").encode(), "metadata")
+    except InputError:
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -206,7 +206,8 @@ def open_graph(path: Path) -> Graph:
 
     Raises:
         InputError: There is no such file, it is no ONNX model or too old, or its external data is
-            missing, lies outside of its folder, or is not what it should be.
+            missing, lies outside of its folder, or is not what it should be; or it is beyond a
+            limit.
     """
     import onnx  # noqa: PLC0415 - most commands do without
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # noqa: PLC0415
@@ -229,6 +230,11 @@ def open_graph(path: Path) -> Graph:
         model = onnx.ModelProto.FromString(skeleton)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}. {advice(error)}") from error
+    except wire.TooMuch as error:
+        raise InputError(
+            f"{path}: {error}. No graph is known that has as much; if this is one, save it again "
+            "with external data, else do not use it."
+        ) from error
     except (wire.Malformed, DecodeError) as error:
         raise InputError(
             f"{path}: not an ONNX model, or damaged ({shown(error)}). Download or export it again."

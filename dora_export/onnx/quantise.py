@@ -8,9 +8,12 @@ output head, to which logits are most sensitive, has eight bits unless asked oth
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
@@ -130,7 +133,7 @@ def quantise(source: Path, target: Path, data: str, options: GraphOptions) -> di
     Raises:
         GraphError: Nothing in the graph can be quantised so.
     """
-    with _quiet():
+    with _quiet(), _temporary_in(target.parent):
         if options.quantize == "int8":
             return _dynamic(source, target, data)
         return _blocks(source, target, data, options)
@@ -229,6 +232,26 @@ def _facts(source: Path, count: int, said: dict[str, Any]) -> dict[str, Any]:
             "Leave the option out."
         )
     return {**said, "nodes": count}
+
+
+@contextmanager
+def _temporary_in(folder: Path) -> Iterator[None]:
+    """Let onnxruntime keep its copies of the model in a folder, not where the system has others.
+
+    There may be no room for a model, and nothing is to be written outside of an output. The
+    quantiser takes no folder, and Python's own choice of one is everybody's: only its module is
+    given another.
+    """
+    from onnxruntime.quantization import quant_utils  # noqa: PLC0415 - seconds
+
+    before = quant_utils.tempfile
+    quant_utils.tempfile = SimpleNamespace(
+        TemporaryDirectory=partial(tempfile.TemporaryDirectory, dir=folder)
+    )
+    try:
+        yield
+    finally:
+        quant_utils.tempfile = before
 
 
 @contextmanager

@@ -69,7 +69,11 @@ class AdapterSession:
         self.session = _while_checked(
             weights,
             lambda: _loaded(
-                graph, lambda: onnxruntime.InferenceSession(str(graph), options, list(providers))
+                graph,
+                # Falling back, it would print names of a stranger's, and run elsewhere than asked.
+                lambda: onnxruntime.InferenceSession(
+                    str(graph), options, list(providers), enable_fallback=0
+                ),
             ),
         )
         found = {i.name for i in self.session.get_overridable_initializers()}

@@ -65,6 +65,24 @@ class Bundle:
     values: Mapping[str, SlotValues]
 
 
+def check(plans: Sequence[Plan]) -> tuple[Sequence[str], list[str]]:
+    """Refuse adapters that cannot be swapped, from what they hold alone.
+
+    Returns:
+        Their names, and what is doubtful about them.
+
+    Raises:
+        GraphError: Two have one name, or one does more than can be swapped.
+        DoraExportError: One is not finite, or cannot have been trained on this base.
+    """
+    names, doubts = adapter_names(plans), []
+    for name, plan in zip(names, plans, strict=True):
+        refuse_unswappable(plan)
+        check_adapter(plan)
+        doubts += [f"'{shown(name)}': {doubt}" for doubt in refuse_implausible(plan)]
+    return names, doubts
+
+
 def make(request: Request, traced: Path | None = None) -> Made:
     """Write a graph with inputs for adapters, and each adapter, into ``request.folder``.
 
@@ -79,14 +97,9 @@ def make(request: Request, traced: Path | None = None) -> Made:
     """
     path = traced or request.into
     assert path is not None, "Bug: swapping without a graph"
-    names = adapter_names(request.plans)
     if traced is None:
         into.refuse_merged(path, allow=request.allow_merged_base)
-    doubts: list[str] = []
-    for name, plan in zip(names, request.plans, strict=True):
-        refuse_unswappable(plan)
-        check_adapter(plan)
-        doubts += (f"'{shown(name)}': {doubt}" for doubt in refuse_implausible(plan))
+    names, doubts = check(request.plans)
     graph = open_graph(path)
     read = [] if traced else [path, *graph.data_files.values()]  # a traced one is written anew
     for plan in request.plans:

@@ -15,6 +15,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from dora_export import limits
+
 Buffer = bytes | memoryview
 Range = tuple[int, int]
 
@@ -31,6 +33,8 @@ NESTED = {
     "sparse": {1: "tensor", 2: "tensor"},
     "tensor": {},
 }
+# Lists of numbers, of which a byte may become an object: attributes' floats and ints, dimensions.
+PACKED = {"attribute": (7, 8), "tensor": (1,)}
 NODE_OUTPUT, NODE_NAME, NODE_OP = 2, 3, 4
 ATTRIBUTE_NAME, FUNCTION_NAME = 1, 1
 DATA_TYPE, FLOAT_DATA, RAW_DATA, DOUBLE_DATA, EXTERNAL_DATA, DATA_LOCATION = 2, 4, 9, 10, 13, 14
@@ -41,6 +45,33 @@ PACKED_AS_RAW = {FLOAT_DATA: FLOAT, DOUBLE_DATA: DOUBLE}
 
 class Malformed(Exception):  # noqa: N818 - told as a refusal by whoever knows the file
     """The bytes are no protobuf message."""
+
+
+class TooMuch(Malformed):
+    """The bytes are more of a message than any model is."""
+
+
+@dataclass
+class _Budget:
+    """What may still be walked over.
+
+    Attributes:
+        fields: Fields of messages, and numbers in lists of them.
+        tensors: Tensors.
+    """
+
+    fields: int
+    tensors: int
+
+    def take(self, count: int) -> None:
+        """Take fields, or numbers.
+
+        Raises:
+            TooMuch: There are no more.
+        """
+        self.fields -= count
+        if self.fields < 0:
+            raise TooMuch(f"more than {limits.GRAPH_FIELDS} fields")
 
 
 @dataclass(frozen=True)
@@ -151,9 +182,12 @@ def tensors(buffer: Buffer) -> list[TensorSpan]:
 
     Raises:
         Malformed: The bytes are no model.
+        TooMuch: There is more of it than any model has.
     """
     found: list[TensorSpan] = []
-    _walk(buffer, Message("model", 0, 0, len(buffer)), (), TensorSpan(_NOWHERE, ()), found)
+    budget = _Budget(limits.GRAPH_FIELDS, limits.GRAPH_TENSORS)
+    whole = Message("model", 0, 0, len(buffer))
+    _walk(buffer, whole, (), TensorSpan(_NOWHERE, ()), found, budget)
     return found
 
 
@@ -166,10 +200,17 @@ def _walk(
     parents: tuple[Message, ...],
     context: TensorSpan,
     found: list[TensorSpan],
+    budget: _Budget,
 ) -> None:
     if len(parents) > MAX_DEPTH:
         raise Malformed(f"graphs nested {MAX_DEPTH} deep")
+    # Before any of it is looked at twice, or becomes objects.
+    packed = PACKED.get(message.kind, ())
+    for number, kind, _, start, stop in fields(buffer, message.start, message.stop):
+        budget.take(stop - start if kind == DELIMITED and number in packed else 1)
     if message.kind == "tensor":
+        if len(found) >= budget.tensors:
+            raise TooMuch(f"more than {budget.tensors} tensors")
         found.append(_tensor(buffer, message, parents, context))
         return
     context = _within(buffer, message, context)
@@ -178,7 +219,8 @@ def _walk(
     for number, kind, first, start, stop in fields(buffer, message.start, message.stop):
         if kind == DELIMITED and number in nested:
             key_stop = read_varint(buffer, first, stop)[1]
-            _walk(buffer, Message(nested[number], key_stop, start, stop), inside, context, found)
+            part = Message(nested[number], key_stop, start, stop)
+            _walk(buffer, part, inside, context, found, budget)
 
 
 def _within(buffer: Buffer, message: Message, context: TensorSpan) -> TensorSpan:
@@ -231,6 +273,9 @@ def without_values(buffer: Buffer, spans: Sequence[TensorSpan], larger_than: int
         buffer: The model.
         spans: Its tensors.
         larger_than: Bytes; values of at most this size stay.
+
+    Raises:
+        TooMuch: What is left is more than any model has.
     """
     edits: dict[Range, bytes] = {}
     touched = []
@@ -247,6 +292,9 @@ def without_values(buffer: Buffer, spans: Sequence[TensorSpan], larger_than: int
         edits[_field_of(buffer, span)] = pointer
         touched.append(span)
     pieces = spliced(len(buffer), edits, touched)
+    nbytes = sum(len(p) if isinstance(p, bytes) else p[1] - p[0] for p in pieces)
+    if nbytes > limits.GRAPH_BYTES:
+        raise TooMuch(f"{nbytes} bytes without the weights that are stored as plain bytes")
     return b"".join(p if isinstance(p, bytes) else bytes(buffer[p[0] : p[1]]) for p in pieces)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,18 +90,22 @@ class OnnxRuntime:
         import onnxruntime  # noqa: PLC0415
 
         try:
-            model = onnx.load(str(path), load_external_data=False)
+            regular = stat.S_ISREG(path.stat().st_mode)  # opening a pipe waits
+            model = onnx.load(str(path), load_external_data=False) if regular else None
         except Exception as error:
             # protobuf and the file system raise whatever they meet.
             raise GraphUnusable("graph-unsupported", f"cannot be read: {shown(error)}") from error
+        if model is None:
+            raise GraphUnusable("graph-unsupported", "not a regular file")
         _refuse_outside(model, path.parent)
         self._precision = _precision(model)
         self.swaps = adapter is not None  # its adapter is beside weights that nobody merged
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors
         try:
+            # Falling back, it would print what it met, names of a stranger's among that.
             self._session = onnxruntime.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"]
+                str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0
             )
         except Exception as error:
             # onnxruntime has a class for every one of its states and a common base for none.
@@ -212,6 +217,9 @@ def _refuse_outside(model: onnx.ModelProto, folder: Path) -> None:
                 raise GraphUnusable(
                     "graph-outside", f"'{shown(tensor.name)}' is in '{shown(entry.value)}'"
                 )
+            if path.exists() and not path.is_file():
+                what = f"'{shown(tensor.name)}' is in '{shown(entry.value)}', no regular file"
+                raise GraphUnusable("graph-unsupported", what)
 
 
 def is_quantised(model: onnx.ModelProto) -> bool:

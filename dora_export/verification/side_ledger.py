@@ -302,8 +302,10 @@ def _template(folder: Path, sources: Mapping[str, Source]) -> list[Finding]:
 def _template_of(files: Mapping[str, Path]) -> Any:
     path = files.get(TEMPLATE_FILES[0])
     if path is not None and path.is_file():
-        with path.open("rb") as file:
-            return file.read(limits.TEMPLATE_BYTES).decode("utf-8", "replace")
+        if path.stat().st_size > limits.TEMPLATE_BYTES:
+            return _digest(path, "template")  # longer than any that stands in a config
+        # Bytes that are no text are not the same as other such bytes.
+        return path.read_bytes().decode("utf-8", "surrogateescape")
     for name in (TEMPLATE_FILES[1], "tokenizer_config.json"):
         path = files.get(name)
         if path is not None and path.is_file():

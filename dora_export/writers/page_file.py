@@ -42,7 +42,8 @@ def write(target: Path, page: str, *, force: bool) -> None:
     check_target(target, force=force)
     partial: str | None = None
     try:
-        handle, partial = tempfile.mkstemp(prefix=f".{target.name[:100]}.", dir=target.parent)
+        prefix = f".{target.name[:100]}.dora_export-"
+        handle, partial = tempfile.mkstemp(prefix=prefix, dir=target.parent)
         with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
             file.write(page)
             file.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 import re
@@ -293,7 +294,7 @@ def _one_tokenizer(folders: list[Path]) -> dict[str, Path]:
 
 
 def _same_file(one: Path | None, other: Path | None) -> bool:
-    return one is not None and other is not None and one.read_bytes() == other.read_bytes()
+    return one is not None and other is not None and filecmp.cmp(one, other, shallow=False)
 
 
 def tokenizer_of(folder: Path) -> dict[str, Path]:

@@ -6,8 +6,9 @@ is held meanwhile. And where the kernel lets the peak of what is resident be res
 sandbox), that peak counts mapped files as well.
 
 Time is watched twice as well: what the call computes, by the processor's clock, and how long it
-waits, in ticks of an alarm. Ticks that a process sleeps through, since it was stopped or its disk
-is slow, arrive as one, so that a busy or paused machine is not taken for a hang.
+waits, in ticks of an alarm in which it computes nothing. Ticks that a process sleeps through, since
+it was stopped or its disk is slow, arrive as one, so that a busy or paused machine is not taken for
+a hang.
 """
 
 import ctypes
@@ -28,7 +29,8 @@ from dora_export.machine import require_space
 
 SECONDS = 20.0  # of computing, in all threads; most calls take milliseconds
 TICK = 1.0  # second
-TICKS = 120  # seen by a call, whatever it does
+IDLE = 0.005  # of a tick: less is no computing
+TICKS = 120  # without computing
 MEMORY = 300 << 20
 SPACE = 6 << 30  # of address space beyond what is there: a bomb must not take the machine down
 # Event -> where in its arguments the changed paths are, and the folders they are relative to.
@@ -45,7 +47,7 @@ HARMLESS = re.compile(r"/(dev/null|proc/.*)|.*\.(pyc|pyc\.\d+)")
 
 
 class Hang(BaseException):
-    """A call took too long."""
+    """A call computed too long, or waits."""
 
 
 @dataclass
@@ -197,12 +199,18 @@ def _asking_for_address_space():
 
 @contextmanager
 def _bounded():
-    started, ticks = time.process_time(), 0
+    started, idle = time.process_time(), 0
+    last = started
 
     def ring(*_):
-        nonlocal ticks
-        ticks += 1
-        if ticks > TICKS or time.process_time() - started > SECONDS:
+        nonlocal idle, last
+        now = time.process_time()
+        # One that others leave little time computes some of it in every tick.
+        idle += now - last < IDLE * TICK
+        last = now
+        if idle > TICKS:
+            raise Hang("waiting")
+        if now - started > SECONDS:
             raise Hang
 
     before = signal.signal(signal.SIGALRM, ring)
@@ -245,8 +253,9 @@ def problem(call, folder, writable=()):
                 found = f"wrong: {text}"
             elif any(not (c.isprintable() or c == "\n") for c in text):
                 found = f"unprintable: {text!a:.300}"
-        except Hang:
-            found = f"hang: {_place(sys.exc_info()[2])}\n{traceback.format_exc()}"
+        except Hang as hang:
+            kind = "hang, waiting" if hang.args else "hang"
+            found = f"{kind}: {_place(hang.__traceback__)}\n{traceback.format_exc()}"
         except MemoryError as error:
             found = f"memory: {_place(error.__traceback__)}\n{traceback.format_exc()}"
         except Exception as error:

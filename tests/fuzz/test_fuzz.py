@@ -21,10 +21,10 @@ from tests.fuzz.targets import TARGETS
 COUNTS = {"header": 60, "index": 60, "graph": 40, "verify": 12, "merge": 15, "resume": 10,
           "image merges": 8, "several": 8, "experts": 8, "into": 15, "adapters": 8, "convert": 20,
           "methods": 60, "side files": 6, "verify others": 6, "verify graph": 10, "forward": 10,
-          "trace": 2}  # fmt: skip
+          "trace": 6, "trace others": 6}  # fmt: skip
 # To import, to make, or to run.
 SLOW = ("methods", "session", "trainers' merges", "riders", "into exported", "adapters exported",
-        "verify graph", "forward", "trace")  # fmt: skip
+        "verify graph", "forward", "trace", "trace others")  # fmt: skip
 NAMES = [pytest.param(n, marks=[pytest.mark.nightly] * (n in SLOW)) for n in TARGETS]
 
 
