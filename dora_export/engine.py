@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from dora_export import cast, fused
+from dora_export import cast, fused, refine
 from dora_export.arithmetic import UFUNC_BUFFER, NumpyArithmetic
 from dora_export.errors import AdapterError, shown
 from dora_export.formula import LoadedChange
@@ -33,7 +33,6 @@ BLOCK_BYTES = 2 << 20
 GPU_BLOCK_BYTES = 32 << 20
 GPU_THREADS = 4  # one reads, one copies in, one computes, one copies out and writes
 SCAN_BYTES = 4 << 20
-REFINE_BYTES = 8 << 20  # what computing cancelled elements again takes
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ def memory_bound(plan: Plan, resources: Resources, tile_elements: int) -> int:
             block = max(resources.block // step.source.dtype.itemsize, tile) * itemsize
             # stored bytes in and out, two tiles, and what widening, rounding and checking take
             tiles = 7 if region.composed else 5
-            buffers = max(buffers, 4 * block + tiles * tile * working + REFINE_BYTES)
+            buffers = max(buffers, 4 * block + tiles * tile * working + refine.MOST_BYTES)
             loaded = max(loaded, sum(_loaded_bytes(c, region, working) for c in region.changes))
             computing = max(computing, *(_function_bytes(c, region) for c in region.changes), 0)
     copying = resources.block if any(s.copies_bytes for s in plan.steps) else 0

@@ -19,7 +19,9 @@ from dora_export import cast
 from dora_export.tensors import BF16, DType
 
 FRACTION_BITS = 7  # of bfloat16
-CHUNK = 1 << 14  # elements computed again at once
+LOOKED_AT = 1 << 16  # elements that are looked at at once
+FACTOR_BYTES = 4 << 20  # of what is taken from the factors for elements computed again at once
+MOST_BYTES = 2 * FACTOR_BYTES  # of all that ``recompute_cancelled`` makes
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +78,8 @@ def recompute_cancelled(
         scratch: At least one byte per element; its contents are lost.
 
     Returns:
-        How many elements were computed again.
+        How many elements were computed again. Doing so takes at most ``MOST_BYTES``, but for one
+        row and one column of the factors where those alone are larger.
     """
     rows = slice(first_row, first_row + out.shape[0])
     error = factors.error[rows]
@@ -90,21 +93,27 @@ def recompute_cancelled(
     # Without new arrays: this looks at every element, and fresh memory would cost more than that.
     small = scratch[: out.size].view(np.bool_).reshape(out.shape)
     np.less(sizes, limit[:, None], out=small)
-    found = _positions(small.reshape(-1))
-    for start in range(0, found.size, CHUNK):
-        row, column = np.divmod(found[start : start + CHUNK], out.shape[1])
-        values = cast.widened(stored[row, column], stored_dtype, np.float64)
-        left = factors.left[row + first_row].astype(np.float64)
-        right = factors.right[:, column].astype(np.float64)
-        values += np.einsum("ij,ji->i", left, right)
-        if row_factor is not None:
-            values *= row_factor[row]
-        if column_factor is not None:
-            values *= column_factor[column]
-        raw = np.empty(values.shape, np.uint16)
-        cast.narrow(values, BF16, raw, np.empty_like(values))
-        out[row, column] = raw
-    return int(found.size)
+    flags, count = small.reshape(-1), 0
+    # Of each element: a row and a column of the factors in float64, one of them as stored too.
+    step = max(1, FACTOR_BYTES // (24 * max(1, factors.left.shape[1])))
+    for first in range(0, flags.size, LOOKED_AT):
+        found = _positions(flags[first : first + LOOKED_AT])
+        found += first
+        count += found.size
+        for start in range(0, found.size, step):
+            row, column = np.divmod(found[start : start + step], out.shape[1])
+            values = cast.widened(stored[row, column], stored_dtype, np.float64)
+            left = factors.left[row + first_row].astype(np.float64)
+            right = factors.right[:, column].astype(np.float64)
+            values += np.einsum("ij,ji->i", left, right)
+            if row_factor is not None:
+                values *= row_factor[row]
+            if column_factor is not None:
+                values *= column_factor[column]
+            raw = np.empty(values.shape, np.uint16)
+            cast.narrow(values, BF16, raw, np.empty_like(values))
+            out[row, column] = raw
+    return count
 
 
 def _positions(flags: NDArray[np.bool_]) -> NDArray[np.intp]:

@@ -4,6 +4,9 @@ import hashlib
 import json
 import subprocess
 import sys
+import threading
+import tracemalloc
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +16,21 @@ from safetensors.torch import load_file, save_file
 
 import dora_export
 from dora_export import engine, fused, worker
+from dora_export.arithmetic import NumpyArithmetic
 from dora_export.arithmetic_torch import TorchArithmetic
 from dora_export.checkpoints import open_checkpoint
 from dora_export.pieces import ColumnSquares, cut
 from dora_export.plan import Settings, plan_merge
+from dora_export.writers import identity
 from tests import oracle
 
 RANK, ALPHA = 6, 9.0
 SCALING = ALPHA / RANK
 
 
-def write_case(folder: Path, layers: int, out: int, inputs: int, dtype=torch.bfloat16, seed=0):
+def write_case(
+    folder: Path, layers: int, out: int, inputs: int, dtype=torch.bfloat16, seed=0, rank=RANK
+):
     """A base with square, wide and embedding weights and a trained DoRA adapter on all of them."""
     g = torch.Generator().manual_seed(seed)
     shapes = {"attn.q_proj": (inputs, inputs), "mlp.up_proj": (out, inputs)}
@@ -36,15 +43,15 @@ def write_case(folder: Path, layers: int, out: int, inputs: int, dtype=torch.bfl
         for name, (o, i) in shapes.items():
             module = f"model.layers.{layer}.{name}"
             W = (torch.randn(o, i, generator=g) * 0.02).to(dtype)
-            A = torch.randn(RANK, i, generator=g) * 0.1
-            B = torch.randn(o, RANK, generator=g) * 0.1
+            A = torch.randn(rank, i, generator=g) * 0.1
+            B = torch.randn(o, rank, generator=g) * 0.1
             m = W.float().norm(dim=1) * (0.7 + 0.6 * torch.rand(o, generator=g))
             base[f"{module}.weight"] = W
             key = f"base_model.model.{module}"
             adapter |= {f"{key}.lora_A.weight": A, f"{key}.lora_B.weight": B}
             adapter[f"{key}.lora_magnitude_vector"] = m
     # an embedding's norms run down the columns, over all tokens
-    A, B = torch.randn(RANK, 4 * out, generator=g), torch.randn(inputs, RANK, generator=g) * 0.01
+    A, B = torch.randn(rank, 4 * out, generator=g), torch.randn(inputs, rank, generator=g) * 0.01
     key = "base_model.model.model.embed_tokens"
     norms = base["model.embed_tokens.weight"].float().norm(dim=0)
     adapter |= {f"{key}.lora_embedding_A": A, f"{key}.lora_embedding_B": B}
@@ -53,7 +60,7 @@ def write_case(folder: Path, layers: int, out: int, inputs: int, dtype=torch.bfl
     (folder / "adapter").mkdir()
     save_file(base, folder / "base" / "model.safetensors", metadata={"format": "pt"})
     save_file(adapter, folder / "adapter" / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "use_dora": True,
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": ALPHA, "use_dora": True,
               "bias": "none", "target_modules": ["q_proj", "up_proj", "embed_tokens"]}  # fmt: skip
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
     return base, adapter
@@ -114,6 +121,35 @@ def test_partial_sums_of_norms_do_not_depend_on_blocks(case):
 
     assert len(sums(1)) > 2
     assert sums(1) == sums(300_000) == sums(64 << 20)
+
+
+def test_partial_sums_of_norms_are_added_in_the_order_of_rows(case, tmp_path, monkeypatch):
+    """Not as threads finish them: that would differ as far below what the bytes above show."""
+    folder, _ = case
+    partial, totals, last = {}, [], threading.Event()
+    monkeypatch.setattr(NumpyArithmetic, "tile_elements", 1 << 14)  # a dozen sums
+    column_squares, with_factors = worker.Worker.column_squares, worker.Worker.with_factors
+
+    def first_comes_last(self, piece, changes):
+        squares = column_squares(self, piece, changes)
+        partial[piece.position] = squares.copy()
+        if piece.position == 0:
+            assert last.wait(60)
+        elif piece.last_row == piece.region.rows:
+            last.set()
+        return squares
+
+    def noted(self, piece, loaded, squares):
+        totals.append(squares.copy())
+        return with_factors(self, piece, loaded, squares)
+
+    monkeypatch.setattr(worker.Worker, "column_squares", first_comes_last)
+    monkeypatch.setattr(worker.Worker, "with_factors", noted)
+    dora_export.merge(folder / "base", folder / "adapter", tmp_path / "out", threads=2)
+    ordered = [partial[i][0] for i in range(len(partial))]
+    (total,) = totals
+    assert np.array_equal(total, sum(ordered, np.zeros_like(total)))
+    assert not np.array_equal(total, sum([*ordered[1:], ordered[0]], np.zeros_like(total)))
 
 
 def test_merged_tensors_are_within_one_ulp_and_the_rest_is_untouched(case, tmp_path):
@@ -199,6 +235,66 @@ def test_peak_memory_stays_under_the_printed_bound_and_does_not_grow_with_the_mo
     # check. What grew with the model would grow by ten times as much.
     assert peaks[1] <= 1.05 * peaks[0] + (10 << 20)
     assert peaks[1] < (tmp_path / "15/base/model.safetensors").stat().st_size
+
+
+def test_arrays_of_a_merge_stay_under_its_bound(tmp_path, monkeypatch):
+    """Counted when they are asked for, where one term of the bound after the other is most of it."""
+    monkeypatch.setenv(fused.SWITCH, "numpy")  # the kernel takes less
+    write_case(tmp_path / "wide", layers=0, out=3072, inputs=1024)
+    write_case(tmp_path / "deep", layers=0, out=256, inputs=1024, rank=1024)
+    run, peaks = engine.Engine.run, []
+
+    def traced(self):
+        tracemalloc.start()
+        try:
+            run(self)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+
+    monkeypatch.setattr(engine.Engine, "run", traced)
+    for name, threads, block_bytes in (
+        ("wide", 3, 8 << 20),  # blocks, of each of the workers
+        ("wide", 1, 1),  # tiles: no tensor is held
+        ("deep", 1, 1),  # operands
+    ):
+        paths = tmp_path / name / "base", tmp_path / name / "adapter", tmp_path / "out"
+        report = dora_export.merge(
+            *paths, threads=threads, block_bytes=block_bytes, verify="none", force=True
+        )
+        print(name, threads, block_bytes, peaks[-1]/1e6, report.memory_bytes/1e6)
+        assert peaks[-1] <= report.memory_bytes
+
+
+def test_operands_are_dropped_with_the_last_of_their_pieces(tmp_path, monkeypatch):
+    write_case(tmp_path, layers=6, out=96, inputs=64)
+    magnitudes, most = [], []
+    load = worker.Worker.load
+
+    def counted(self, step, region):
+        changes = load(self, step, region)
+        magnitudes.extend(weakref.ref(change.magnitude) for change in changes)
+        most.append(sum(magnitude() is not None for magnitude in magnitudes))
+        return changes
+
+    monkeypatch.setattr(worker.Worker, "load", counted)
+    dora_export.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", threads=2)
+    assert len(most) == 13
+    assert max(most) <= 3  # one of each worker's, and one that both have part in
+
+
+def test_files_are_hashed_in_parts(tmp_path):
+    path = tmp_path / "adapter.safetensors"
+    with path.open("wb") as file:
+        file.truncate(24 << 20)  # a hole
+    tracemalloc.start()
+    try:
+        digest = identity._sha256(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert digest == hashlib.sha256(bytes(24 << 20)).hexdigest()
+    assert peak < 4 << 20
 
 
 def test_first_failure_of_a_worker_stops_the_others_and_is_raised(case, tmp_path, monkeypatch):

@@ -505,6 +505,7 @@ def test_pipes_are_not_waited_for(name, tmp_path):
     pipe.unlink(missing_ok=True)
     os.mkfifo(pipe)
     writer = os.open(pipe, os.O_RDWR)
+    os.write(writer, b"\xff")  # no graph: who reads this does not open the pipe again, for ever
     ends = threading.Timer(5, os.close, [writer])  # for a reader, which would wait for ever
     ends.start()
     with pytest.raises(GraphUnusable, match="regular file"):

@@ -37,6 +37,19 @@ def test_what_follows_a_record_that_is_none_of_ours_does_not_count(record):
     assert found.nbytes == len(good)
 
 
+def test_damaged_record_ends_what_counts():
+    """A disk may give other bytes that are JSON as well, and name bytes that nobody has written."""
+    good = encode(IDENTITY) + encode({"done": {"x": [[0, 4]]}})
+    line = encode({"done": {"x": [[4, 7]]}})
+    assert list(decode(good + line).done["x"]) == [(0, 7)]
+    found = decode(good + line.replace(b"[4,7]", b"[4,9]"))
+    assert list(found.done["x"]) == [(0, 4)]
+    assert found.nbytes == len(good)
+    damaged = encode(IDENTITY).replace(b'"b"', b'"c"')
+    assert damaged != encode(IDENTITY)
+    assert decode(damaged) is None
+
+
 @pytest.mark.parametrize("first", [{}, {"identity": 3}, {"identity": {"a": 1}}, {"identity": []}])
 def test_journal_without_an_identity_says_nothing(first):
     assert decode(encode(first)) is None
@@ -81,6 +94,18 @@ def test_staged_file_with_a_second_name_is_not_written_into(tmp_path, monkeypatc
     before = precious.read_bytes()
     dora_export.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     assert precious.read_bytes() == before
+    tensors = small.base_tensors()
+    small.check_merged(tmp_path / "out", tensors, small.adapter_tensors(tensors))
+
+
+@pytest.mark.parametrize("more", [-100, 100])
+def test_staged_file_of_another_size_is_written_anew(tmp_path, monkeypatch, more):
+    staged = interrupted(tmp_path, monkeypatch)
+    size = (staged / "model.safetensors").stat().st_size
+    os.truncate(staged / "model.safetensors", size + more)
+    report = dora_export.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out",
+                               verify="none")  # fmt: skip
+    assert report.resumed_bytes == 0
     tensors = small.base_tensors()
     small.check_merged(tmp_path / "out", tensors, small.adapter_tensors(tensors))
 

@@ -1,5 +1,7 @@
 """Elements that float32 may have missed: the bound holds, and what it selects is put right."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -47,6 +49,25 @@ def test_every_element_with_an_error_above_half_an_ulp_is_computed_again(stored_
     _, exponent = np.frexp(exact)
     assert (np.abs(got - exact) / np.ldexp(1.0, exponent - 8)).max() <= 0.5
     assert got.std() > 0
+
+
+@pytest.mark.parametrize(("rank", "shape"), [(512, (4, 1024)), (1, (1024, 1024))])
+def test_memory_does_not_grow_with_the_rank_or_the_elements(rank, shape):
+    left, right = low_rank(np.random.default_rng(0), *shape, rank, 0.0)
+    product = refine.product(left, right)
+    out, sizes = np.zeros(shape, np.uint16), np.zeros(shape, np.uint16)
+    scratch = np.empty(out.size, np.uint8)
+    tracemalloc.start()
+    try:
+        count = refine.recompute_cancelled(
+            out, sizes, BF16, product, 0, None, None, sizes, scratch
+        )
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert count == out.size
+    print(peak)
+    assert peak <= refine.MOST_BYTES
 
 
 def test_rows_without_a_product_are_left_alone():
