@@ -262,7 +262,6 @@ def test_arrays_of_a_merge_stay_under_its_bound(tmp_path, monkeypatch):
         report = dora_export.merge(
             *paths, threads=threads, block_bytes=block_bytes, verify="none", force=True
         )
-        print(name, threads, block_bytes, peaks[-1]/1e6, report.memory_bytes/1e6)
         assert peaks[-1] <= report.memory_bytes
 
 

@@ -59,14 +59,11 @@ def test_memory_does_not_grow_with_the_rank_or_the_elements(rank, shape):
     scratch = np.empty(out.size, np.uint8)
     tracemalloc.start()
     try:
-        count = refine.recompute_cancelled(
-            out, sizes, BF16, product, 0, None, None, sizes, scratch
-        )
+        count = refine.recompute_cancelled(out, sizes, BF16, product, 0, None, None, sizes, scratch)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert count == out.size
-    print(peak)
     assert peak <= refine.MOST_BYTES
 
 
