@@ -238,7 +238,7 @@ def test_peak_memory_stays_under_the_printed_bound_and_does_not_grow_with_the_mo
 
 
 def test_arrays_of_a_merge_stay_under_its_bound(tmp_path, monkeypatch):
-    """Counted when they are asked for, where one term of the bound after the other is most of it."""
+    """Counted when asked for, where one term of the bound after the other is most of it."""
     monkeypatch.setenv(fused.SWITCH, "numpy")  # the kernel takes less
     write_case(tmp_path / "wide", layers=0, out=3072, inputs=1024)
     write_case(tmp_path / "deep", layers=0, out=256, inputs=1024, rank=1024)
