@@ -9,19 +9,14 @@ float32, differs in its last place.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dora_export import refine
-from dora_export.errors import MachineError
+from dora_export import extensions, refine
 from dora_export.tensors import Bytes
 
 Mode = Literal["none", "norm", "given"]
@@ -29,9 +24,9 @@ MODES: dict[Mode, int] = {"none": 0, "norm": 1, "given": 2}
 PANEL = 16  # columns that lie together in a packed factor
 WIDE_PANEL = 8  # the same of float64
 SIZES = (1, 2, 4, 8)  # bytes of an item of a matrix that is turned
+MODULE = "dora_export._kernel"
 # As in kernel/module.c; changes with the bytes that a merge writes, and with what there is to call.
 NAME = "merge_rows 1, merge_wide 1, turn 3, sha256 1"
-SWITCH = "DORA_EXPORT_KERNEL"
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,23 +100,13 @@ class Merged:
     again: int
 
 
-@cache
 def _module() -> Any:
-    """Return the compiled module, or None where it is not there or the processor is too old."""
-    if find_spec("dora_export._kernel") is None:
-        return None
-    module = import_module("dora_export._kernel")
-    if getattr(module, "name", None) != NAME:
-        raise MachineError(
-            f"{module.__file__}: built from other sources than this version's. Install the "
-            f"package again (pip install .), or set {SWITCH}=numpy to do without it."
-        )
-    return module if module.usable else None
+    return extensions.loaded(MODULE, NAME)
 
 
 def available() -> bool:
     """Return whether the kernel is there and not switched off."""
-    return os.environ.get(SWITCH) != "numpy" and _module() is not None
+    return extensions.available(MODULE, NAME)
 
 
 def packed(right: NDArray[Any]) -> NDArray[np.float32]:

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from dora_export import fused
+from dora_export import extensions, fused
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(config, items):
 def either_kernel(request, monkeypatch):
     """Run a test with the compiled kernel and without it."""
     if request.param == "numpy":
-        monkeypatch.setenv(fused.SWITCH, "numpy")
+        monkeypatch.setenv(extensions.SWITCH, "numpy")
     elif not fused.available():
         # The kernel is optional by design; CI's machine has a compiler, so there this half runs.
         pytest.skip("built without a C compiler")

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dora_export
-from dora_export import engine, fused, worker
+from dora_export import engine, extensions, worker
 from dora_export.arithmetic import NumpyArithmetic
 from dora_export.arithmetic_torch import TorchArithmetic
 from dora_export.checkpoints import open_checkpoint
@@ -239,7 +239,7 @@ def test_peak_memory_stays_under_the_printed_bound_and_does_not_grow_with_the_mo
 
 def test_arrays_of_a_merge_stay_under_its_bound(tmp_path, monkeypatch):
     """Counted when asked for, where one term of the bound after the other is most of it."""
-    monkeypatch.setenv(fused.SWITCH, "numpy")  # the kernel takes less
+    monkeypatch.setenv(extensions.SWITCH, "numpy")  # the kernel takes less
     write_case(tmp_path / "wide", layers=0, out=3072, inputs=1024)
     write_case(tmp_path / "deep", layers=0, out=256, inputs=1024, rank=1024)
     run, peaks = engine.Engine.run, []
@@ -306,7 +306,7 @@ def test_first_failure_of_a_worker_stops_the_others_and_is_raised(case, tmp_path
             raise RuntimeError("tile three")
         return None
 
-    monkeypatch.setenv(fused.SWITCH, "numpy")
+    monkeypatch.setenv(extensions.SWITCH, "numpy")
     monkeypatch.setattr(worker, "merge_tile", merge_tile)
     with pytest.raises(RuntimeError, match="tile three"):
         dora_export.merge(

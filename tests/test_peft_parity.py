@@ -19,7 +19,7 @@ from transformers import (
 )
 
 import dora_export
-from dora_export import fused
+from dora_export import extensions
 from dora_export.adapters.model import Adapter
 from dora_export.checkpoints import open_checkpoint
 from dora_export.engine import Engine, Resources
@@ -110,7 +110,7 @@ def test_merge_is_within_an_ulp_of_the_oracle(cases, module, base, adapter, dora
 @adapter_dtype
 def test_merge_by_numpy_is_within_an_ulp_of_the_oracle(cases, tmp_path, monkeypatch, adapter, dora):
     """As where no compiler built the kernel."""
-    monkeypatch.setenv(fused.SWITCH, "numpy")
+    monkeypatch.setenv(extensions.SWITCH, "numpy")
     made = cases.made("bf16", adapter, dora)
     got = merged(made.base, made.adapter, tmp_path / "out")
     for layer in made.layers:

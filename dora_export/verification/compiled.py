@@ -8,23 +8,19 @@ does all the work.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dora_export.errors import MachineError
+from dora_export import extensions
 from dora_export.verification.values import Floats
 
 STRIP = 8  # columns that lie together in a packed factor
+MODULE = "dora_export._oracle"
 # As in kernel/compare_module.c; changes with what a call takes and finds.
 NAME = "compare_rows 1"
-SWITCH = "DORA_EXPORT_KERNEL"
 TYPES = {"BF16": 0, "F16": 1, "F32": 2}  # enum stored_type
 AS_IT_IS, OVER_LENGTH, BY_MAGNITUDE = range(3)  # enum row_rule
 MOST = 1e150  # sizes of factors whose product float64 holds
@@ -33,23 +29,13 @@ MOST = 1e150  # sizes of factors whose product float64 holds
 ORDINARY, EXCESS, MISROUNDED, WORST, ERROR, UNITS, SIZE, UPDATE, LENGTH = range(9)
 
 
-@cache
 def _module() -> Any:
-    """Return the compiled module, or None where it is not there or the processor is too old."""
-    if find_spec("dora_export._oracle") is None:
-        return None
-    module = import_module("dora_export._oracle")
-    if getattr(module, "name", None) != NAME:
-        raise MachineError(
-            f"{module.__file__}: built from other sources than this version's. Install the "
-            f"package again (pip install .), or set {SWITCH}=numpy to do without it."
-        )
-    return module if module.usable else None
+    return extensions.loaded(MODULE, NAME)
 
 
 def available() -> bool:
     """Return whether the loop is there and not switched off."""
-    return os.environ.get(SWITCH) != "numpy" and _module() is not None
+    return extensions.available(MODULE, NAME)
 
 
 @dataclass(frozen=True, eq=False)
