@@ -34,6 +34,7 @@ from dora_export.writers.ranges import Ranges
 
 DIGEST_BYTES = 8
 FORMAT_LABEL, FORMAT = "journal format", "1"  # in every identity: another format, another run
+OFFSETS = (1 << 63) - 1  # the largest place in a file that any system has
 # What follows from the other entries of an identity; of interest only where none of them differs.
 DERIVED = "plan"
 
@@ -244,7 +245,9 @@ def _are_ranges(value: Any) -> bool:
     return isinstance(value, dict) and all(
         isinstance(ranges, list)
         and all(
-            isinstance(r, list) and len(r) == 2 and all(type(n) is int for n in r) and r[0] >= 0
+            isinstance(r, list)
+            and len(r) == 2
+            and all(type(n) is int and 0 <= n <= OFFSETS for n in r)
             for r in ranges
         )
         for ranges in value.values()
