@@ -258,6 +258,14 @@ def test_a_session_prints_nothing_of_a_graph(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_a_session_warns_of_no_input_for_adapters(tmp_path, capfd):
+    """onnxruntime would of each, by its name as it is; from below Python."""
+    swappable(tmp_path)
+    capfd.readouterr()
+    session(tmp_path)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_words_about_many_long_names_stay_short(tmp_path):
     small.write_pair(tmp_path)
     dora_export.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")

@@ -49,7 +49,8 @@ class AdapterSession:
         Args:
             folder: The published folder.
             providers: Execution providers of onnxruntime, in order of preference.
-            options: An ``onnxruntime.SessionOptions``, or None.
+            options: An ``onnxruntime.SessionOptions``; None: the library's own, but that it warns of
+                nothing. It would of every input for adapters, by a name that may be a stranger's.
 
         Raises:
             InputError: The folder is no such output, its files are not those that were published
@@ -66,6 +67,9 @@ class AdapterSession:
                 "Pass that folder, as it was published."
             ) from error
         self._ort = onnxruntime
+        if options is None:
+            options = onnxruntime.SessionOptions()
+            options.log_severity_level = 3  # errors
         self.session = _while_checked(
             weights,
             lambda: _loaded(
