@@ -49,8 +49,8 @@ class AdapterSession:
         Args:
             folder: The published folder.
             providers: Execution providers of onnxruntime, in order of preference.
-            options: An ``onnxruntime.SessionOptions``; None: the library's own, but that it warns of
-                nothing. It would of every input for adapters, by a name that may be a stranger's.
+            options: An ``onnxruntime.SessionOptions``; None: the library's own, which then
+                warns of nothing; it would of every input for adapters, by a stranger's name.
 
         Raises:
             InputError: The folder is no such output, its files are not those that were published
