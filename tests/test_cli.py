@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -160,6 +161,7 @@ def test_merge_says_what_it_did(at):
     assert " in 1 weight file and " in sizes
     assert " side file" in sizes
     assert "peak memory " in sizes
+    assert re.search(r"\(buffers at most \d[\d.]* MB\)", sizes)
     assert sizes.endswith(" s")
     assert where == f"-> {at / 'out'}/   manifest {at / 'out' / 'dora_export.json'}"
 
