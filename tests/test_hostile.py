@@ -124,7 +124,10 @@ GRAPHS = {  # each as many fields as may be, or twice as many
     "inputs": lambda n: delimited(1, RELU + delimited(1, b"") * n),
     "ints": lambda n: delimited(1, RELU + delimited(5, delimited(8, b"\1" * n))),
     "dimensions": lambda n: delimited(1, RELU) + delimited(5, delimited(1, b"\1" * n)),
-    "tensors": lambda n: delimited(1, RELU) + delimited(5, delimited(8, b"a")) * (n // 11),
+    "tensors": lambda n: (
+        delimited(1, RELU)
+        + delimited(5, delimited(8, b"a")) * (n * limits.GRAPH_TENSORS // limits.GRAPH_FIELDS)
+    ),
     "text": lambda n: delimited(1, RELU) + delimited(10, b"n" * (n * (limits.GRAPH_BYTES // MANY))),
 }
 
