@@ -325,6 +325,7 @@ def test_one_output_and_one_input_is_ambiguous(tmp_path):
     assert_near(merged(*paths, "--axis", "out"), wanted(base, made, "out"))
 
 
+@pytest.mark.usefixtures("either_kernel")
 def test_norm_is_that_of_the_updated_weight_as_comfyui_does_not_have_it(tmp_path):
     base, made = layers("out")
     got, want = merged(*write(tmp_path, base, named(made))), wanted(base, made, "out")
