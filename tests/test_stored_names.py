@@ -70,6 +70,12 @@ EXPERTS = {
 }  # fmt: skip
 
 
+# Those of a row that another one here is of as well.
+SELDOM = ("rt_detr_v2", "pp_doclayout_v3", "prompt_depth_anything", "sam3_tracker_video",
+          "oneformer", "mm-grounding-dino")  # fmt: skip
+KINDS = [pytest.param(k, marks=[pytest.mark.nightly] if k in SELDOM else []) for k in CLASSES]
+
+
 # What LoRA is put on, and norms, which are saved whole.
 TRAINED = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Conv3d, torch.nn.Embedding)
 
@@ -136,7 +142,7 @@ def published(kind, name):
     return name.replace("model.blocks.", "model.layers.") if kind == "kimi_k25" else name
 
 
-@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_names_of_the_class_are_found_in_its_checkpoint_and_the_reverse(kind, names):
     types, pairs = names(kind)
     assert sum(n != stored for n, stored in pairs.items()) >= 2
@@ -145,7 +151,7 @@ def test_names_of_the_class_are_found_in_its_checkpoint_and_the_reverse(kind, na
         assert [rule(t) for t in targets] == held
 
 
-@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_no_part_of_a_row_is_idle(kind, names):
     """A row without any one of its pairs names some layer wrongly."""
     _, pairs = names(kind)
@@ -218,7 +224,7 @@ def test_what_no_row_can_say_is_refused_with_the_way_out(kind, names):
         naming.find_rule(targets, held, model_types=types)
     assert part in str(refused.value)
     # A layer that is missing altogether is no matter of names.
-    lost = next(n for n in pairs if ".layers.1." in n and n.endswith(".mlp.fc1.weight"))
+    lost = [n for n in pairs if n.endswith(".mlp.fc1.weight")][-1]
     with pytest.raises(PlanError) as refused:
         naming.find_rule([lost, *pairs], held - {pairs[lost]}, model_types=types)
     assert "save_original_format" not in str(refused.value)
