@@ -325,6 +325,7 @@ def test_one_output_and_one_input_is_ambiguous(tmp_path):
     assert_near(merged(*paths, "--axis", "out"), wanted(base, made, "out"))
 
 
+@pytest.mark.usefixtures("either_kernel")
 def test_norm_is_that_of_the_updated_weight_as_comfyui_does_not_have_it(tmp_path):
     base, made = layers("out")
     got, want = merged(*write(tmp_path, base, named(made))), wanted(base, made, "out")
@@ -427,16 +428,57 @@ def onetrainers(kind, shape):
         one, two = (t[f"hada_w{i}_a"].double() @ t[f"hada_w{i}_b"].double() for i in "12")
         delta = one * two
     else:
-        t = {"lokr_w1": torch.randn(4, 2), "lokr_w2_a": torch.randn(out // 4, R),
-             "lokr_w2_b": torch.randn(R, size // 2)}  # fmt: skip
-        w2 = (t["lokr_w2_a"].double() @ t["lokr_w2_b"].double()).reshape(out // 4, -1, *kernel)
-        delta = torch.kron(t["lokr_w1"].double().reshape(4, 2, *[1] * len(kernel)), w2)
+        return onetrainers_lokr(kind.removeprefix("LOKR").strip(), shape)
     return t | {"alpha": torch.tensor(ALPHA)}, ALPHA / R * delta.reshape(shape)
+
+
+def onetrainers_lokr(setting, shape):
+    """LoKrModule's factors under its settings, and ``get_weight() * alpha / dim``.
+
+    ``lokr_decompose_both`` takes w1 apart as well, ``lokr_full_matrix`` leaves w2 whole, and alpha
+    is the rank where both are; ``lokr_use_tucker`` puts a core between w2's factors of a kernel.
+    """
+    out, into, *kernel = shape
+    ones = [1] * len(kernel)
+    t = {"lokr_w1": torch.randn(4, 2)}
+    w1, alpha = t["lokr_w1"].double(), ALPHA
+    if setting == "both":
+        t = {"lokr_w1_a": torch.randn(4, R), "lokr_w1_b": torch.randn(R, 2)}
+        w1 = t["lokr_w1_a"].double() @ t["lokr_w1_b"].double()
+    if setting == "full":
+        t["lokr_w2"], alpha = torch.randn(out // 4, into // 2, *kernel), float(R)
+        w2 = t["lokr_w2"].double()
+    elif setting == "tucker" and kernel:
+        t |= {"lokr_t2": torch.randn(R, R, *kernel), "lokr_w2_a": torch.randn(R, out // 4),
+              "lokr_w2_b": torch.randn(R, into // 2)}  # fmt: skip
+        core, *factors = (t[f"lokr_{n}"].double() for n in ("t2", "w2_a", "w2_b"))
+        w2 = torch.einsum("ijkl,ip,jr->prkl", core, *factors).contiguous()
+    else:
+        t |= {"lokr_w2_a": torch.randn(out // 4, R),
+              "lokr_w2_b": torch.randn(R, into // 2 * int(np.prod(kernel)))}  # fmt: skip
+        w2 = (t["lokr_w2_a"].double() @ t["lokr_w2_b"].double()).reshape(out // 4, -1, *kernel)
+    delta = torch.kron(w1.reshape(4, 2, *ones), w2)
+    return t | {"alpha": torch.tensor(alpha)}, alpha / R * delta.reshape(shape)
 
 
 # LoHa has no DoRA there; LoKr's counts outputs unless told, LoRA's inputs.
 ONETRAINER = [("LORA", "in"), ("LORA", "out"), ("LOKR", "out"), ("LOKR", "in"), ("LOKR", None),
-              ("LOHA", None)]  # fmt: skip
+              ("LOKR both", "out"), ("LOKR full", "in"), ("LOKR full", None),
+              ("LOKR tucker", "out"), ("LOHA", None)]  # fmt: skip
+# Its savers: kohya's names, or diffusers', under which LoKr and LoHa keep alpha and dora_scale.
+SAVERS = {"LOKR both": "transformer.blocks.", "LOKR full": "transformer.blocks.",
+          "LOHA": "transformer.blocks."}  # fmt: skip
+
+
+def onetrainers_settings(kind, dora):
+    """A file's metadata: settings of all algorithms, of which those of its own are true of it."""
+    said = {"peft_type": kind.split()[0], "lora_decompose_norm_epsilon": kind == "LORA"}
+    for word, (decompose, output) in {"LORA": ("lora_decompose", "lora_decompose_output_axis"),
+                                      "LOKR": ("lokr_weight_decompose", "lokr_dora_on_output")
+                                      }.items():  # fmt: skip
+        own = said["peft_type"] == word
+        said |= {decompose: (dora is not None) == own, output: (dora == "out") == own}
+    return {"ot_branch": "master", "ot_config": json.dumps(said)}
 
 
 @pytest.mark.parametrize(("kind", "dora"), ONETRAINER, ids=str)
@@ -444,37 +486,69 @@ def test_onetrainers_algorithms_on_matrices_and_kernels(kind, dora, tmp_path):
     torch.manual_seed(7)
     shapes = {"to_q": (16, 16), "up": (24, 16), "conv": (16, 8, 3, 3), "square": (16, 16, 3, 3)}
     base, tensors, want, plain = {}, {}, {}, {}
+    saver = SAVERS.get(kind, "lora_transformer_blocks_")
     for name, shape in shapes.items():
         W = torch.randn(shape) * 0.2
         factors, delta = onetrainers(kind, shape)
         base[f"blocks.{name}.weight"], exact = W, W.double() + delta
+        other = R / ALPHA if factors["alpha"] == ALPHA else ALPHA / R  # times, another scaling
         if dora:
             line = W if dora == "out" else W.transpose(0, 1)
             m = line.flatten(1).norm(dim=1) * (0.6 + 0.8 * torch.rand(len(line)))
             m = m.reshape(-1, *[1] * (len(shape) - 1))
             factors["dora_scale"] = m if dora == "out" else m.transpose(0, 1).contiguous()
-            exact = onetrainers_weight(W.double(), delta, factors["dora_scale"].double(),
-                                       dora == "out")  # fmt: skip
-        tensors |= {f"lora_transformer_blocks_{name}.{n}": t for n, t in factors.items()}
+            m, by_outputs = factors["dora_scale"].double(), dora == "out"
+            exact = onetrainers_weight(W.double(), delta, m, by_outputs)
+            wrong = onetrainers_weight(W.double(), other * delta, m, by_outputs)
+        else:
+            wrong = W.double() + other * delta
+        plain[f"blocks.{name}.weight"] = wrong
+        tensors |= {f"{saver}{name}.{n}": t for n, t in factors.items()}
         want[f"blocks.{name}.weight"] = exact.flatten(1).numpy()
-        plain[f"blocks.{name}.weight"] = (W.double() + delta / (ALPHA / R)).flatten(1).numpy()
-    # The settings are LoRA's: what they say of another algorithm is not of its tensors.
-    own = kind == "LORA"
-    config = {
-        "peft_type": kind,
-        "lora_decompose": (dora is not None) == own,
-        "lora_decompose_norm_epsilon": own,
-        "lora_decompose_output_axis": (dora == "out") == own,
-    }
-    said = {"ot_branch": "master", "ot_config": json.dumps(config)}
-    paths = write(tmp_path, base, tensors, said, "transformer.")
+    paths = write(tmp_path, base, tensors, onetrainers_settings(kind, dora), "transformer.")
     got = merged(*paths)
     for name, exact in want.items():
         stored = got[f"transformer.{name}"].flatten(1)
         assert distance(stored, exact) <= RELATIVE, name
-        assert distance(stored, plain[name]) > 100 * RELATIVE
+        assert distance(stored, plain[name].flatten(1).numpy()) > 100 * RELATIVE
         assert distance(stored, oracle.float64(base[name].flatten(1))) > 100 * RELATIVE
     assert "trainer      OneTrainer" in inspected(paths[1])
+
+
+@pytest.mark.parametrize(
+    ("dora", "said", "reason"),
+    [("out", "in", "says magnitudes count inputs, their shapes say outputs"),
+     ("in", "out", "says magnitudes count outputs, their shapes say inputs"),
+     (None, "out", "decomposed (DoRA), but there is no dora_scale"),
+     ("out", None, "not decomposed, but there is dora_scale")],
+)  # fmt: skip
+def test_onetrainers_settings_of_lokr_are_held_against_its_magnitudes(dora, said, reason, tmp_path):
+    W = torch.randn(16, 16) * 0.2
+    tensors, _ = onetrainers("LOKR", W.shape)
+    if dora:
+        tensors["dora_scale"] = W.norm(dim=1 if dora == "out" else 0, keepdim=True)
+    tensors = {f"lora_transformer_to_q.{n}": t for n, t in tensors.items()}
+    paths = write(tmp_path, {"to_q.weight": W}, tensors, onetrainers_settings("LOKR", said))
+    assert reason in refused(*paths)
+
+
+def test_whole_kronecker_factors_of_onetrainer_are_never_scaled_by_a_root(tmp_path):
+    """Their alpha is the rank. Of others' files 8 could be 4 with rs_lora, if a layer shows 4."""
+    torch.manual_seed(8)
+    base = {"a.weight": torch.randn(16, 16) * 0.2, "b.weight": torch.randn(16, 16) * 0.2}
+    whole = {"lokr_w1": torch.randn(4, 2), "lokr_w2": torch.randn(4, 8),
+             "alpha": torch.tensor(8.0)}  # fmt: skip
+    shown = {"lokr_w1": torch.randn(4, 2), "lokr_w2_a": torch.randn(4, 4),
+             "lokr_w2_b": torch.randn(4, 8), "alpha": torch.tensor(4.0)}  # fmt: skip
+    tensors = {f"lora_transformer_{n}.{p}": t for n, ts in (("a", whole), ("b", shown))
+               for p, t in ts.items()}  # fmt: skip
+    delta = torch.kron(whole["lokr_w1"].double(), whole["lokr_w2"].double())
+    exact = (base["a.weight"].double() + delta).numpy()
+    said = onetrainers_settings("LOKR", None)
+    got = merged(*write(tmp_path / "ot", base, tensors, said))["a.weight"]
+    assert distance(got, exact) <= RELATIVE
+    got = merged(*write(tmp_path / "other", base, tensors))["a.weight"]
+    assert distance(got, exact) > 0.01
 
 
 def test_onetrainer_without_eps_says_so(tmp_path):
@@ -487,6 +561,20 @@ def test_onetrainer_without_eps_says_so(tmp_path):
     assert_near(got, wanted(base, made, "in", eps=0.0))
     with_eps = wanted(base, made, "in")
     assert all(distance(got[key], exact) > 10 * RELATIVE for key, exact in with_eps.items())
+
+
+def test_lokr_of_onetrainer_has_its_eps_whatever_loras_settings_say(tmp_path):
+    torch.manual_seed(9)
+    W = torch.randn(16, 16) * 1e-7
+    factors, delta = onetrainers("LOKR", W.shape)
+    factors["lokr_w1"], delta = factors["lokr_w1"] * 1e-7, delta * 1e-7
+    m = factors["dora_scale"] = W.norm(dim=1, keepdim=True) * 1.3
+    tensors = {f"lora_transformer_to_q.{n}": t for n, t in factors.items()}
+    said = onetrainers_settings("LOKR", "out")  # of LoRA: without an eps
+    got = merged(*write(tmp_path, {"to_q.weight": W}, tensors, said))["to_q.weight"]
+    V = W.double() + delta
+    assert distance(got, onetrainers_weight(W.double(), delta, m.double(), True)) <= RELATIVE
+    assert distance(got, m.double() * V / V.norm(dim=1, keepdim=True)) > 0.01
 
 
 # --- metadata ---
