@@ -20,6 +20,7 @@ from dora_export.verification.model import Finding, TierResult
 from dora_export.verification.side_ledger import Source, check_manifest, check_side_files
 from dora_export.verification.subject import Subject
 from dora_export.verification.tensor_ledger import Compare, check_tensors, difference
+from dora_export.words import count
 
 __all__ = ["Source", "check_ledger"]
 
@@ -82,7 +83,8 @@ def _summary(subject: Subject, figures: Mapping[str, Any]) -> str:
     files = len(subject.files) + figures["side_files"]
     cast = f" after the cast to {figures['cast']}" if figures["cast"] else " byte for byte"
     return (
-        f"{figures['tensors_found']} tensors and {files} files: {figures['untouched_equal']} of "
+        f"{count(figures['tensors_found'], 'tensor')} and {count(files, 'file')}: "
+        f"{figures['untouched_equal']} of "
         f"{figures['untouched']} untouched tensors equal{cast}"
     )
 
