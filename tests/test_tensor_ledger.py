@@ -10,7 +10,8 @@ import torch
 from dora_export.plan import Step
 from dora_export.tensors import BY_TORCH, FileRange
 from dora_export.verification import tensor_ledger
-from dora_export.verification.subject import Subject
+from dora_export.verification.ledger import _indexes
+from dora_export.verification.subject import StoredFile, Subject
 from dora_export.verification.tensor_ledger import check_tensors, difference, equal
 from tests.plants import ref
 
@@ -232,6 +233,8 @@ def test_buffers_do_not_decide_about_a_cast():
     assert codes(base, three(F16) | buffer) == {"merged": "model-cast"}
     cast = three(F16) | {"x.inv_freq": torch.tensor([0.25, 0.5]).half()}
     assert codes(base, cast) == {"merged": "model-cast", "x.inv_freq": "computed-buffer"}
+    cast["x.inv_freq"] = cast["x.inv_freq"] * 1.5  # computed anew: one word about it is enough
+    assert codes(base, cast) == {"merged": "model-cast", "x.inv_freq": "computed-buffer"}
     flipped = three(BF16) | {"x.inv_freq": torch.tensor([0.25, 0.75])}
     assert codes(base, flipped) == {"x.inv_freq": "bytes-differ"}  # in its own type
 
@@ -285,11 +288,16 @@ def test_another_base_is_told_by_most_of_its_matrices():
     for t in few.values():
         t[3, 3] += 1  # one element of 960: damage
     assert codes(ones | big, ones | few) == dict.fromkeys("abcd", "bytes-differ")
+    for t in few.values():
+        t[:10, 0] += 1  # one in a hundred
+    assert codes(ones | big, ones | few) == {"merged": "another-base"}
     # a model with one matrix: all its floats count
     small = {"a": matrix(0), "n": matrix(1)[0], "o": matrix(2)[0]}
     other = {n: t + 1 for n, t in small.items()}
     assert codes(small, other) == {"merged": "another-base"}
     assert codes(small, small | {"a": small["a"] + 1}) == {"a": "bytes-differ"}
+    alone = {"a": matrix(0)}
+    assert codes(alone, {"a": matrix(0) + 1}) == {"a": "bytes-differ"}
     # what the adapter brings whole is no part of the base
     steps = [step(n, t, status="replaced" if n in "bcd" else None) for n, t in base.items()]
     assert codes(steps, with_other("b", "c", "d")) == dict.fromkeys("bcd", "bytes-differ")
@@ -311,3 +319,30 @@ def test_nothing_applied_needs_all_of_the_changed_tensors_with_the_bases_bytes()
     narrow = [step(n, base[n], changes=("a change",)) for n in "bc"]
     packed = {"b": base["b"], "c": base["c"].view(torch.uint8)[:, :4].contiguous()}
     assert codes(narrow, packed) == {}
+
+
+# --- the index
+
+
+def indexed(weight_map, total=24, **options):
+    files = {"one": StoredFile(("b", "a"), 16), "two": StoredFile(("c",), 8)}
+    index = {"weight_map": weight_map, "metadata": {"total_size": total}}
+    return Subject(Path("m"), None, {}, files, index=index, index_name="index", **options)
+
+
+def test_an_index_is_held_against_the_files_both_ways():
+    right = {"a": "one", "b": "one", "c": "two"}
+    assert list(_indexes(indexed(right))) == []
+    wrong = {"a": "two", "c": "two", "z": "one"}
+    found = {(f.code, f.where, f.what) for f in _indexes(indexed(wrong, 25))}
+    assert found == {
+        ("index-wrong", "a", "index places it in two, found in one"),
+        ("index-wrong", "z", "index places it in one, which does not hold it"),
+        ("index-wrong", "b", "in one, not in index"),
+        ("total-size", "index", "25, the tensors have 24 bytes"),
+    }
+    broken = indexed(right | {"y": "gone"}, 99, broken=frozenset({"gone"}))
+    assert list(_indexes(broken)) == []  # told with the file
+    parts = {"unet": indexed(right, 25), "vae": indexed(right)}
+    (finding,) = _indexes(Subject(Path("m"), None, {}, {}, parts=parts))
+    assert finding.where == "unet: index"

@@ -97,12 +97,12 @@ def _indexes(subject: Subject) -> Iterator[Finding]:
 
 
 def _index(subject: Subject) -> Iterator[Finding]:
-    """Hold the index against the headers of the files, both ways."""
+    """Hold the index against the headers of the files, both ways; findings in no order."""
     if not subject.places:
         return  # none, or not one: told on opening
     name, places = shown(subject.index_name), subject.places
     held = {tensor: file for file, stored in subject.files.items() for tensor in stored.names}
-    for tensor, file in sorted(places.items()):
+    for tensor, file in places.items():
         if file in subject.broken:
             continue  # told with the file
         if (found := held.get(tensor)) != file:
@@ -110,7 +110,7 @@ def _index(subject: Subject) -> Iterator[Finding]:
             yield Finding(
                 "index-wrong", shown(tensor), f"{name} places it in {shown(file)}, {there}"
             )
-    for tensor, file in sorted(held.items()):
+    for tensor, file in held.items():
         if tensor not in places:
             yield Finding("index-wrong", shown(tensor), f"in {shown(file)}, not in {name}")
     yield from _total_size(subject, name)
