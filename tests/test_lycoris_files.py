@@ -761,7 +761,7 @@ def test_fused_layers_that_were_trained_on_as_one_are_refused(name, tmp_path):
         assert f"with alpha times {n} for the second" in message
 
 
-@pytest.mark.parametrize("change", ["rank", "rows", "dora_scale"])
+@pytest.mark.parametrize("change", ["rank", "rows", "dora_scale", "mid"])
 def test_fused_layers_that_cannot_be_several_are_refused(change, tmp_path):
     base, made, _ = split_layers()
     name = "double_blocks.0.img_attn.qkv"
@@ -770,9 +770,38 @@ def test_fused_layers_that_cannot_be_several_are_refused(change, tmp_path):
         "rank": {"up": up[:, :-1].contiguous(), "down": down[:-1]},
         "rows": {"up": up[:-1]},
         "dora_scale": {"dora_scale": torch.ones(24, 1)},
+        "mid": {},
     }[change]
-    message = refused(*write(tmp_path, base, named(made), SPLIT))
+    tensors = named(made)
+    if change == "mid":
+        tensors["lora_unet_double_blocks_0_img_attn_qkv.lora_mid.weight"] = torch.ones(6, 6, 1)
+    message = refused(*write(tmp_path, base, tensors, SPLIT))
     assert "is not that of 3 layers of one rank" in message
+
+
+@pytest.mark.parametrize("part", ["diff", "w_norm", "set_weight", "diff_b"])
+def test_alpha_beside_what_is_not_scaled_is_named_and_left(part, tmp_path):
+    held = {f"lora_unet_n.{part}": torch.ones(4), "lora_unet_n.alpha": torch.tensor(3.0)}
+    save_file(held, tmp_path / "lora.safetensors")
+    found = dora_export.load_adapter(tmp_path / "lora.safetensors", adapter_format="lycoris")
+    assert set(found.ignored) == {"lora_unet_n.alpha"}
+    (update,) = found.updates
+    assert (update.scaling, update.source_keys) == (1.0, (f"lora_unet_n.{part}",))
+
+
+W1, W2 = {"lokr_w1_a": (2, 3), "lokr_w1_b": (3, 2)}, {"lokr_w2_a": (8, 5), "lokr_w2_b": (5, 4)}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "rank"),
+    [({**W1, **W2}, 5), ({"lokr_w1": (2, 2), **W2}, 5), ({**W1, "lokr_w2": (8, 4)}, 3)],
+    ids=["both", "second", "first"],
+)
+def test_rank_of_kronecker_factors_is_the_seconds_where_it_has_one(shapes, rank, tmp_path):
+    save_file({**{f"lora_unet_n.{n}": torch.ones(s) for n, s in shapes.items()},
+               "lora_unet_n.alpha": torch.tensor(3.0)}, tmp_path / "lora.safetensors")  # fmt: skip
+    (update,) = dora_export.load_adapter(tmp_path / "lora.safetensors").updates
+    assert update.scaling == 3 / rank
 
 
 # --- refusals ---
@@ -801,6 +830,21 @@ BROKEN = {
     "norm with magnitudes": (
         lambda t: t.update({"lora_unet_n.w_norm": torch.ones(4), "lora_unet_n.dora_scale":
                             torch.ones(4)}), "dora_scale beside w_norm has no meaning"),
+    "magnitudes beside a bias alone": (
+        lambda t: t.update({"lora_unet_n.diff_b": torch.ones(4), "lora_unet_n.dora_scale":
+                            torch.ones(4, 1)}), "n: dora_scale without a weight"),
+    "a whole weight with magnitudes": (
+        lambda t: t.update({"lora_unet_n.set_weight": torch.ones(4, 4), "lora_unet_n.dora_scale":
+                            torch.ones(4, 1)}), "dora_scale beside set_weight has no meaning"),
+    "a difference of one dimension with magnitudes": (
+        lambda t: t.update({"lora_unet_n.diff": torch.ones(4), "lora_unet_n.dora_scale":
+                            torch.ones(4, 1)}), "dora_scale beside diff has no meaning"),
+    "two biases": (lambda t: t.update({f"{Q}.diff_b": torch.ones(16), f"{Q}.b_norm":
+                                       torch.ones(16)}), "holds diff_b and b_norm"),
+    "alpha of bytes": (lambda t: t.update({f"{Q}.alpha": torch.ones((), dtype=torch.uint8)}),
+                       "expected one number"),
+    "magnitudes of nothing": (lambda t: t.update({f"{Q}.dora_scale": torch.ones(())}),
+                              "the file does not belong together"),
     "unknown": (lambda t: t.update({f"{Q}.shift": torch.ones(3)}), "tensors of unknown meaning"),
     "half of LoHa": (lambda t: t.update({"lora_unet_h.hada_w1_a": torch.ones(4, 2)}),
                      "hada_w1_b, hada_w2_a, hada_w2_b missing"),
