@@ -297,6 +297,16 @@ def test_flat_magnitudes_are_told_by_their_length_but_for_square_layers(tmp_path
     assert "--axis out: dora_scale is (16,), so it counts inputs. Leave it out" in out
 
 
+@pytest.mark.parametrize("axis", ["out", "in"])
+def test_flat_magnitudes_of_a_square_layer_count_what_is_said(axis, tmp_path):
+    base, made = layers(axis, shapes={"x": (16, 16)})
+    made["x"]["dora_scale"] = made["x"]["dora_scale"].flatten()
+    other = wanted(base, made, "in" if axis == "out" else "out")["x.weight"]
+    got = merged(*write(tmp_path, base, named(made)), "--axis", axis)
+    assert_near(got, wanted(base, made, axis))
+    assert distance(got["x.weight"], other) > 0.01
+
+
 def test_axis_that_contradicts_the_shape_is_refused(tmp_path):
     base, made = layers("out")
     paths = write(tmp_path, base, named(made))
@@ -802,6 +812,27 @@ def test_rank_of_kronecker_factors_is_the_seconds_where_it_has_one(shapes, rank,
                "lora_unet_n.alpha": torch.tensor(3.0)}, tmp_path / "lora.safetensors")  # fmt: skip
     (update,) = dora_export.load_adapter(tmp_path / "lora.safetensors").updates
     assert update.scaling == 3 / rank
+
+
+@pytest.mark.parametrize(
+    ("alpha", "scaling"),
+    [(torch.tensor(3**1.5), 3**0.5), (torch.tensor(3**1.5, dtype=torch.bfloat16), 3**0.5),
+     (torch.tensor(5.9), None), (torch.tensor(-5.2), None), (torch.tensor(-1.0), None)],
+    ids=str,
+)  # fmt: skip
+def test_root_of_the_rank_is_taken_from_an_alpha_that_is_one_times_its_root(
+    alpha, scaling, tmp_path
+):
+    """Of rs_lora, on LoKr with whole factors; alpha may be rounded to 16 bits."""
+    held = {"lora_unet_n.lokr_w1": torch.ones(2, 2), "lora_unet_n.lokr_w2": torch.ones(3, 3)}
+    file = tmp_path / "lora.safetensors"
+    save_file({**held, "lora_unet_n.alpha": alpha}, file, kohya(algo="lokr", rs_lora="True"))
+    if scaling is None:
+        with pytest.raises(AdapterError, match=r"is neither a rank nor, as with rs_lora, a rank"):
+            dora_export.load_adapter(file)
+    else:
+        (update,) = dora_export.load_adapter(file).updates
+        assert update.scaling == pytest.approx(scaling, rel=1e-12)
 
 
 # --- refusals ---

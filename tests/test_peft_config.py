@@ -324,8 +324,9 @@ def test_magnitude_under_two_names_is_refused(adapter):
         adapter(tensors={**factors(), f"{m}.weight": torch.rand(OUT)})
 
 
-def test_magnitude_without_factors_is_refused(adapter):
-    m = f"{PREFIX}model.layers.1.q_proj.lora_magnitude_vector"
+@pytest.mark.parametrize("part", ["lora_magnitude_vector", "lora_B.bias", "lora_E"])
+def test_part_without_factors_is_refused(adapter, part):
+    m = f"{PREFIX}model.layers.1.q_proj.{part}"
     with pytest.raises(AdapterError, match=r"layers\.1\.q_proj: .*without lora_A and lora_B"):
         adapter(tensors={**factors(), m: torch.rand(OUT)})
 
