@@ -640,6 +640,28 @@ def test_trained_tokens_beside_dora_need_no_magnitudes(adapter):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("module", "shape", "indices"),
+    [("model.my_embed_tokens", (2, IN), {"embed_tokens": [3, 5]}),
+     ("model.embed_tokens", (2, IN), {"embed_tokens": [3, 5], "model.embed_tokens": [3, 5]}),
+     ("model.embed_tokens", (2, IN, 1), [3, 5]), ("model.embed_tokens", (3, IN), [3, 5])],
+    ids=["another name", "two names", "dimensions", "number"],
+)  # fmt: skip
+def test_rows_of_which_the_config_does_not_say_the_tokens_are_refused(
+    adapter, module, shape, indices
+):
+    rows = {f"{PREFIX}{module}.token_adapter.trainable_tokens_delta": torch.ones(shape)}
+    with pytest.raises(AdapterError, match=r"trainable_token_indices .* do not say which rows"):
+        adapter(tensors=factors() | rows, trainable_token_indices=indices)
+
+
+def test_use_dora_with_the_magnitude_of_an_embedding_missing_is_refused(adapter):
+    table = {f"{PREFIX}{EMBEDDING}.lora_embedding_A": torch.randn(RANK, 30),
+             f"{PREFIX}{EMBEDDING}.lora_embedding_B": torch.randn(OUT, RANK)}  # fmt: skip
+    with pytest.raises(AdapterError, match=rf"missing for 1 of 2 .*{EMBEDDING}"):
+        adapter(tensors={**factors(), **table})
+
+
 def test_plain_lora_is_merged_without_a_question(adapter):
     (update,) = adapter(tensors=plain(), use_dora=False).updates
     assert (update.kind, update.magnitude, update.scaling) == ("lora", None, 10 / RANK)
