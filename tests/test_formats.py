@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from dora_export.adapters import FORMATS, TAKEN_BY, ReadOptions, read_adapter, read_adapters
 from dora_export.errors import AdapterError, InputError
@@ -21,7 +21,7 @@ from tests import (
     test_small_trainers,
     test_torchtune,
 )
-from tests.fixtures import MLX, TORCHTUNE
+from tests.fixtures import CONVERTED, MLX, TORCHTUNE
 from tests.trainers import inspected
 
 OPTIONS = ReadOptions(allow_pickle=True)
@@ -236,6 +236,26 @@ def test_exactly_one_format_matches(case, tmp_path):
     assert (axis is not None) == (adapter.facts["method"] == "DoRA")
     assert axis is None or f"one per {axis[1]}put" in shown
     assert not re.search(r"layers .*(^| )\.", shown)  # of a number alone, nothing is in front
+
+
+def recorded():
+    """Adapters that trainers' own code has left in the repository."""
+    names = ("adapter_model.safetensors", "adapters.safetensors", "adapter_model.pt")
+    files = [p for of in (MLX, TORCHTUNE, CONVERTED) for n in names for p in of.rglob(n)]
+    return sorted(p if p.suffix == ".pt" else p.parent for p in files)
+
+
+@pytest.mark.parametrize("path", recorded(), ids=lambda p: "/".join(p.parts[-3:]))
+def test_recorded_adapters_are_told_with_trainer_and_axis(path):
+    shown = inspected(path, "--allow-pickle")
+    found = re.search(r"format +(\S+)\n", shown)
+    assert re.search(rf"trainer +.*({TRAINERS[found[1]]}|{SAID['torchtune export']})", shown)
+    assert re.search(r"axis +out, by the format: .+", shown) or "axis" not in shown
+    (file,) = (path,) if path.is_file() else path.glob("*.safetensors")
+    stored = torch.load(file) if file.suffix == ".pt" else load_file(file)
+    dora = any(n.endswith((".m", ".magnitude", ".lora_magnitude_vector")) for n in stored)
+    assert dora == bool(re.search(r"method +DoRA", shown)) == ("axis" in shown) == (
+        "one per " in shown)  # fmt: skip
 
 
 def test_every_format_has_a_case():

@@ -6,6 +6,7 @@ comfy/weight_adapter/lora.py (load) and comfy/lora.py (load_lora).
 """
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -335,6 +336,7 @@ def test_one_output_and_one_input_is_ambiguous(tmp_path):
     assert_near(merged(*paths, "--axis", "out"), wanted(base, made, "out"))
 
 
+@pytest.mark.usefixtures("either_kernel")
 def test_norm_is_that_of_the_updated_weight_as_comfyui_does_not_have_it(tmp_path):
     base, made = layers("out")
     got, want = merged(*write(tmp_path, base, named(made))), wanted(base, made, "out")
@@ -570,6 +572,29 @@ def test_onetrainer_without_eps_says_so(tmp_path):
     assert_near(got, wanted(base, made, "in", eps=0.0))
     with_eps = wanted(base, made, "in")
     assert all(distance(got[key], exact) > 10 * RELATIVE for key, exact in with_eps.items())
+
+
+@pytest.mark.parametrize("flat", [True, False], ids=["kohya's names", "paths"])
+def test_fused_layers_that_onetrainer_may_have_left_undecomposed_are_told(flat, tmp_path):
+    """Which version it was only ot_revision says, and a hash has no order."""
+    shapes = {"double_blocks.0.img_attn.qkv": (24, 8), "double_blocks.0.img_attn.proj": (8, 8)}
+
+    def doubts(dora, metadata, only=""):
+        base, made = layers(dora, shapes=shapes)
+        made = {n: t for n, t in made.items() if n.endswith(only)}
+        prefix = "lora_unet_" if flat else "diffusion_model."
+        paths = write(tmp_path / str(len(list(tmp_path.iterdir()))), base,
+                      named(made, prefix, flat), metadata)  # fmt: skip
+        if only != "proj":
+            assert_near(merged(*paths), wanted(base, made, dora))
+        return dora_export.load_adapter(paths[1]).doubts
+
+    said = {"ot_revision": "c20e62e"}
+    (told,) = doubts("in", said)
+    assert re.search(r"fuses \(1 here, first .*img_attn.qkv\) as plain LoRA .*dora_scale out", told)
+    assert doubts(None, said) == ()
+    assert doubts("in", None) == ()
+    assert doubts("in", said, only="proj") == ()
 
 
 def test_lokr_of_onetrainer_has_its_eps_whatever_loras_settings_say(tmp_path):
