@@ -102,6 +102,17 @@ _SWIN = (  # within other models
     ("blocks.*.intermediate.dense.", "blocks.*.mlp.fc1."),
     ("blocks.*.output.dense.", "blocks.*.mlp.fc2."),
 )  # fmt: skip
+_INKLING = (
+    *(
+        (f".attn.{old}.", f".self_attn.{new}_proj.")
+        for old, new in (
+            ("wq_du", "q"), ("wk_dv", "k"), ("wv_dv", "v"), ("wr_du", "r"), ("wo_ud", "o"),
+            ("gate_attn", "gate"), ("attn_sink_proj", "sink"),
+        )
+    ),
+    (".attn_norm.", ".input_layernorm."),
+    (".mlp_norm.", ".post_attention_layernorm."),
+)  # fmt: skip
 
 CONVENTIONS = (
     # Multimodal models around a language model: Llava, Gemma 3, PaliGemma, Mistral 3, InternVL,
@@ -432,6 +443,82 @@ CONVENTIONS = (
         ),
         model_types=frozenset({"t5gemma2"}),
     ),
+    Convention(
+        prefixes=(
+            ("model.llm.embed.", "model.language_model.embed_tokens."),
+            ("model.llm.embed_norm.", "model.language_model.embed_tokens.embed_norm."),
+            ("model.llm.norm.", "model.language_model.norm."),
+            ("model.llm.unembed.", "lm_head."),
+            ("model.visual.backbone.embeddings.", "model.vision_tower.embeddings."),
+            (
+                "model.visual.backbone.embeddings.position_embedding",
+                "model.vision_tower.embeddings.position_embedding.weight",
+            ),
+            ("model.visual.backbone.ln_pre.", "model.vision_tower.pre_layernorm."),
+            ("model.visual.proj_in.", "model.vision_tower.merger.linear_1."),
+            ("model.visual.proj_out.", "model.vision_tower.merger.linear_2."),
+        ),
+        within=(
+            ("model.llm.layers.", "model.language_model.layers.", _INKLING),
+            (
+                "model.visual.backbone.layers.",
+                "model.vision_tower.layers.",
+                (
+                    (".mlp.c_fc.", ".mlp.fc1."),
+                    (".mlp.c_proj.", ".mlp.fc2."),
+                    (".ln_1.", ".layernorm_before."),
+                    (".ln_2.", ".layernorm_after."),
+                ),
+            ),
+        ),
+        model_types=frozenset({"inkling2"}),
+    ),
+    Convention(
+        prefixes=(
+            ("model.encoder.pre_encode.conv.", "model.encoder.subsampling.layers."),
+            ("model.encoder.pre_encode.out.", "model.encoder.subsampling.linear."),
+            ("model.transf_decoder._embedding.token_embedding.", "model.decoder.embed_tokens."),
+            ("model.transf_decoder._embedding.layer_norm.", "model.decoder.embedding_layernorm."),
+            (
+                "model.transf_decoder._embedding.position_embedding.pos_enc",
+                "model.decoder.pos_emb.weight",
+            ),
+            ("model.transf_decoder._decoder.final_layer_norm.", "model.decoder.norm."),
+            ("model.encoder_decoder_proj.", "model.decoder.proj."),
+            ("log_softmax.mlp.layer0.", "proj_out."),
+        ),
+        within=(
+            (
+                "model.transf_decoder._decoder.layers.",
+                "model.decoder.layers.",
+                (
+                    *(
+                        (f".{layer}_sub_layer.{old}.", f".{new}.{x}_proj.")
+                        for layer, new in (("first", "self_attn"), ("second", "encoder_attn"))
+                        for old, x in (
+                            ("query_net", "q"),
+                            ("key_net", "k"),
+                            ("value_net", "v"),
+                            ("out_projection", "o"),
+                        )
+                    ),
+                    (".third_sub_layer.dense_in.", ".mlp.fc1."),
+                    (".third_sub_layer.dense_out.", ".mlp.fc2."),
+                    (".layer_norm_1.", ".input_layernorm."),
+                    (".layer_norm_2.", ".post_attention_layernorm."),
+                    (".layer_norm_3.", ".final_layernorm."),
+                ),
+            ),
+        ),
+        inside=(
+            *((f".self_attn.linear_{x}.", f".self_attn.{x}_proj.") for x in "qkv"),
+            (".self_attn.linear_out.", ".self_attn.o_proj."),
+            (".linear_pos.", ".relative_k_proj."),
+            (".conv.batch_norm.", ".conv.norm."),
+        ),
+        model_types=frozenset({"cohere_asr"}),
+    ),
+    Convention(prefixes=(("layer.", "model.layer."),), model_types=frozenset({"dinov3_vit"})),
     # One checkpoint, of which classes load the part that finds and the part that follows.
     Convention(
         prefixes=(
