@@ -1,13 +1,14 @@
 """Every kind of adapter fits exactly one format, and inspection tells trainer and axis."""
 
 import re
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from dora_export.adapters import FORMATS, TAKEN_BY, ReadOptions, read_adapter, read_adapters
-from dora_export.errors import AdapterError
+from dora_export.errors import AdapterError, InputError
 from tests import (
     lycoris_models,
     pipelines,
@@ -259,6 +260,32 @@ def test_recorded_adapters_are_told_with_trainer_and_axis(path):
 
 def test_every_format_has_a_case():
     assert {expected for _, expected, _ in CASES.values()} == {f.name for f in FORMATS}
+
+
+@pytest.mark.parametrize(
+    "case", ["peft", "peft, LoHa", "peft without its config", "mlx dora", "nvlabs", "diffusers",
+             "kohya", "torchtune"])  # fmt: skip
+def test_files_behind_a_link_out_of_their_folder_are_refused(case, tmp_path):
+    make, _, options = CASES[case]
+    (tmp_path / "made").mkdir()
+    path = make(tmp_path / "made")
+    folder = shutil.copytree(path if path.is_dir() else path.parent, tmp_path / "copy")
+    if case == "torchtune":  # alone, and so without PEFT's export that lies beside
+        options = {"alpha": 4.0}
+        (folder / "adapter_config.json").unlink()
+        (folder / "adapter_model.safetensors").unlink(missing_ok=True)
+        (folder / "adapter_model.bin").unlink(missing_ok=True)
+        (folder / "adapter_model.pt").rename(folder / "adapter_0.pt")
+    said = ReadOptions(allow_pickle=True, **options)
+    assert read_adapter(folder, said).updates
+    (weights,) = folder.glob("*.pt" if case == "torchtune" else "*.safetensors")
+    for file in (weights, *folder.glob("adapter_config.json")):
+        outside = file.rename(tmp_path / f"outside{file.suffix}")
+        file.symlink_to(outside)
+        with pytest.raises(InputError, match="a link that leads out of its folder"):
+            read_adapter(folder, said)
+        file.unlink()
+        outside.rename(file)
 
 
 def test_file_that_fits_two_formats_stops_with_both_and_the_option_that_decides(tmp_path):

@@ -298,6 +298,16 @@ def test_flat_magnitudes_are_told_by_their_length_but_for_square_layers(tmp_path
     assert "--axis out: dora_scale is (16,), so it counts inputs. Leave it out" in out
 
 
+@pytest.mark.parametrize("axis", ["out", "in"])
+def test_flat_magnitudes_of_a_square_layer_count_what_is_said(axis, tmp_path):
+    base, made = layers(axis, shapes={"x": (16, 16)})
+    made["x"]["dora_scale"] = made["x"]["dora_scale"].flatten()
+    other = wanted(base, made, "in" if axis == "out" else "out")["x.weight"]
+    got = merged(*write(tmp_path, base, named(made)), "--axis", axis)
+    assert_near(got, wanted(base, made, axis))
+    assert distance(got["x.weight"], other) > 0.01
+
+
 def test_axis_that_contradicts_the_shape_is_refused(tmp_path):
     base, made = layers("out")
     paths = write(tmp_path, base, named(made))
@@ -786,7 +796,7 @@ def test_fused_layers_that_were_trained_on_as_one_are_refused(name, tmp_path):
         assert f"with alpha times {n} for the second" in message
 
 
-@pytest.mark.parametrize("change", ["rank", "rows", "dora_scale"])
+@pytest.mark.parametrize("change", ["rank", "rows", "dora_scale", "mid"])
 def test_fused_layers_that_cannot_be_several_are_refused(change, tmp_path):
     base, made, _ = split_layers()
     name = "double_blocks.0.img_attn.qkv"
@@ -795,9 +805,59 @@ def test_fused_layers_that_cannot_be_several_are_refused(change, tmp_path):
         "rank": {"up": up[:, :-1].contiguous(), "down": down[:-1]},
         "rows": {"up": up[:-1]},
         "dora_scale": {"dora_scale": torch.ones(24, 1)},
+        "mid": {},
     }[change]
-    message = refused(*write(tmp_path, base, named(made), SPLIT))
+    tensors = named(made)
+    if change == "mid":
+        tensors["lora_unet_double_blocks_0_img_attn_qkv.lora_mid.weight"] = torch.ones(6, 6, 1)
+    message = refused(*write(tmp_path, base, tensors, SPLIT))
     assert "is not that of 3 layers of one rank" in message
+
+
+@pytest.mark.parametrize("part", ["diff", "w_norm", "set_weight", "diff_b"])
+def test_alpha_beside_what_is_not_scaled_is_named_and_left(part, tmp_path):
+    held = {f"lora_unet_n.{part}": torch.ones(4), "lora_unet_n.alpha": torch.tensor(3.0)}
+    save_file(held, tmp_path / "lora.safetensors")
+    found = dora_export.load_adapter(tmp_path / "lora.safetensors", adapter_format="lycoris")
+    assert set(found.ignored) == {"lora_unet_n.alpha"}
+    (update,) = found.updates
+    assert (update.scaling, update.source_keys) == (1.0, (f"lora_unet_n.{part}",))
+
+
+W1, W2 = {"lokr_w1_a": (2, 3), "lokr_w1_b": (3, 2)}, {"lokr_w2_a": (8, 5), "lokr_w2_b": (5, 4)}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "rank"),
+    [({**W1, **W2}, 5), ({"lokr_w1": (2, 2), **W2}, 5), ({**W1, "lokr_w2": (8, 4)}, 3)],
+    ids=["both", "second", "first"],
+)
+def test_rank_of_kronecker_factors_is_the_seconds_where_it_has_one(shapes, rank, tmp_path):
+    save_file({**{f"lora_unet_n.{n}": torch.ones(s) for n, s in shapes.items()},
+               "lora_unet_n.alpha": torch.tensor(3.0)}, tmp_path / "lora.safetensors")  # fmt: skip
+    (update,) = dora_export.load_adapter(tmp_path / "lora.safetensors").updates
+    assert update.scaling == 3 / rank
+
+
+@pytest.mark.parametrize(
+    ("alpha", "scaling"),
+    [(torch.tensor(3**1.5), 3**0.5), (torch.tensor(3**1.5, dtype=torch.bfloat16), 3**0.5),
+     (torch.tensor(5.9), None), (torch.tensor(-5.2), None), (torch.tensor(-1.0), None)],
+    ids=str,
+)  # fmt: skip
+def test_root_of_the_rank_is_taken_from_an_alpha_that_is_one_times_its_root(
+    alpha, scaling, tmp_path
+):
+    """Of rs_lora, on LoKr with whole factors; alpha may be rounded to 16 bits."""
+    held = {"lora_unet_n.lokr_w1": torch.ones(2, 2), "lora_unet_n.lokr_w2": torch.ones(3, 3)}
+    file = tmp_path / "lora.safetensors"
+    save_file({**held, "lora_unet_n.alpha": alpha}, file, kohya(algo="lokr", rs_lora="True"))
+    if scaling is None:
+        with pytest.raises(AdapterError, match=r"is neither a rank nor, as with rs_lora, a rank"):
+            dora_export.load_adapter(file)
+    else:
+        (update,) = dora_export.load_adapter(file).updates
+        assert update.scaling == pytest.approx(scaling, rel=1e-12)
 
 
 # --- refusals ---
@@ -826,6 +886,21 @@ BROKEN = {
     "norm with magnitudes": (
         lambda t: t.update({"lora_unet_n.w_norm": torch.ones(4), "lora_unet_n.dora_scale":
                             torch.ones(4)}), "dora_scale beside w_norm has no meaning"),
+    "magnitudes beside a bias alone": (
+        lambda t: t.update({"lora_unet_n.diff_b": torch.ones(4), "lora_unet_n.dora_scale":
+                            torch.ones(4, 1)}), "n: dora_scale without a weight"),
+    "a whole weight with magnitudes": (
+        lambda t: t.update({"lora_unet_n.set_weight": torch.ones(4, 4), "lora_unet_n.dora_scale":
+                            torch.ones(4, 1)}), "dora_scale beside set_weight has no meaning"),
+    "a difference of one dimension with magnitudes": (
+        lambda t: t.update({"lora_unet_n.diff": torch.ones(4), "lora_unet_n.dora_scale":
+                            torch.ones(4, 1)}), "dora_scale beside diff has no meaning"),
+    "two biases": (lambda t: t.update({f"{Q}.diff_b": torch.ones(16), f"{Q}.b_norm":
+                                       torch.ones(16)}), "holds diff_b and b_norm"),
+    "alpha of bytes": (lambda t: t.update({f"{Q}.alpha": torch.ones((), dtype=torch.uint8)}),
+                       "expected one number"),
+    "magnitudes of nothing": (lambda t: t.update({f"{Q}.dora_scale": torch.ones(())}),
+                              "the file does not belong together"),
     "unknown": (lambda t: t.update({f"{Q}.shift": torch.ones(3)}), "tensors of unknown meaning"),
     "half of LoHa": (lambda t: t.update({"lora_unet_h.hada_w1_a": torch.ones(4, 2)}),
                      "hada_w1_b, hada_w2_a, hada_w2_b missing"),

@@ -108,6 +108,12 @@ def test_version_is_told_by_the_fields_of_its_configs(rules):
     assert peft_patterns.rules_of(ever | FIELDS[rules] | {"peft_version": "0.14.1"}) == ("0.14",)
 
 
+@pytest.mark.parametrize("method", ["LORA", "LOHA"])
+def test_version_before_all_rules_has_the_first_of_them(method):
+    (rule,) = peft_patterns.rules_of({"peft_type": method, "peft_version": "0.3.0"})
+    assert rule == {"LORA": "0.5", "LOHA": "0.6"}[method]
+
+
 def test_fields_that_tell_the_version_are_peft_s():
     fields = set(asdict(peft.LoraConfig()))
     told = {*peft_patterns.SINCE_0_15, *peft_patterns.SINCE_0_14, *peft_patterns.EVER_SINCE}

@@ -46,6 +46,7 @@ from dora_export.adapters.model import Adapter, ReadOptions
 from dora_export.adapters.state_dict import tensors_of
 from dora_export.errors import AdapterError, listing, shown
 from dora_export.flat_names import FLAT_PREFIXES, prefix_of
+from dora_export.storage.paths import contained
 from dora_export.storage.safetensors import read_header
 from dora_export.update import Update
 
@@ -117,7 +118,7 @@ def _file(path: Path) -> Path | None:
         return path
     found = sorted(path.glob("*.safetensors")) if path.is_dir() else []
     configs = any((path / name).exists() for name in ("adapter_config.json", "config.json"))
-    return found[0] if len(found) == 1 and not configs else None
+    return contained(found[0], path) if len(found) == 1 and not configs else None
 
 
 def _refuse_unknown(path: Path, found: keys.Sorted) -> None:
