@@ -13,6 +13,7 @@ from dora_export.verification.parity import (
     Choices,
     Compared,
     Distance,
+    added,
     choices,
     compare,
     distance,
@@ -179,14 +180,15 @@ def test_rounding_to_the_storage_type_is_always_allowed():
 
 
 def test_the_peak_of_noises_is_that_of_the_finite_ones():
-    assert peak_of([far(1.0, 0.5), far(1.0, 0.1), BROKEN, Distance()]) == pytest.approx(10.0)
+    noises = [far(1.0, 0.5), far(1.0, 0.1), far(math.inf, 0.5), BROKEN, Distance()]
+    assert peak_of(noises) == pytest.approx(10.0)
     assert peak_of([]) == 0.0
 
 
 def test_choices_are_those_of_the_distributions(monkeypatch):
     monkeypatch.setattr("dora_export.verification.parity.CHUNK_ELEMENTS", 6)
     expected = np.log(np.array([[0.7, 0.2, 0.1], [0.4, 0.5, 0.1], [0.1, 0.1, 0.8]]))
-    found = np.log(np.array([[0.7, 0.2, 0.1], [0.5, 0.4, 0.1], [0.1, 0.2, 0.7]])) + 3.0
+    found = np.log(np.array([[0.7, 0.2, 0.1], [0.7, 0.2, 0.1], [0.1, 0.2, 0.7]])) + 3.0
     result = choices(found, expected)
     p, q = np.exp(expected), np.exp(found - 3.0)
     divergence = (p * np.log(p / q)).sum(axis=1)
@@ -219,10 +221,24 @@ def test_padding_is_left_out_and_classes_are_where_they_are():
     assert compare({"logits": maps}, {"logits": maps})["logits"].choices.positions == 6
 
 
+def test_runs_are_added_by_name():
+    one = {"logits": Compared(far(1.0), Choices(4, 3, 0.5, 0.25, 0.1)), "state": Compared(far(1.0))}
+    two = {"logits": Compared(far(3.0), Choices(6, 6, 0.5, 0.5, 0.0)), "cache": Compared(NOISE)}
+    found = added([one, two])
+    assert list(found) == ["logits", "state", "cache"]
+    assert (found["logits"].distance.count, found["logits"].distance.largest) == (200, 3.0)
+    assert found["logits"].choices == Choices(10, 9, 1.0, 0.5, 0.1)
+    assert found["state"] == one["state"]
+    either = Compared(NOISE) + one["logits"]
+    assert either.choices == one["logits"].choices == (one["logits"] + Compared(NOISE)).choices
+
+
 def test_misfits_are_all_told_sorted():
-    expected = {"b": np.ones(2), "a": np.ones(2), "c": np.ones(3)}
-    found = {"z": np.ones(1), "y": np.ones(1), "c": np.ones(2)}
+    names = "hgfedcba"
+    expected = {n: np.ones(2) for n in names} | {f"shape {n}": np.ones(3) for n in names}
+    found = {f"new {n}": np.ones(1) for n in names} | {f"shape {n}": np.ones(2) for n in names}
     assert misfits(found, expected) == [
-        "output 'a' is missing", "output 'b' is missing", "output 'y' is not the reference's",
-        "output 'z' is not the reference's", "output 'c' has shape (2,), expected (3,)",
-    ]  # fmt: skip
+        *(f"output '{n}' is missing" for n in sorted(names)),
+        *(f"output 'new {n}' is not the reference's" for n in sorted(names)),
+        *(f"output 'shape {n}' has shape (2,), expected (3,)" for n in sorted(names)),
+    ]

@@ -68,6 +68,31 @@ def test_scales_hold_what_is_far_off_and_the_line_at_one(worst):
     assert title.split("\n")[1].startswith("∞ ulp" if worst == float("inf") else f"{worst:g}")
 
 
+def test_what_is_further_off_stands_higher_however_far():
+    wrong = [{"status": "wrong", "max_ulp": u} for u in (1e6, 90.0, 3.0)]
+    found = groups(charts.error_chart(arrange(some(*wrong))))
+    places = [g.find("path").get("d").split()[1] for g in found.values()]
+    tops = [float(p.partition("L")[0]) for p in places]
+    assert tops[0] < tops[1] < tops[2]
+    near = charts.error_chart(arrange(some({"max_ulp": 3.0, "status": "rounded"})))
+    labels = [e.text for e in near.iter("text") if e.get("class") == "value"]
+    assert labels == ["1", "½"]  # a scale without powers of ten
+    far = charts.error_chart(arrange(some({"max_ulp": 3000.0, "status": "wrong"})))
+    labels = [e.text for e in far.iter("text") if e.get("class") == "value"]
+    assert labels == ["1", "10³"]
+
+
+def test_long_names_are_cut_in_the_middle_of_labels_and_at_the_end_of_titles():
+    name = "layers.0." + "long." * 100 + "up\x1b_proj.weight"
+    svg = charts.error_chart(arrange([replace(PLAIN, name=name)]))
+    (label,) = (e for e in svg.iter("text") if e.get("class") == "kind")
+    assert label.text.startswith("long.long.…")
+    assert label.text.endswith(r".up\x1b_proj")  # its end tells most
+    assert len(label.text) == charts.LABEL_CHARACTERS
+    (title,) = (g.find("title").text for g in svg.iter("g"))
+    assert len(title.split("\n")[0]) == 120
+
+
 def test_every_status_has_its_shape():
     tensors = some(*({"status": s} for s in ("exact", "rounded", "wrong", "unchecked")))
     found = groups(charts.error_chart(arrange(tensors)))
@@ -143,8 +168,11 @@ def test_a_few_rows_far_off_end_in_arrows_and_leave_the_boxes_their_room():
     assert float(found["layers.3.q.weight"].find("rect").get("height")) > 5
 
 
-@pytest.mark.parametrize("ratio", [(1.0,) * 5, (-1.0, 0.9, 1.0, 1.1, 20.0),
-                                   (float("nan"), 1.0, 1.0, 1.0, 1.0)])  # fmt: skip
+STRANGE = [(1.0,) * 5, (-1.0, 0.9, 1.0, 1.1, 20.0), (0.0, 0.9, 1.0, 1.1, 20.0),
+           (float("nan"), 1.0, 1.0, 1.0, 1.0)]  # fmt: skip
+
+
+@pytest.mark.parametrize("ratio", STRANGE)
 def test_magnitudes_of_any_value_have_a_picture(ratio):
     tensors = some({}, {"magnitude_ratio": ratio})
     svg = charts.magnitude_chart(arrange(tensors))
