@@ -186,10 +186,13 @@ class PickedColumns:
         wide, narrow = self.columns * self.itemsize, self.count * self.itemsize
         flat, done = out.reshape(-1), 0
         at_once = max(1, PICKED_BYTES // max(1, wide))
+        buffer = np.empty(0, np.uint8)
         while done < flat.size:
             row, skipped = divmod(start + done, narrow)
             rows = min(at_once, -(-(skipped + flat.size - done) // narrow))
-            whole = np.empty(rows * wide, np.uint8)
+            if not buffer.size:  # the first reading is the largest
+                buffer = np.empty(rows * wide, np.uint8)
+            whole = buffer[: rows * wide]
             self.source.read(row * wide, whole)
             stop = self.first + self.step * self.count
             cells = whole.reshape(rows, self.columns, self.itemsize)

@@ -21,6 +21,7 @@ from dora_export.verification.model import Finding, TierResult
 from dora_export.verification.side_ledger import Source, check_manifest, check_side_files
 from dora_export.verification.subject import Subject
 from dora_export.verification.tensor_ledger import Compare, check_tensors, difference
+from dora_export.words import count
 
 __all__ = ["Source", "check_ledger"]
 
@@ -85,7 +86,8 @@ def _summary(subject: Subject, figures: Mapping[str, Any]) -> str:
     files = len(subject.files) + figures["side_files"]
     cast = f" after the cast to {figures['cast']}" if figures["cast"] else " byte for byte"
     return (
-        f"{figures['tensors_found']} tensors and {files} files: {figures['untouched_equal']} of "
+        f"{count(figures['tensors_found'], 'tensor')} and {count(files, 'file')}: "
+        f"{figures['untouched_equal']} of "
         f"{figures['untouched']} untouched tensors equal{cast}"
     )
 
@@ -98,12 +100,12 @@ def _indexes(subject: Subject) -> Iterator[Finding]:
 
 
 def _index(subject: Subject) -> Iterator[Finding]:
-    """Hold the index against the headers of the files, both ways."""
+    """Hold the index against the headers of the files, both ways; findings in no order."""
     if not subject.places:
         return  # none, or not one: told on opening
     name, places = shown(subject.index_name), subject.places
     held = {tensor: file for file, stored in subject.files.items() for tensor in stored.names}
-    for tensor, file in sorted(places.items()):
+    for tensor, file in places.items():
         if file in subject.broken:
             continue  # told with the file
         if (found := held.get(tensor)) != file:
@@ -111,7 +113,7 @@ def _index(subject: Subject) -> Iterator[Finding]:
             yield Finding(
                 "index-wrong", shown(tensor), f"{name} places it in {shown(file)}, {there}"
             )
-    for tensor, file in sorted(held.items()):
+    for tensor, file in held.items():
         if tensor not in places:
             yield Finding("index-wrong", shown(tensor), f"in {shown(file)}, not in {name}")
     yield from _total_size(subject, name)

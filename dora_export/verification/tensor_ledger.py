@@ -231,10 +231,18 @@ def _embedding_like(book: _Book, name: str) -> str | None:
             and _leaf(other) in (*EMBEDDINGS, "shared")
             and stored.shape == ref.shape
             and stored.dtype is ref.dtype
-            and equal(ref, stored)
+            and _repeats(ref, stored)
         ):
             return other
     return None
+
+
+def _repeats(ref: TensorRef, stored: TensorRef) -> bool:
+    """Return whether two tensors of the merged model, which may be unreadable, are equal."""
+    try:
+        return equal(ref, stored)
+    except InputError:
+        return False
 
 
 def _config_unties(subject: Subject) -> bool:
@@ -549,8 +557,12 @@ def _nothing_applied(book: _Book, steps: Sequence[Step]) -> None:
         if isinstance(result, str) or result.elements:
             return
     if present:
-        book.found("nothing-applied", book.subject.path.name, f"all {len(present)} tensors that "
-                   "the adapter changes have the base's bytes")  # fmt: skip
+        many, whole = len(present) > 1, len(present) == len(touched)
+        what = f"all {len(present)} tensors" if many else "the one tensor"
+        here = "" if whole else f" and that {'are' if many else 'is'} here"
+        have = "have" if many else "has"
+        book.found("nothing-applied", book.subject.path.name,
+                   f"{what} that the adapter changes{here} {have} the base's bytes")  # fmt: skip
 
 
 def _sizes(shape: Sequence[int]) -> str:
