@@ -45,6 +45,8 @@ def test_entry_that_is_no_object_is_refused(text, tmp_path):
 def test_other_methods_are_told_by_the_metadata_alone(said, other, tmp_path):
     save_file({"unet.a.hada_w1_a": torch.ones(4, 2)}, tmp_path / "a.safetensors", said or None)
     assert diffusers_metadata.has_other_method(tmp_path / "a.safetensors") is other
+    torch.save({"unet.a.hada_w1_a": torch.ones(4, 2)}, tmp_path / "a.bin")  # which has no metadata
+    assert not diffusers_metadata.has_other_method(tmp_path / "a.bin")
 
 
 @pytest.mark.parametrize(
@@ -105,6 +107,7 @@ def test_scaling_is_alpha_over_rank_of_the_components_own_settings(method, tmp_p
     assert off[0] < 2e-6 < 0.1 < min(off[1:])
     found = dora_export.load_adapter(tmp_path / "lora.safetensors")
     (update,) = found.updates
+    assert update.target == "unet.mid.to_q.weight"
     assert (update.layout, found.naming, found.facts["rank"]) == ("oi", "flat", [4])
     assert found.doubts == ("no layer takes its rank or alpha from alpha_pattern 'nothing'",)
 

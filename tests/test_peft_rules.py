@@ -232,3 +232,56 @@ def test_pattern_that_gives_no_product_anything_is_told(tmp_path):
     product_adapter(tmp_path, "LOHA", alpha_pattern={"k_proj": 4}, peft_version="0.19.0")
     found = dora_export.load_adapter(tmp_path / "adapter")
     assert found.doubts == ("no layer takes its rank or alpha from alpha_pattern 'k_proj'",)
+
+
+def read_product(folder, method, shapes, **config):
+    save_file({f"{small.PREFIX}{LAYER}.{n}": torch.ones(shape) for n, shape in shapes.items()},
+              folder / "adapter_model.safetensors")  # fmt: skip
+    settings = {"peft_type": method, "r": 3, "alpha": 6, **config}
+    small.write_json(folder / "adapter_config.json",
+                     {n: v for n, v in settings.items() if v != "absent"})  # fmt: skip
+    return dora_export.load_adapter(folder)
+
+
+LOHA = {"hada_w1_a": (6, 3), "hada_w1_b": (3, 6), "hada_w2_a": (6, 3), "hada_w2_b": (3, 6)}
+CORES = {"hada_t1": (3, 3, 1, 1), "hada_t2": (3, 3, 1, 1)}
+TUCKER = {**LOHA, "hada_w1_a": (3, 6), "hada_w2_a": (3, 6), **CORES}
+LOKR = {"lokr_w1": (2, 2), "lokr_w2_a": (3, 3), "lokr_w2_b": (3, 3)}
+MISFITS = {
+    "half of LoHa": ("LOHA", {n: s for n, s in LOHA.items() if n != "hada_w2_b"}, "LoHa tensors"),
+    "one core": ("LOHA", {n: s for n, s in TUCKER.items() if n != "hada_t2"}, "LoHa tensors"),
+    "two products": ("LOHA", {**LOHA, "hada_w2_a": (4, 3)}, r"products are \(6, 6\) and \(4, 6\)"),
+    "ranks of LoHa": ("LOHA", {**LOHA, "hada_w1_a": (6, 2)}, r"LoHa factors \(6, 2\) and \(3, 6\)"),
+    "rank of a core": ("LOHA", {**TUCKER, "hada_w1_a": (2, 6)}, r"and core \(3, 3, 1, 1\)"),
+    "half of LoKr": ("LOKR", {n: s for n, s in LOKR.items() if n != "lokr_w2_b"}, "LoKr tensors"),
+    "whole and in factors": ("LOKR", {**LOKR, "lokr_w1_a": (2, 3), "lokr_w1_b": (3, 2)},
+                             "LoKr tensors"),
+    "ranks of LoKr": ("LOKR", {**LOKR, "lokr_w2_a": (3, 2)}, r"LoKr factors \(3, 2\) and \(3, 3\)"),
+    "rank of LoKr's core": ("LOKR", {**LOKR, "lokr_w2_a": (2, 3), "lokr_t2": (3, 3, 1, 1)},
+                            r"and core \(3, 3, 1, 1\)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_factors_that_are_no_product_are_refused(case, tmp_path):
+    method, shapes, reason = MISFITS[case]
+    with pytest.raises(AdapterError, match=reason):
+        read_product(tmp_path, method, shapes)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [({"r": 0}, "gives 0, expected a rank"), ({"rank_pattern": {"x": 2.5}}, "gives 2.5, expected"),
+     ({"alpha": 0}, "gives 0, expected a number"), ({"alpha_pattern": {"x": "2"}}, "gives 2, exp"),
+     ({"rank_pattern": ["q_proj"]}, "rank_pattern: expected a map")],
+    ids=str,
+)  # fmt: skip
+def test_rank_and_alpha_that_are_none_are_refused(config, reason, tmp_path):
+    with pytest.raises(AdapterError, match=reason):
+        read_product(tmp_path, "LOKR", LOKR, **config)
+
+
+def test_rank_and_alpha_left_out_are_pefts_defaults(tmp_path):
+    eight = {n: tuple(8 if i == 3 else i for i in s) for n, s in LOHA.items()}
+    assert read_product(tmp_path, "LOHA", eight, r="absent").updates[0].scaling == 6 / 8
+    assert read_product(tmp_path, "LOHA", LOHA, alpha="absent").updates[0].scaling == 8 / 3
