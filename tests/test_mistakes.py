@@ -69,6 +69,14 @@ def swap(one, other):
     return plant
 
 
+def swap_magnitudes(one, other):
+    def plant(pair):
+        pair.plant(**{f"{n}.weight": oracle.dora(*pair.terms(n)[:3], pair.terms(m)[3], SCALING)
+                      for n, m in ((one, other), (other, one))})  # fmt: skip
+
+    return plant
+
+
 def flip(name, position, bit):
     """Flip one bit of a tensor's bytes in the file."""
 
@@ -172,6 +180,8 @@ WHOLE = {  # mistakes about whole tensors: found at level "fast" as well
         (lambda pair: pair.plant(**{f"{Q}.weight": oracle.dora(
             *pair.terms(Q)[:3], pair.terms(OTHER)[3], SCALING)}), "oracle",
          "magnitude-of-another", Q),
+    "magnitudes of two layers swapped":
+        (swap_magnitudes(Q, OTHER), "oracle", "magnitude-of-another", Q),
     "magnitudes of no layer":
         (formula(Q, lambda W, A, B, m: scaled(W + SCALING * B @ A, m * np.linspace(1, 1.1, 80))),
          "oracle", "magnitude-other", Q),
@@ -250,6 +260,7 @@ WORDS = {
     "scaling off by sqrt(r) in one layer": "instead of 2.5 (alpha/sqrt(r) for alpha/r)",
     "norm on the other axis": "one norm and magnitude per stored column",
     "magnitudes of another layer": f"the magnitudes of '{OTHER}.weight'",
+    "magnitudes of two layers swapped": f"the magnitudes of '{OTHER}.weight'",
     "magnitudes of no layer": "of the right ones",
     "magnitudes a little too large": "of the right ones",
     "magnitudes that count from one": "(1 + m) V / ||V||",

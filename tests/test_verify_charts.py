@@ -5,10 +5,13 @@ from dataclasses import replace
 import pytest
 
 from dora_export.verification import charts, tables
+from dora_export.verification.check import Checked
 from dora_export.verification.grid import arrange
 from dora_export.verification.model import Finding, TensorResult
+from dora_export.verification.oracle import _tier
 from dora_export.verification.page import page
 from dora_export.verification.statement import groups as groups_of
+from dora_export.verification.statement import precision
 from tests import reports
 
 PLAIN = TensorResult("w", "exact", "BF16", (4, 3), 12, 0.5, 1e-5, 2e-3, 1.0, 0.1,
@@ -286,6 +289,31 @@ def test_objects_with_other_keys_share_a_table():
     text = " ".join(" ".join(table.itertext()).split())
     assert text.startswith("rows a b c 1 – – 2 yes – – – x, x")
     assert text.endswith("and 30 more")
+
+
+def test_tensors_that_were_not_compared_have_no_say_in_the_numbers():
+    nan = float("nan")
+    one = replace(PLAIN, name="a", status="unchecked", elements=0, max_ulp=nan, misrounded=nan,
+                  relative_error=nan, error_ratio=nan, update_size=nan)  # fmt: skip
+    exact = replace(PLAIN, name="b", max_ulp=0.5), replace(PLAIN, name="c", max_ulp=0.75)
+    tensors = (one, *exact)
+    found = precision(tensors)
+    assert (found.tensors, found.elements, found.worst.name) == (2, 24, "c")
+    assert found.misrounded == pytest.approx(1e-5)
+    report = reports.right(tensors=tensors)
+    assert report.worst.name == "c"
+    assert Checked("full", (), tensors, ()).worst.name == "c"
+    html = page(report)
+    numbers = html[html.index('<dl class="numbers">') :].partition("</dl>")[0]
+    assert "–" not in numbers
+    assert "0.750 ulp" in numbers
+    tier = _tier(tensors, "full", 0.0, 0)
+    assert tier.summary.endswith("2 exact, 1 unchecked; worst 0.750 ulp in c")
+    assert tier.figures["misrounded"] == pytest.approx(1e-5)
+    alone = _tier((one,), "full", 0.0, 0)
+    assert alone.summary == "1 changed tensor, every element: 1 unchecked"
+    assert (alone.figures["misrounded"], alone.figures["worst_tensor"]) == (0.0, None)
+    assert reports.right(tensors=(one,)).worst is None
 
 
 def test_the_page_of_a_part_says_what_it_is():

@@ -156,7 +156,8 @@ class VerifyReport:
     @property
     def worst(self) -> TensorResult | None:
         """The tensor with the largest distance from the exact result, or None."""
-        return max(self.tensors, key=lambda t: t.max_ulp, default=None)
+        known = (t for t in self.tensors if t.status != "unchecked")
+        return max(known, key=lambda t: t.max_ulp, default=None)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready data; numbers that are not finite become None."""

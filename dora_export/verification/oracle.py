@@ -137,30 +137,33 @@ def _tier(
     counts: dict[Status, int] = defaultdict(int)
     for tensor in tensors:
         counts[tensor.status] += 1
-    compared = sum(t.elements for t in tensors)
-    wrong = sum(t.misrounded * t.elements for t in tensors)
-    worst = max(tensors, key=lambda t: t.max_ulp, default=None)
-    if worst is None:
+    if not tensors:
         return TierResult("oracle", True, "no tensor is changed by arithmetic", seconds)
+    known = [t for t in tensors if t.status != "unchecked"]  # the others have no numbers
+    compared = sum(t.elements for t in known)
+    wrong = sum(t.misrounded * t.elements for t in known)
+    worst = max(known, key=lambda t: t.max_ulp, default=None)
     scope = "every element" if level == "full" else "sampled rows"
     words = ", ".join(f"{counts[s]} {s}" for s in ("exact", "rounded", "wrong", "unchecked")
                       if counts[s])  # fmt: skip
-    if counts["rounded"]:
+    if worst is None:
+        far = ""
+    elif counts["rounded"]:
         # not in ulps: an element that all but cancels counts millions of them
         ratio = max(t.error_ratio for t in tensors if t.status == "rounded")
-        far = f"error at most {ratio:.2g} times that of rounding once"
+        far = f"; error at most {ratio:.2g} times that of rounding once"
     else:
-        far = f"worst {number(worst.max_ulp, ascii_only=True)} ulp in {shown(worst.name)}"
+        far = f"; worst {number(worst.max_ulp, ascii_only=True)} ulp in {shown(worst.name)}"
         if math.isinf(worst.max_ulp):
-            far = f"values that are not finite in {shown(worst.name)}"
-    summary = f"{count(len(tensors), 'changed tensor')}, {scope}: {words}; {far}"
+            far = f"; values that are not finite in {shown(worst.name)}"
+    summary = f"{count(len(tensors), 'changed tensor')}, {scope}: {words}{far}"
     if by_peft:
         summary += f"; {by_peft} against PEFT's own unmerged forward, not an independent formula"
     figures = {
         "tensors": dict(counts),
         "elements": compared,
-        "max_ulp": worst.max_ulp,
-        "worst_tensor": worst.name,
+        "max_ulp": None if worst is None else worst.max_ulp,
+        "worst_tensor": None if worst is None else worst.name,
         "misrounded": wrong / compared if compared else 0.0,
     }
     return TierResult("oracle", True, summary, seconds, figures)
