@@ -95,6 +95,24 @@ _ATTENTION = (
     ("attention.output.dense.", "attention.o_proj."),
 )
 _QKV = ("q_proj", "k_proj", "v_proj")
+_SWIN = (  # within other models
+    *((f"blocks.*.attention.self.{old}.", f"blocks.*.attention.{new}.")
+      for old, new in zip(("query", "key", "value"), _QKV, strict=True)),
+    ("blocks.*.attention.output.dense.", "blocks.*.attention.o_proj."),
+    ("blocks.*.intermediate.dense.", "blocks.*.mlp.fc1."),
+    ("blocks.*.output.dense.", "blocks.*.mlp.fc2."),
+)  # fmt: skip
+_INKLING = (
+    *(
+        (f".attn.{old}.", f".self_attn.{new}_proj.")
+        for old, new in (
+            ("wq_du", "q"), ("wk_dv", "k"), ("wv_dv", "v"), ("wr_du", "r"), ("wo_ud", "o"),
+            ("gate_attn", "gate"), ("attn_sink_proj", "sink"),
+        )
+    ),
+    (".attn_norm.", ".input_layernorm."),
+    (".mlp_norm.", ".post_attention_layernorm."),
+)  # fmt: skip
 
 CONVENTIONS = (
     # Multimodal models around a language model: Llava, Gemma 3, PaliGemma, Mistral 3, InternVL,
@@ -105,6 +123,16 @@ CONVENTIONS = (
             ("language_model.lm_head.", "lm_head."),
             *((tower, f"model.{tower}") for tower in _TOWERS),
         )
+    ),
+    # Saved while the language model in there was one with a head of its own.
+    Convention(prefixes=(("model.language_model.model.", "model.language_model."),)),
+    Convention(prefixes=(("language_model.model.model.", "model.language_model."),)),
+    Convention(
+        prefixes=(
+            ("model.language_model.lm_head.", "lm_head."),
+            ("model.vision_projector.", "model.projector."),
+        ),
+        model_types=frozenset({"hyperclovax_vision_v2"}),
     ),
     Convention(
         prefixes=(
@@ -328,6 +356,179 @@ CONVENTIONS = (
         model_types=frozenset({"ernie4_5_vl_moe"}),
     ),
     Convention(
+        prefixes=(
+            ("language_model.model.", "model.language_model."),
+            ("language_model.lm_head.", "lm_head."),
+            (
+                "vision_tower.vision_model.embeddings.patch_embedding.",
+                "model.vision_tower.embeddings.proj.",
+            ),
+            ("vision_tower.vision_model.encoder.", "model.vision_tower."),
+            ("vision_tower.vision_model.pre_layrnorm.", "model.vision_tower.pre_layrnorm."),
+            ("multi_modal_projector.", "model.multi_modal_projector."),
+            ("patch_merge_mlp.linear_1.", "model.multi_modal_projector.merge_linear_1."),
+            ("patch_merge_mlp.linear_2.", "model.multi_modal_projector.merge_linear_2."),
+        ),
+        inside=tuple(
+            (f".block_sparse_moe.{part}.", f".mlp.{part}.")
+            for part in ("experts", "gate", "shared_experts")
+        ),
+        model_types=frozenset({"minimax_m3_vl"}),
+    ),
+    Convention(
+        prefixes=(
+            ("model.layers.", "model.language_model.layers."),
+            ("model.embed_tokens.", "model.language_model.embed_tokens."),
+            ("model.norm.", "model.language_model.norm."),
+            ("vit_large_projector.", "model.multi_modal_projector."),
+            ("vision_model.conv1.", "model.vision_model.embeddings.patch_embedding."),
+            ("vision_model.ln_pre.", "model.vision_model.pre_layernorm."),
+            (
+                "vision_model.positional_embedding",
+                "model.vision_model.embeddings.position_embedding.weight",
+            ),
+            ("vision_model.vit_downsampler", "model.vision_model.downsampler"),
+        ),
+        within=(
+            (
+                "vision_model.transformer.resblocks.",
+                "model.vision_model.layers.",
+                (
+                    (".attn.out_proj.", ".self_attn.out_proj."),
+                    (".mlp.c_fc.", ".mlp.fc1."),
+                    (".mlp.c_proj.", ".mlp.fc2."),
+                    (".ln_1.", ".layernorm_before."),
+                    (".ln_2.", ".layernorm_after."),
+                ),
+            ),
+        ),
+        model_types=frozenset({"step3p7"}),
+    ),
+    Convention(
+        prefixes=(
+            ("embed_tokens.", "model.language_model.embed_tokens."),
+            ("norm.", "model.language_model.norm."),
+            *(
+                (part, f"model.visual.{part}")
+                for part in ("patch_embed.", "pos_embed.", "blocks.", "merger.")
+            ),
+            ("deepstack_merger_list.", "model.visual.deepstack_merger_list."),
+        ),
+        within=(
+            (
+                "layers.",
+                "model.language_model.layers.",
+                (
+                    *((f".to_{x}.", f".{x}_proj.") for x in "qkv"),
+                    (".to_out.", ".o_proj."),
+                    (".norm_q.", ".q_norm."),
+                    (".norm_k.", ".k_norm."),
+                ),
+            ),
+        ),
+        model_types=frozenset({"cosmos3_omni"}),
+    ),
+    Convention(
+        inside=(
+            (".self_attn.q_b_proj.", ".self_attn.q_gate_proj."),
+            ("layernorm.W_down.", "layernorm.mlp.fc1."),
+            ("layernorm.W_up.", "layernorm.mlp.fc2."),
+        ),
+        model_types=frozenset({"axk2"}),
+    ),
+    Convention(
+        prefixes=tuple(
+            (f"model.encoder.{part}.", f"model.encoder.text_model.{part}.")
+            for part in ("embed_tokens", "layers", "norm")
+        ),
+        model_types=frozenset({"t5gemma2"}),
+    ),
+    Convention(
+        prefixes=(
+            ("model.llm.embed.", "model.language_model.embed_tokens."),
+            ("model.llm.embed_norm.", "model.language_model.embed_tokens.embed_norm."),
+            ("model.llm.norm.", "model.language_model.norm."),
+            ("model.llm.unembed.", "lm_head."),
+            ("model.visual.backbone.embeddings.", "model.vision_tower.embeddings."),
+            (
+                "model.visual.backbone.embeddings.position_embedding",
+                "model.vision_tower.embeddings.position_embedding.weight",
+            ),
+            ("model.visual.backbone.ln_pre.", "model.vision_tower.pre_layernorm."),
+            ("model.visual.proj_in.", "model.vision_tower.merger.linear_1."),
+            ("model.visual.proj_out.", "model.vision_tower.merger.linear_2."),
+        ),
+        within=(
+            ("model.llm.layers.", "model.language_model.layers.", _INKLING),
+            (
+                "model.visual.backbone.layers.",
+                "model.vision_tower.layers.",
+                (
+                    (".mlp.c_fc.", ".mlp.fc1."),
+                    (".mlp.c_proj.", ".mlp.fc2."),
+                    (".ln_1.", ".layernorm_before."),
+                    (".ln_2.", ".layernorm_after."),
+                ),
+            ),
+        ),
+        model_types=frozenset({"inkling2"}),
+    ),
+    Convention(
+        prefixes=(
+            ("model.encoder.pre_encode.conv.", "model.encoder.subsampling.layers."),
+            ("model.encoder.pre_encode.out.", "model.encoder.subsampling.linear."),
+            ("model.transf_decoder._embedding.token_embedding.", "model.decoder.embed_tokens."),
+            ("model.transf_decoder._embedding.layer_norm.", "model.decoder.embedding_layernorm."),
+            (
+                "model.transf_decoder._embedding.position_embedding.pos_enc",
+                "model.decoder.pos_emb.weight",
+            ),
+            ("model.transf_decoder._decoder.final_layer_norm.", "model.decoder.norm."),
+            ("model.encoder_decoder_proj.", "model.decoder.proj."),
+            ("log_softmax.mlp.layer0.", "proj_out."),
+        ),
+        within=(
+            (
+                "model.transf_decoder._decoder.layers.",
+                "model.decoder.layers.",
+                (
+                    *(
+                        (f".{layer}_sub_layer.{old}.", f".{new}.{x}_proj.")
+                        for layer, new in (("first", "self_attn"), ("second", "encoder_attn"))
+                        for old, x in (
+                            ("query_net", "q"),
+                            ("key_net", "k"),
+                            ("value_net", "v"),
+                            ("out_projection", "o"),
+                        )
+                    ),
+                    (".third_sub_layer.dense_in.", ".mlp.fc1."),
+                    (".third_sub_layer.dense_out.", ".mlp.fc2."),
+                    (".layer_norm_1.", ".input_layernorm."),
+                    (".layer_norm_2.", ".post_attention_layernorm."),
+                    (".layer_norm_3.", ".final_layernorm."),
+                ),
+            ),
+        ),
+        inside=(
+            *((f".self_attn.linear_{x}.", f".self_attn.{x}_proj.") for x in "qkv"),
+            (".self_attn.linear_out.", ".self_attn.o_proj."),
+            (".linear_pos.", ".relative_k_proj."),
+            (".conv.batch_norm.", ".conv.norm."),
+        ),
+        model_types=frozenset({"cohere_asr"}),
+    ),
+    Convention(prefixes=(("layer.", "model.layer."),), model_types=frozenset({"dinov3_vit"})),
+    # One checkpoint, of which classes load the part that finds and the part that follows.
+    Convention(
+        prefixes=(
+            ("tracker_model.", ""),
+            ("tracker_neck.", "vision_encoder.neck."),
+            ("detector_model.vision_encoder.backbone.", "vision_encoder.backbone."),
+        ),
+        model_types=frozenset({"sam3_video", "sam3_tracker", "sam3_tracker_video"}),
+    ),
+    Convention(
         inside=((".ff0.", ".fc1."), (".ff1.", ".fc2.")), model_types=frozenset({"timesfm2_5"})
     ),
     Convention(
@@ -355,6 +556,92 @@ CONVENTIONS = (
             ("layers.*.fc2.", "layers.*.mlp.layers.1."),
         ),
         model_types=frozenset({"d_fine"}),
+    ),
+    Convention(
+        inside=(
+            ("encoder.encoder.*.layers.", "encoder.aifi.*.layers."),
+            (".out_proj.", ".o_proj."),
+            ("layers.*.fc1.", "layers.*.mlp.fc1."),
+            ("layers.*.fc2.", "layers.*.mlp.fc2."),
+            ("decoder_order_head.", "decoder.relative_order_head.proj."),
+            ("decoder_global_pointer.", "decoder.relative_order_head.global_pointer."),
+            ("decoder_roor_order_head.", "decoder.successor_order_head.proj."),
+            ("decoder_roor_global_pointer.", "decoder.successor_order_head.global_pointer."),
+        ),
+        model_types=frozenset({"pp_doclayout_v4"}),
+    ),
+    Convention(
+        prefixes=(
+            ("refpoint_embed.", "model.reference_point_embed."),
+            ("query_feat.", "model.query_feat."),
+            ("backbone.0.projector.stages.0.1.", "model.backbone.projector.layer_norm."),
+            ("transformer.decoder.norm.", "model.decoder.layernorm."),
+            ("transformer.decoder.ref_point_head.", "model.decoder.ref_point_head."),
+            *(
+                (f"transformer.{part}.", f"model.{part}.")
+                for part in (
+                    "enc_output",
+                    "enc_output_norm",
+                    "enc_out_bbox_embed",
+                    "enc_out_class_embed",
+                )
+            ),
+        ),
+        within=(
+            (
+                "transformer.decoder.layers.",
+                "model.decoder.layers.",
+                (
+                    (".self_attn.out_proj.", ".self_attn.o_proj."),
+                    (".norm1.", ".self_attn_layer_norm."),
+                    (".norm2.", ".cross_attn_layer_norm."),
+                    (".norm3.", ".layer_norm."),
+                    (".linear1.", ".mlp.fc1."),
+                    (".linear2.", ".mlp.fc2."),
+                ),
+            ),
+            ("backbone.0.encoder.encoder.", "model.backbone.backbone.", _ATTENTION),
+            (
+                "backbone.0.projector.stages.0.0.",
+                "model.backbone.projector.projector_layer.",
+                (
+                    ("m.", "bottlenecks."),
+                    ("cv1.conv.", "conv1.conv."),
+                    ("cv2.conv.", "conv2.conv."),
+                    ("cv1.bn.", "conv1.norm."),
+                    ("cv2.bn.", "conv2.norm."),
+                ),
+            ),
+        ),
+        model_types=frozenset({"rf_detr"}),
+    ),
+    Convention(
+        inside=(*_ATTENTION[:3], (".attention.output.", ".attention.o_proj.")),
+        model_types=frozenset({"lw_detr"}),
+    ),
+    Convention(
+        inside=(
+            ("attn.out_proj.", "attn.o_proj."),
+            ("layers.*.fc1.", "layers.*.mlp.fc1."),
+            ("layers.*.fc2.", "layers.*.mlp.fc2."),
+        ),
+        model_types=frozenset({"maskformer"}),
+    ),
+    Convention(
+        inside=(
+            ("level_module.encoder.embeddings.", "level_module.encoder.swin.embeddings."),
+            ("level_module.encoder.encoder.", "level_module.encoder.swin.encoder."),
+            *_SWIN,
+        ),
+        model_types=frozenset({"mask2former", "oneformer"}),
+    ),
+    Convention(
+        inside=(
+            ("conv_encoder.model.embeddings.", "conv_encoder.model.swin.embeddings."),
+            ("conv_encoder.model.encoder.", "conv_encoder.model.swin.encoder."),
+            *_SWIN,
+        ),
+        model_types=frozenset({"grounding-dino", "mm-grounding-dino"}),
     ),
     Convention(
         inside=(

@@ -103,7 +103,8 @@ def find_rule(
             )
         if fitting:
             return fitting[0]
-    raise PlanError(_no_rule(targets, known, [r for g in groups for r in g], base_name))
+    tried = [rule for group in groups for rule in group]
+    raise PlanError(_no_rule(targets, known, tried, base_name, model_types))
 
 
 def find_flat_rule(
@@ -166,7 +167,11 @@ def _stripping(targets: Sequence[str]) -> list[Rule]:
 
 
 def _no_rule(
-    targets: Sequence[str], known: AbstractSet[str], tried: list[Rule], base_name: str | None
+    targets: Sequence[str],
+    known: AbstractSet[str],
+    tried: list[Rule],
+    base_name: str | None,
+    model_types: tuple[object, ...],
 ) -> str:
     best = max(tried, key=lambda rule: sum(rule(t) in known for t in targets))
     missing = [t for t in targets if best(t) not in known]
@@ -178,9 +183,22 @@ def _no_rule(
             f"{message} (names {best.what}); not in the base: "
             f"{', '.join(shown(m) for m in missing[:6])}{' ...' if len(missing) > 6 else ''}."
             f"{trained} Check that this is the base it was trained on."
+            f"{_as_the_class(missing[0], known, model_types)}"
         )
     patterns = f'adapter "{_pattern(targets[0])}", base "{_nearest_pattern(targets[0], known)}"'
     return f"{message}: {patterns}.{trained} {_hint(targets, known)}"
+
+
+def _as_the_class(target: str, known: AbstractSet[str], model_types: tuple[object, ...]) -> str:
+    """Return the way out for a module that the base has nowhere, as transformers' class may."""
+    leaf = ".".join(target.split(".")[-2:])
+    if not any(isinstance(t, str) for t in model_types) or any(n.endswith(leaf) for n in known):
+        return ""
+    return (
+        " If it is, and transformers renames, cuts or joins these tensors while it loads them, "
+        "save the base as its class names them (save_pretrained(..., save_original_format=False)) "
+        "and merge into that."
+    )
 
 
 def _hint(targets: Sequence[str], known: AbstractSet[str]) -> str:

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import dora_export
-from tests import oracle, small
+from tests import oracle, pipelines, small
 from tests.trainers import RELATIVE, distance, inspected, merged, refused
 
 dm = pytest.importorskip("tests.diffusion_models", reason="diffusers is not installed")
@@ -191,6 +191,29 @@ def test_bare_unet_names_fit_the_unets_folder(pair, tmp_path):
     W, A, B, _ = terms(pair, "unet", "down_blocks.0.resnets.0.conv1")
     got = oracle.float64(out["down_blocks.0.resnets.0.conv1.weight"]).reshape(W.shape)
     assert np.abs(got - oracle.lora(W, A, B, 1.0)).max() < RELATIVE
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_weights_of_16_bits_are_within_one_ulp(dtype, tmp_path):
+    base = pipelines.write(tmp_path / "base", dtype)
+    stored = pipelines.tensors(dtype)["unet"]
+    tensors = {n.replace(small.PREFIX, "unet."): t for n, t in pipelines.adapter(stored).items()}
+    adapter = save(tmp_path / "lora", tensors)
+    merged(base, adapter, tmp_path / "out")
+    got = load_file(tmp_path / "out/unet/diffusion_pytorch_model.safetensors")
+    modules = {n.partition(".lora_")[0].removeprefix("unet.") for n in tensors}
+    kinds = set()
+    for module in modules:
+        W = oracle.float64(stored[f"{module}.weight"])
+        A, B, m = (oracle.float64(tensors[f"unet.{module}.lora_{p}"]) for p in (
+            "A.weight", "B.weight", "magnitude_vector"))  # fmt: skip
+        flat = (W.reshape(len(W), -1), A.reshape(len(A), -1), B.reshape(-1, len(A)))
+        exact = oracle.dora(*flat, m.ravel(), 1.0).reshape(W.shape)
+        assert got[f"{module}.weight"].dtype is dtype
+        assert oracle.ulps(got[f"{module}.weight"], exact) <= 1, module
+        assert oracle.ulps(got[f"{module}.weight"], oracle.lora(*flat, 1.0).reshape(W.shape)) > 10
+        kinds.add((W.ndim, W.shape[0] == W.shape[1]))
+    assert kinds == {(2, True), (2, False), (4, True)}
 
 
 # --- magnitudes per input, as OneTrainer's diffusers saver leaves them

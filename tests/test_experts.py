@@ -52,10 +52,12 @@ def test_low_precision_is_rounded_once(kind, dtype, tmp_path):
     assert worst(tmp_path / "out", case.exact) <= 1
 
 
-def test_patterns_and_a_matrix_parameter_are_by_the_path_of_the_parameter(tmp_path):
+@pytest.mark.parametrize("rslora", [False, True], ids=["lora", "rslora"])
+def test_patterns_and_a_matrix_parameter_are_by_the_path_of_the_parameter(rslora, tmp_path):
     case = prepare(
         tmp_path,
         "qwen3_moe",
+        use_rslora=rslora,
         target_parameters=[*BOTH, "mlp.gate.weight"],
         rank_pattern={"experts.down_proj": 2, "gate.weight": 1},
         alpha_pattern={"0.mlp.experts.gate_up_proj": 7},

@@ -1,13 +1,14 @@
 """Every kind of adapter fits exactly one format, and inspection tells trainer and axis."""
 
 import re
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from dora_export.adapters import FORMATS, TAKEN_BY, ReadOptions, read_adapter, read_adapters
-from dora_export.errors import AdapterError
+from dora_export.errors import AdapterError, InputError
 from tests import (
     lycoris_models,
     pipelines,
@@ -20,7 +21,7 @@ from tests import (
     test_small_trainers,
     test_torchtune,
 )
-from tests.fixtures import MLX, TORCHTUNE
+from tests.fixtures import CONVERTED, MLX, TORCHTUNE
 from tests.trainers import inspected
 
 OPTIONS = ReadOptions(allow_pickle=True)
@@ -237,8 +238,54 @@ def test_exactly_one_format_matches(case, tmp_path):
     assert not re.search(r"layers .*(^| )\.", shown)  # of a number alone, nothing is in front
 
 
+def recorded():
+    """Adapters that trainers' own code has left in the repository."""
+    names = ("adapter_model.safetensors", "adapters.safetensors", "adapter_model.pt")
+    files = [p for of in (MLX, TORCHTUNE, CONVERTED) for n in names for p in of.rglob(n)]
+    return sorted(p if p.suffix == ".pt" else p.parent for p in files)
+
+
+@pytest.mark.parametrize("path", recorded(), ids=lambda p: "/".join(p.parts[-3:]))
+def test_recorded_adapters_are_told_with_trainer_and_axis(path):
+    shown = inspected(path, "--allow-pickle")
+    found = re.search(r"format +(\S+)\n", shown)
+    assert re.search(rf"trainer +.*({TRAINERS[found[1]]}|{SAID['torchtune export']})", shown)
+    assert re.search(r"axis +out, by the format: .+", shown) or "axis" not in shown
+    (file,) = (path,) if path.is_file() else path.glob("*.safetensors")
+    stored = torch.load(file) if file.suffix == ".pt" else load_file(file)
+    dora = any(n.endswith((".m", ".magnitude", ".lora_magnitude_vector")) for n in stored)
+    assert dora == bool(re.search(r"method +DoRA", shown)) == ("axis" in shown) == (
+        "one per " in shown)  # fmt: skip
+
+
 def test_every_format_has_a_case():
     assert {expected for _, expected, _ in CASES.values()} == {f.name for f in FORMATS}
+
+
+@pytest.mark.parametrize(
+    "case", ["peft", "peft, LoHa", "peft without its config", "mlx dora", "nvlabs", "diffusers",
+             "kohya", "torchtune"])  # fmt: skip
+def test_files_behind_a_link_out_of_their_folder_are_refused(case, tmp_path):
+    make, _, options = CASES[case]
+    (tmp_path / "made").mkdir()
+    path = make(tmp_path / "made")
+    folder = shutil.copytree(path if path.is_dir() else path.parent, tmp_path / "copy")
+    if case == "torchtune":  # alone, and so without PEFT's export that lies beside
+        options = {"alpha": 4.0}
+        (folder / "adapter_config.json").unlink()
+        (folder / "adapter_model.safetensors").unlink(missing_ok=True)
+        (folder / "adapter_model.bin").unlink(missing_ok=True)
+        (folder / "adapter_model.pt").rename(folder / "adapter_0.pt")
+    said = ReadOptions(allow_pickle=True, **options)
+    assert read_adapter(folder, said).updates
+    (weights,) = folder.glob("*.pt" if case == "torchtune" else "*.safetensors")
+    for file in (weights, *folder.glob("adapter_config.json")):
+        outside = file.rename(tmp_path / f"outside{file.suffix}")
+        file.symlink_to(outside)
+        with pytest.raises(InputError, match="a link that leads out of its folder"):
+            read_adapter(folder, said)
+        file.unlink()
+        outside.rename(file)
 
 
 def test_file_that_fits_two_formats_stops_with_both_and_the_option_that_decides(tmp_path):

@@ -285,6 +285,17 @@ def test_rows_that_were_added_or_left_out_are_told(planted, make, words):
     assert finding.what.partition(": ")[2] == (words or "")
 
 
+def test_findings_and_files_are_sorted(planted):
+    model, folder = planted("shards")
+    save_file({n: torch.ones(1) for n in ("z", "b", "k")}, folder / SHARDS[0])
+    removed("tokenizer.json")(folder)
+    tier, findings = model.check(folder)
+    order = [(list(MEANINGS).index(f.code), f.where, f.what) for f in findings]
+    assert len(order) > 10
+    assert order == sorted(order)
+    assert tier.figures["files"] == sorted(SHARDS)
+
+
 # --- planted faults: what is done to a merge -> all that is found above a note
 
 FAULTS = {

@@ -6,6 +6,7 @@ comfy/weight_adapter/lora.py (load) and comfy/lora.py (load_lora).
 """
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -297,6 +298,16 @@ def test_flat_magnitudes_are_told_by_their_length_but_for_square_layers(tmp_path
     assert "--axis out: dora_scale is (16,), so it counts inputs. Leave it out" in out
 
 
+@pytest.mark.parametrize("axis", ["out", "in"])
+def test_flat_magnitudes_of_a_square_layer_count_what_is_said(axis, tmp_path):
+    base, made = layers(axis, shapes={"x": (16, 16)})
+    made["x"]["dora_scale"] = made["x"]["dora_scale"].flatten()
+    other = wanted(base, made, "in" if axis == "out" else "out")["x.weight"]
+    got = merged(*write(tmp_path, base, named(made)), "--axis", axis)
+    assert_near(got, wanted(base, made, axis))
+    assert distance(got["x.weight"], other) > 0.01
+
+
 def test_axis_that_contradicts_the_shape_is_refused(tmp_path):
     base, made = layers("out")
     paths = write(tmp_path, base, named(made))
@@ -325,6 +336,7 @@ def test_one_output_and_one_input_is_ambiguous(tmp_path):
     assert_near(merged(*paths, "--axis", "out"), wanted(base, made, "out"))
 
 
+@pytest.mark.usefixtures("either_kernel")
 def test_norm_is_that_of_the_updated_weight_as_comfyui_does_not_have_it(tmp_path):
     base, made = layers("out")
     got, want = merged(*write(tmp_path, base, named(made))), wanted(base, made, "out")
@@ -427,16 +439,57 @@ def onetrainers(kind, shape):
         one, two = (t[f"hada_w{i}_a"].double() @ t[f"hada_w{i}_b"].double() for i in "12")
         delta = one * two
     else:
-        t = {"lokr_w1": torch.randn(4, 2), "lokr_w2_a": torch.randn(out // 4, R),
-             "lokr_w2_b": torch.randn(R, size // 2)}  # fmt: skip
-        w2 = (t["lokr_w2_a"].double() @ t["lokr_w2_b"].double()).reshape(out // 4, -1, *kernel)
-        delta = torch.kron(t["lokr_w1"].double().reshape(4, 2, *[1] * len(kernel)), w2)
+        return onetrainers_lokr(kind.removeprefix("LOKR").strip(), shape)
     return t | {"alpha": torch.tensor(ALPHA)}, ALPHA / R * delta.reshape(shape)
+
+
+def onetrainers_lokr(setting, shape):
+    """LoKrModule's factors under its settings, and ``get_weight() * alpha / dim``.
+
+    ``lokr_decompose_both`` takes w1 apart as well, ``lokr_full_matrix`` leaves w2 whole, and alpha
+    is the rank where both are; ``lokr_use_tucker`` puts a core between w2's factors of a kernel.
+    """
+    out, into, *kernel = shape
+    ones = [1] * len(kernel)
+    t = {"lokr_w1": torch.randn(4, 2)}
+    w1, alpha = t["lokr_w1"].double(), ALPHA
+    if setting == "both":
+        t = {"lokr_w1_a": torch.randn(4, R), "lokr_w1_b": torch.randn(R, 2)}
+        w1 = t["lokr_w1_a"].double() @ t["lokr_w1_b"].double()
+    if setting == "full":
+        t["lokr_w2"], alpha = torch.randn(out // 4, into // 2, *kernel), float(R)
+        w2 = t["lokr_w2"].double()
+    elif setting == "tucker" and kernel:
+        t |= {"lokr_t2": torch.randn(R, R, *kernel), "lokr_w2_a": torch.randn(R, out // 4),
+              "lokr_w2_b": torch.randn(R, into // 2)}  # fmt: skip
+        core, *factors = (t[f"lokr_{n}"].double() for n in ("t2", "w2_a", "w2_b"))
+        w2 = torch.einsum("ijkl,ip,jr->prkl", core, *factors).contiguous()
+    else:
+        t |= {"lokr_w2_a": torch.randn(out // 4, R),
+              "lokr_w2_b": torch.randn(R, into // 2 * int(np.prod(kernel)))}  # fmt: skip
+        w2 = (t["lokr_w2_a"].double() @ t["lokr_w2_b"].double()).reshape(out // 4, -1, *kernel)
+    delta = torch.kron(w1.reshape(4, 2, *ones), w2)
+    return t | {"alpha": torch.tensor(alpha)}, alpha / R * delta.reshape(shape)
 
 
 # LoHa has no DoRA there; LoKr's counts outputs unless told, LoRA's inputs.
 ONETRAINER = [("LORA", "in"), ("LORA", "out"), ("LOKR", "out"), ("LOKR", "in"), ("LOKR", None),
-              ("LOHA", None)]  # fmt: skip
+              ("LOKR both", "out"), ("LOKR full", "in"), ("LOKR full", None),
+              ("LOKR tucker", "out"), ("LOHA", None)]  # fmt: skip
+# Its savers: kohya's names, or diffusers', under which LoKr and LoHa keep alpha and dora_scale.
+SAVERS = {"LOKR both": "transformer.blocks.", "LOKR full": "transformer.blocks.",
+          "LOHA": "transformer.blocks."}  # fmt: skip
+
+
+def onetrainers_settings(kind, dora):
+    """A file's metadata: settings of all algorithms, of which those of its own are true of it."""
+    said = {"peft_type": kind.split()[0], "lora_decompose_norm_epsilon": kind == "LORA"}
+    for word, (decompose, output) in {"LORA": ("lora_decompose", "lora_decompose_output_axis"),
+                                      "LOKR": ("lokr_weight_decompose", "lokr_dora_on_output")
+                                      }.items():  # fmt: skip
+        own = said["peft_type"] == word
+        said |= {decompose: (dora is not None) == own, output: (dora == "out") == own}
+    return {"ot_branch": "master", "ot_config": json.dumps(said)}
 
 
 @pytest.mark.parametrize(("kind", "dora"), ONETRAINER, ids=str)
@@ -444,37 +497,69 @@ def test_onetrainers_algorithms_on_matrices_and_kernels(kind, dora, tmp_path):
     torch.manual_seed(7)
     shapes = {"to_q": (16, 16), "up": (24, 16), "conv": (16, 8, 3, 3), "square": (16, 16, 3, 3)}
     base, tensors, want, plain = {}, {}, {}, {}
+    saver = SAVERS.get(kind, "lora_transformer_blocks_")
     for name, shape in shapes.items():
         W = torch.randn(shape) * 0.2
         factors, delta = onetrainers(kind, shape)
         base[f"blocks.{name}.weight"], exact = W, W.double() + delta
+        other = R / ALPHA if factors["alpha"] == ALPHA else ALPHA / R  # times, another scaling
         if dora:
             line = W if dora == "out" else W.transpose(0, 1)
             m = line.flatten(1).norm(dim=1) * (0.6 + 0.8 * torch.rand(len(line)))
             m = m.reshape(-1, *[1] * (len(shape) - 1))
             factors["dora_scale"] = m if dora == "out" else m.transpose(0, 1).contiguous()
-            exact = onetrainers_weight(W.double(), delta, factors["dora_scale"].double(),
-                                       dora == "out")  # fmt: skip
-        tensors |= {f"lora_transformer_blocks_{name}.{n}": t for n, t in factors.items()}
+            m, by_outputs = factors["dora_scale"].double(), dora == "out"
+            exact = onetrainers_weight(W.double(), delta, m, by_outputs)
+            wrong = onetrainers_weight(W.double(), other * delta, m, by_outputs)
+        else:
+            wrong = W.double() + other * delta
+        plain[f"blocks.{name}.weight"] = wrong
+        tensors |= {f"{saver}{name}.{n}": t for n, t in factors.items()}
         want[f"blocks.{name}.weight"] = exact.flatten(1).numpy()
-        plain[f"blocks.{name}.weight"] = (W.double() + delta / (ALPHA / R)).flatten(1).numpy()
-    # The settings are LoRA's: what they say of another algorithm is not of its tensors.
-    own = kind == "LORA"
-    config = {
-        "peft_type": kind,
-        "lora_decompose": (dora is not None) == own,
-        "lora_decompose_norm_epsilon": own,
-        "lora_decompose_output_axis": (dora == "out") == own,
-    }
-    said = {"ot_branch": "master", "ot_config": json.dumps(config)}
-    paths = write(tmp_path, base, tensors, said, "transformer.")
+    paths = write(tmp_path, base, tensors, onetrainers_settings(kind, dora), "transformer.")
     got = merged(*paths)
     for name, exact in want.items():
         stored = got[f"transformer.{name}"].flatten(1)
         assert distance(stored, exact) <= RELATIVE, name
-        assert distance(stored, plain[name]) > 100 * RELATIVE
+        assert distance(stored, plain[name].flatten(1).numpy()) > 100 * RELATIVE
         assert distance(stored, oracle.float64(base[name].flatten(1))) > 100 * RELATIVE
     assert "trainer      OneTrainer" in inspected(paths[1])
+
+
+@pytest.mark.parametrize(
+    ("dora", "said", "reason"),
+    [("out", "in", "says magnitudes count inputs, their shapes say outputs"),
+     ("in", "out", "says magnitudes count outputs, their shapes say inputs"),
+     (None, "out", "decomposed (DoRA), but there is no dora_scale"),
+     ("out", None, "not decomposed, but there is dora_scale")],
+)  # fmt: skip
+def test_onetrainers_settings_of_lokr_are_held_against_its_magnitudes(dora, said, reason, tmp_path):
+    W = torch.randn(16, 16) * 0.2
+    tensors, _ = onetrainers("LOKR", W.shape)
+    if dora:
+        tensors["dora_scale"] = W.norm(dim=1 if dora == "out" else 0, keepdim=True)
+    tensors = {f"lora_transformer_to_q.{n}": t for n, t in tensors.items()}
+    paths = write(tmp_path, {"to_q.weight": W}, tensors, onetrainers_settings("LOKR", said))
+    assert reason in refused(*paths)
+
+
+def test_whole_kronecker_factors_of_onetrainer_are_never_scaled_by_a_root(tmp_path):
+    """Their alpha is the rank. Of others' files 8 could be 4 with rs_lora, if a layer shows 4."""
+    torch.manual_seed(8)
+    base = {"a.weight": torch.randn(16, 16) * 0.2, "b.weight": torch.randn(16, 16) * 0.2}
+    whole = {"lokr_w1": torch.randn(4, 2), "lokr_w2": torch.randn(4, 8),
+             "alpha": torch.tensor(8.0)}  # fmt: skip
+    shown = {"lokr_w1": torch.randn(4, 2), "lokr_w2_a": torch.randn(4, 4),
+             "lokr_w2_b": torch.randn(4, 8), "alpha": torch.tensor(4.0)}  # fmt: skip
+    tensors = {f"lora_transformer_{n}.{p}": t for n, ts in (("a", whole), ("b", shown))
+               for p, t in ts.items()}  # fmt: skip
+    delta = torch.kron(whole["lokr_w1"].double(), whole["lokr_w2"].double())
+    exact = (base["a.weight"].double() + delta).numpy()
+    said = onetrainers_settings("LOKR", None)
+    got = merged(*write(tmp_path / "ot", base, tensors, said))["a.weight"]
+    assert distance(got, exact) <= RELATIVE
+    got = merged(*write(tmp_path / "other", base, tensors))["a.weight"]
+    assert distance(got, exact) > 0.01
 
 
 def test_onetrainer_without_eps_says_so(tmp_path):
@@ -487,6 +572,43 @@ def test_onetrainer_without_eps_says_so(tmp_path):
     assert_near(got, wanted(base, made, "in", eps=0.0))
     with_eps = wanted(base, made, "in")
     assert all(distance(got[key], exact) > 10 * RELATIVE for key, exact in with_eps.items())
+
+
+@pytest.mark.parametrize("flat", [True, False], ids=["kohya's names", "paths"])
+def test_fused_layers_that_onetrainer_may_have_left_undecomposed_are_told(flat, tmp_path):
+    """Which version it was only ot_revision says, and a hash has no order."""
+    shapes = {"double_blocks.0.img_attn.qkv": (24, 8), "double_blocks.0.img_attn.proj": (8, 8)}
+
+    def doubts(dora, metadata, only=""):
+        base, made = layers(dora, shapes=shapes)
+        made = {n: t for n, t in made.items() if n.endswith(only)}
+        prefix = "lora_unet_" if flat else "diffusion_model."
+        paths = write(tmp_path / str(len(list(tmp_path.iterdir()))), base,
+                      named(made, prefix, flat), metadata)  # fmt: skip
+        if only != "proj":
+            assert_near(merged(*paths), wanted(base, made, dora))
+        return dora_export.load_adapter(paths[1]).doubts
+
+    said = {"ot_revision": "c20e62e"}
+    (told,) = doubts("in", said)
+    assert re.search(r"fuses \(1 here, first .*img_attn.qkv\) as plain LoRA .*dora_scale out", told)
+    assert doubts(None, said) == ()
+    assert doubts("in", None) == ()
+    assert doubts("in", said, only="proj") == ()
+
+
+def test_lokr_of_onetrainer_has_its_eps_whatever_loras_settings_say(tmp_path):
+    torch.manual_seed(9)
+    W = torch.randn(16, 16) * 1e-7
+    factors, delta = onetrainers("LOKR", W.shape)
+    factors["lokr_w1"], delta = factors["lokr_w1"] * 1e-7, delta * 1e-7
+    m = factors["dora_scale"] = W.norm(dim=1, keepdim=True) * 1.3
+    tensors = {f"lora_transformer_to_q.{n}": t for n, t in factors.items()}
+    said = onetrainers_settings("LOKR", "out")  # of LoRA: without an eps
+    got = merged(*write(tmp_path, {"to_q.weight": W}, tensors, said))["to_q.weight"]
+    V = W.double() + delta
+    assert distance(got, onetrainers_weight(W.double(), delta, m.double(), True)) <= RELATIVE
+    assert distance(got, m.double() * V / V.norm(dim=1, keepdim=True)) > 0.01
 
 
 # --- metadata ---
@@ -674,7 +796,7 @@ def test_fused_layers_that_were_trained_on_as_one_are_refused(name, tmp_path):
         assert f"with alpha times {n} for the second" in message
 
 
-@pytest.mark.parametrize("change", ["rank", "rows", "dora_scale"])
+@pytest.mark.parametrize("change", ["rank", "rows", "dora_scale", "mid"])
 def test_fused_layers_that_cannot_be_several_are_refused(change, tmp_path):
     base, made, _ = split_layers()
     name = "double_blocks.0.img_attn.qkv"
@@ -683,9 +805,59 @@ def test_fused_layers_that_cannot_be_several_are_refused(change, tmp_path):
         "rank": {"up": up[:, :-1].contiguous(), "down": down[:-1]},
         "rows": {"up": up[:-1]},
         "dora_scale": {"dora_scale": torch.ones(24, 1)},
+        "mid": {},
     }[change]
-    message = refused(*write(tmp_path, base, named(made), SPLIT))
+    tensors = named(made)
+    if change == "mid":
+        tensors["lora_unet_double_blocks_0_img_attn_qkv.lora_mid.weight"] = torch.ones(6, 6, 1)
+    message = refused(*write(tmp_path, base, tensors, SPLIT))
     assert "is not that of 3 layers of one rank" in message
+
+
+@pytest.mark.parametrize("part", ["diff", "w_norm", "set_weight", "diff_b"])
+def test_alpha_beside_what_is_not_scaled_is_named_and_left(part, tmp_path):
+    held = {f"lora_unet_n.{part}": torch.ones(4), "lora_unet_n.alpha": torch.tensor(3.0)}
+    save_file(held, tmp_path / "lora.safetensors")
+    found = dora_export.load_adapter(tmp_path / "lora.safetensors", adapter_format="lycoris")
+    assert set(found.ignored) == {"lora_unet_n.alpha"}
+    (update,) = found.updates
+    assert (update.scaling, update.source_keys) == (1.0, (f"lora_unet_n.{part}",))
+
+
+W1, W2 = {"lokr_w1_a": (2, 3), "lokr_w1_b": (3, 2)}, {"lokr_w2_a": (8, 5), "lokr_w2_b": (5, 4)}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "rank"),
+    [({**W1, **W2}, 5), ({"lokr_w1": (2, 2), **W2}, 5), ({**W1, "lokr_w2": (8, 4)}, 3)],
+    ids=["both", "second", "first"],
+)
+def test_rank_of_kronecker_factors_is_the_seconds_where_it_has_one(shapes, rank, tmp_path):
+    save_file({**{f"lora_unet_n.{n}": torch.ones(s) for n, s in shapes.items()},
+               "lora_unet_n.alpha": torch.tensor(3.0)}, tmp_path / "lora.safetensors")  # fmt: skip
+    (update,) = dora_export.load_adapter(tmp_path / "lora.safetensors").updates
+    assert update.scaling == 3 / rank
+
+
+@pytest.mark.parametrize(
+    ("alpha", "scaling"),
+    [(torch.tensor(3**1.5), 3**0.5), (torch.tensor(3**1.5, dtype=torch.bfloat16), 3**0.5),
+     (torch.tensor(5.9), None), (torch.tensor(-5.2), None), (torch.tensor(-1.0), None)],
+    ids=str,
+)  # fmt: skip
+def test_root_of_the_rank_is_taken_from_an_alpha_that_is_one_times_its_root(
+    alpha, scaling, tmp_path
+):
+    """Of rs_lora, on LoKr with whole factors; alpha may be rounded to 16 bits."""
+    held = {"lora_unet_n.lokr_w1": torch.ones(2, 2), "lora_unet_n.lokr_w2": torch.ones(3, 3)}
+    file = tmp_path / "lora.safetensors"
+    save_file({**held, "lora_unet_n.alpha": alpha}, file, kohya(algo="lokr", rs_lora="True"))
+    if scaling is None:
+        with pytest.raises(AdapterError, match=r"is neither a rank nor, as with rs_lora, a rank"):
+            dora_export.load_adapter(file)
+    else:
+        (update,) = dora_export.load_adapter(file).updates
+        assert update.scaling == pytest.approx(scaling, rel=1e-12)
 
 
 # --- refusals ---
@@ -714,6 +886,21 @@ BROKEN = {
     "norm with magnitudes": (
         lambda t: t.update({"lora_unet_n.w_norm": torch.ones(4), "lora_unet_n.dora_scale":
                             torch.ones(4)}), "dora_scale beside w_norm has no meaning"),
+    "magnitudes beside a bias alone": (
+        lambda t: t.update({"lora_unet_n.diff_b": torch.ones(4), "lora_unet_n.dora_scale":
+                            torch.ones(4, 1)}), "n: dora_scale without a weight"),
+    "a whole weight with magnitudes": (
+        lambda t: t.update({"lora_unet_n.set_weight": torch.ones(4, 4), "lora_unet_n.dora_scale":
+                            torch.ones(4, 1)}), "dora_scale beside set_weight has no meaning"),
+    "a difference of one dimension with magnitudes": (
+        lambda t: t.update({"lora_unet_n.diff": torch.ones(4), "lora_unet_n.dora_scale":
+                            torch.ones(4, 1)}), "dora_scale beside diff has no meaning"),
+    "two biases": (lambda t: t.update({f"{Q}.diff_b": torch.ones(16), f"{Q}.b_norm":
+                                       torch.ones(16)}), "holds diff_b and b_norm"),
+    "alpha of bytes": (lambda t: t.update({f"{Q}.alpha": torch.ones((), dtype=torch.uint8)}),
+                       "expected one number"),
+    "magnitudes of nothing": (lambda t: t.update({f"{Q}.dora_scale": torch.ones(())}),
+                              "the file does not belong together"),
     "unknown": (lambda t: t.update({f"{Q}.shift": torch.ones(3)}), "tensors of unknown meaning"),
     "half of LoHa": (lambda t: t.update({"lora_unet_h.hada_w1_a": torch.ones(4, 2)}),
                      "hada_w1_b, hada_w2_a, hada_w2_b missing"),

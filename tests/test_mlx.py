@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dora_export import load_adapter
+from dora_export.errors import AdapterError
 from tests import oracle, small
 from tests.fixtures import MLX
 from tests.trainers import RELATIVE, distance, inspected, loaded, merged, refused
@@ -375,7 +376,9 @@ CONFIGS = {
     "no scale": ({"lora_parameters": {"rank": 3}}, "Pass --alpha"),
     "scale of zero": ({"lora_parameters": {"rank": 3, "scale": 0}}, "other than 0"),
     "scale of text": ({"lora_parameters": {"rank": 3, "scale": "2"}}, "other than 0"),
-    "no rank": ({"lora_parameters": {"scale": 2.5}}, "rank"),
+    "alpha of text": ({"lora_parameters": {"rank": 3, "scale": 2.5, "alpha": "3"}}, "alpha '3'"),
+    "alpha of zero": ({"lora_parameters": {"rank": 3, "scale": 2.5, "alpha": 0}}, "alpha '0'"),
+    "no rank": ({"lora_parameters": {"scale": 2.5}}, "rank 'None'. Expected a positive whole"),
     "another rank": ({"lora_parameters": {"rank": 4, "scale": 2.5}}, "rank 4 by the config"),
     "no parameters": ({"lora_parameters": None}, "lora_parameters is missing"),
 }
@@ -395,6 +398,7 @@ TENSORS = {
     "m missing": (lambda t: t.pop(f"{Q}.m") is None, "refusing to merge it as plain LoRA"),
     "m of another length": (lambda t: t.update({f"{Q}.m": torch.ones(5)}), "expected (16,)"),
     "A transposed": (lambda t: t.update({f"{Q}.lora_a": torch.ones(3, 16)}), "(in, rank)"),
+    "B transposed": (lambda t: t.update({f"{Q}.lora_b": torch.ones(16, 3)}), "(rank, out)"),
     "unknown tensor": (lambda t: t.update({"vision_tower.x": torch.ones(3)}), "train_vision"),
     "not a number": (lambda t: t.update({f"{Q}.m": torch.full((16,), torch.nan)}), "NaN"),
     "another layer": (lambda t: t.update({f"{n}x.{p}": t[f"{n}.{p}"].clone() for n in (Q,)
@@ -408,6 +412,89 @@ def test_tensors_that_do_not_add_up_are_refused(case, tmp_path):
     change, reason = TENSORS[case]
     small.edit_tensors(adapter / "adapters.safetensors", lambda t: (change(t), t)[1])
     assert reason in refused(base, adapter, tmp_path / "out")
+
+
+def read(folder, shapes, settings=None, **options):
+    """The normal form of a folder with tensors of these shapes."""
+    small.write_json(folder / "adapter_config.json", settings or {
+        "fine_tune_type": "lora", "lora_parameters": {"rank": 3, "scale": 2.5}})  # fmt: skip
+    save_file({n: torch.ones(s) for n, s in shapes.items()}, folder / "adapters.safetensors")
+    return load_adapter(folder, **options)
+
+
+PAIR = {"q.lora_a": (8, 3), "q.lora_b": (3, 6)}
+
+
+def test_magnitudes_of_an_adapter_that_is_said_to_have_none_are_not_dropped(tmp_path):
+    with pytest.raises(
+        AdapterError, match="q: has m, but fine_tune_type is lora; refusing to drop"
+    ):
+        read(tmp_path, {**PAIR, "q.m": (6,)})
+
+
+def test_alpha_that_is_the_rank_leaves_the_scale_as_it_is(tmp_path):
+    """Both versions of mlx-lm compute the same there."""
+    settings = {"fine_tune_type": "lora", "lora_parameters": {"rank": 3, "scale": 2.5, "alpha": 3}}
+    (update,) = read(tmp_path, PAIR, settings).updates
+    assert update.scaling == 2.5
+
+
+def test_rank_beside_lora_parameters_is_none_of_early_mlx_vlm(tmp_path):
+    settings = {"rank": 64, "alpha": 1, "lora_parameters": {"rank": 3, "scale": 2.5}}
+    (update,) = read(tmp_path, PAIR, settings).updates
+    assert update.scaling == 2.5
+
+
+@pytest.mark.parametrize("alpha", [0.0, float("inf"), float("nan")])
+def test_alpha_that_is_no_factor_is_refused(alpha, tmp_path):
+    with pytest.raises(AdapterError, match="expected a finite number other than 0"):
+        read(tmp_path, PAIR, {"rank": 3, "alpha": 7.5}, alpha=alpha)
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "wte", "wpe", "word_embeddings", "embed_in",
+                                  "tok_embeddings", "embeddings", "embedding"])  # fmt: skip
+def test_embedding_has_tokens_first_under_each_of_its_names(name, tmp_path):
+    shapes = {f"model.{name}.lora_a": (20, 3), f"model.{name}.lora_b": (3, 8)}
+    (update,) = read(tmp_path, shapes).updates
+    assert (update.up.shape, update.down.shape) == ((20, 3), (3, 8))
+
+
+EXPERTS = {"e.lora_a": (4, 3, 8), "e.lora_b": (4, 8, 3)}
+
+
+def test_square_experts_lie_as_mlx_stores_them(tmp_path):
+    updates = read(tmp_path, EXPERTS).updates
+    assert [(u.index, u.layout, u.scaling) for u in updates] == [(i, "oi", 2.5) for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"e.m": (8,)}, {"e.lora_a": (4, 2, 8), "e.lora_b": (4, 8, 2)}, {"e.lora_a": (5, 3, 8)},
+     {"e.lora_a": (4, 2, 8)}, {"e.lora_a": (4, 3, 8, 1)}, {"e.lora_a": (11, 8)}],
+    ids=["m", "rank", "experts", "rank of A", "dimensions", "flat"],
+)  # fmt: skip
+def test_experts_that_do_not_add_up_are_refused(change, tmp_path):
+    kind = "dora" if "e.m" in change else "lora"
+    settings = {"fine_tune_type": kind, "lora_parameters": {"rank": 3, "scale": 2.5}}
+    with pytest.raises(AdapterError, match=r"e: rank 3 by the config needs lora_a \(experts"):
+        read(tmp_path, {**EXPERTS, **change}, settings)
+
+
+WHOLE = {"fine_tune_type": "full"}
+
+
+def test_layers_trained_whole_are_no_factors_and_say_no_more_than_they_hold(tmp_path):
+    found = read(tmp_path, {"lm_head.weight": (20, 8)}, WHOLE)
+    assert (found.ensure_weight_tying, found.not_for) == (False, {})
+    assert "qwen3_next" in read(tmp_path, {"norm.weight": (8,)}, WHOLE).not_for
+    with pytest.raises(AdapterError, match=r"have no scaling\. Leave --alpha out"):
+        read(tmp_path, {"lm_head.weight": (20, 8)}, WHOLE, alpha=2.0)
+    for ending in ("scales", "biases"):
+        with pytest.raises(AdapterError, match=f"'q.{ending}': of a quantised layer"):
+            read(tmp_path, {f"q.{ending}": (8, 2)}, WHOLE)
+    for settings in (WHOLE, None):
+        with pytest.raises(AdapterError, match="holds no tensors"):
+            read(tmp_path, {}, settings)
 
 
 def test_options_that_the_file_answers_are_refused(tmp_path):

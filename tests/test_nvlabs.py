@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dora_export import load_adapter
+from dora_export.errors import AdapterError
 from tests import oracle, small
 from tests.trainers import RELATIVE, distance, inspected, merged, refused
 
@@ -139,6 +141,8 @@ CONFIGS = {
     "unknown": ({"rank_pattern": {"q": 4}}, "rank_pattern: a setting of unknown effect"),
     "rank of text": ({"r": "3"}, "r '3'"),
     "no alpha": ({"lora_alpha": "absent"}, "lora_alpha 'None'"),
+    "alpha of zero": ({"lora_alpha": 0}, "lora_alpha '0'"),
+    "an initialisation": ({"init_lora_weights": "pissa"}, "an initialisation of unknown effect"),
     "another rank": ({"r": 4}, "r is 4"),
     "lora_only": ({"bias": "lora_only"}, "does not save the magnitudes"),
     "silent fork": ({"Wdecompose_target_modules": None}, "names no Wdecompose_target_modules"),
@@ -150,6 +154,19 @@ def test_config_that_does_not_add_up_is_refused(case, tmp_path):
     fields, reason = CONFIGS[case]
     write(tmp_path, **fields)
     assert reason in refused(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+
+
+def test_options_that_the_file_answers_are_refused(tmp_path):
+    write(tmp_path, init_lora_weights=True, base_model_name_or_path="some/base")
+    for option in ({"alpha": 4.0}, {"axis": "in"}):
+        with pytest.raises(AdapterError, match=f"Leave --{next(iter(option))} out"):
+            load_adapter(tmp_path / "adapter", **option)
+    found = load_adapter(tmp_path / "adapter", axis="out")
+    assert (found.doubtful_magnitudes, found.base_name) == (True, "some/base")
+    said = load_adapter(tmp_path / "adapter", magnitude_is_normalised=True)
+    assert not said.doubtful_magnitudes
+    assert all(u.magnitude_is_factor for u in said.updates if u.magnitude)
+    assert {u.kind for u in said.updates} == {"dora", "magnitude"}
 
 
 Q = f"{PREFIX}model.layers.0.q_proj"

@@ -45,6 +45,18 @@ def check(pair, level="full"):
     return run(pair.folder / "base", pair.folder / "adapter", pair.merged, level)
 
 
+def test_where_nothing_is_there_to_compare_nothing_is_called_right(tmp_path):
+    pair = Pair(tmp_path, torch.float32)
+    plan, _ = api._plan(tmp_path / "base", tmp_path / "adapter", ReadOptions(), Settings())
+    tier, tensors, _ = check_oracle(plan, {}, "full")
+    assert (tier.ran, tensors) == (False, ())
+    assert tier.summary == f"none of {len(LINEARS)} changed tensors is there to compare"
+    one = {f"{O}.weight": open_checkpoint(pair.merged).tensors[f"{O}.weight"]}
+    tier, tensors, _ = check_oracle(plan, one, "full")
+    assert tier.ran
+    assert tier.summary.startswith("1 changed tensor, every element: 1 exact")
+
+
 def found(pair, name, level="full"):
     """The one finding on a layer, after checking that all other layers are right."""
     tensors, findings = check(pair, level)

@@ -324,8 +324,9 @@ def test_magnitude_under_two_names_is_refused(adapter):
         adapter(tensors={**factors(), f"{m}.weight": torch.rand(OUT)})
 
 
-def test_magnitude_without_factors_is_refused(adapter):
-    m = f"{PREFIX}model.layers.1.q_proj.lora_magnitude_vector"
+@pytest.mark.parametrize("part", ["lora_magnitude_vector", "lora_B.bias", "lora_E"])
+def test_part_without_factors_is_refused(adapter, part):
+    m = f"{PREFIX}model.layers.1.q_proj.{part}"
     with pytest.raises(AdapterError, match=r"layers\.1\.q_proj: .*without lora_A and lora_B"):
         adapter(tensors={**factors(), m: torch.rand(OUT)})
 
@@ -389,6 +390,114 @@ def test_adapter_name_in_keys_of_an_embedding_is_left_out(adapter):
     }
     (update,) = adapter(tensors=tensors).updates
     assert (update.target, update.layout) == ("model.embed_tokens.weight", "io")
+
+
+EMBEDDING = "model.embed_tokens"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "settings", "kinds"),
+    [
+        ({f"{MODULE}.lora_A.other.weight": (RANK, IN), f"{MODULE}.lora_B.other.weight": (OUT, RANK),
+          f"{MODULE}.lora_B.other.bias": (OUT,)}, {"lora_bias": True},
+         {f"{MODULE}.weight": "lora", f"{MODULE}.bias": "add"}),
+        ({f"{MODULE}.lora_A.other": (RANK, IN), f"{MODULE}.lora_B.other": (OUT, RANK),
+          f"{MODULE}.lora_E.other": (RANK, 1)},
+         {"peft_type": "ADALORA", "init_r": 12,
+          "rank_pattern": {f"{PREFIX}{MODULE}.lora_E": [True] * RANK + [False] * (12 - RANK)}},
+         {f"{MODULE}.weight": "lora"}),
+        ({f"{EMBEDDING}.token_adapter.trainable_tokens_delta.other": (2, IN)},
+         {"trainable_token_indices": [3, 5]}, {f"{EMBEDDING}.weight": "rows"}),
+        ({"score.modules_to_save.other.weight": (2, IN), "score.modules_to_save.other.bias": (2,)},
+         {"modules_to_save": ["score"]}, {"score.weight": "replace", "score.bias": "replace"}),
+    ],
+    ids=["bias of B", "AdaLoRA", "tokens", "saved module"],
+)  # fmt: skip
+def test_adapter_name_in_any_key_is_left_out(adapter, tensors, settings, kinds):
+    held = {f"{PREFIX}{name}": torch.randn(shape) for name, shape in tensors.items()}
+    found = adapter(tensors=held, use_dora=False, **settings)
+    assert {u.target: u.kind for u in found.updates} == kinds
+    second = next(iter(held)).replace(".other", ".second").replace(MODULE, "model.layers.1.q_proj")
+    second = second.replace("score", "model.score").replace(EMBEDDING, "model.wte")
+    if "score" not in second:  # names of saved modules are not compared
+        with pytest.raises(AdapterError, match="several adapters"):
+            adapter(tensors={**held, second: torch.randn(2, IN)}, use_dora=False, **settings)
+
+
+# Of transformers' models, and what PEFT takes for embeddings where a vocabulary was resized.
+@pytest.mark.parametrize("name", ["model.embed_tokens", "lm_head", "transformer.wte",
+                                  "transformer.word_embeddings", "gpt_neox.embed_in", "embed_out",
+                                  "shared", "model.tok_embeddings"])  # fmt: skip
+def test_embedding_stored_whole_replaces_the_bases(adapter, name):
+    found = adapter(tensors={**factors(), f"{PREFIX}{name}.weight": torch.randn(9, IN)})
+    assert {u.target: u.kind for u in found.updates}[f"{name}.weight"] == "replace"
+    assert found.saved_embeddings == {f"{name}.weight"}
+
+
+@pytest.mark.parametrize("ending", ["weight", "bias"])
+def test_base_layer_of_an_embedding_is_replaced_and_said_to_be_saved(adapter, ending):
+    key = f"{PREFIX}lm_head.base_layer.{ending}"
+    found = adapter(tensors={**factors(), **factors("lm_head"), key: torch.randn(OUT)})
+    assert {u.target: u.kind for u in found.updates}[f"lm_head.{ending}"] in ("replace", "dora")
+    assert any(u.kind == "replace" and u.target == f"lm_head.{ending}" for u in found.updates)
+    assert found.saved_embeddings == ({"lm_head.weight"} if ending == "weight" else set())
+
+
+COPIES = f"{PREFIX}score.modules_to_save.weight", f"{PREFIX}score.weight"
+
+
+def test_module_stored_twice_is_taken_once(adapter):
+    values = torch.randn(2, IN)
+    found = adapter(tensors={**factors(), COPIES[0]: values, COPIES[1]: values.clone()},
+                    modules_to_save=["score"])  # fmt: skip
+    assert [u.kind for u in found.updates] == ["dora", "replace"]
+    assert found.ignored == {COPIES[1]: f"repeats '{COPIES[0]}'"}
+
+
+@pytest.mark.parametrize("other", [torch.zeros(2, IN), torch.ones(2, IN, dtype=torch.int32),
+                                   torch.ones(IN, 2), torch.ones(3, IN)], ids=str)  # fmt: skip
+def test_two_copies_of_a_module_that_differ_are_refused(adapter, other):
+    with pytest.raises(AdapterError, match=r"are two copies of one tensor and differ"):
+        adapter(tensors={**factors(), COPIES[0]: torch.ones(2, IN), COPIES[1]: other},
+                modules_to_save=["score"])  # fmt: skip
+
+
+def test_bases_own_copy_of_a_saved_module_is_left_out(adapter):
+    own = f"{PREFIX}score.original_module.weight"
+    held = {COPIES[0]: torch.ones(2, IN), own: torch.zeros(2, IN)}
+    found = adapter(tensors={**factors(), **held}, modules_to_save=["score"])
+    assert set(found.ignored) == {own}
+    (saved,) = (u for u in found.updates if u.kind == "replace")
+    assert (saved.target, saved.value.name) == ("score.weight", COPIES[0])
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_stray_bias_is_taken_where_biases_were_trained_only(adapter, bias):
+    held = {**factors(), f"{PREFIX}{MODULE}.bias": torch.randn(OUT)}
+    assert [u.kind for u in adapter(tensors=held, bias=bias).updates] == ["dora", "replace"]
+    with pytest.raises(AdapterError, match=r"unknown tensor '.*q_proj.bias'"):
+        adapter(tensors=held, bias="none")
+
+
+# torchtune's export, which does not write use_dora
+BARE = {"r": RANK, "lora_alpha": 10, "target_modules": ["q_proj"]}
+
+
+def test_use_dora_of_a_bare_config_counts(adapter, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    small.write_json(tmp_path / "adapter/adapter_config.json", {**BARE, "use_dora": True})
+    save_file(plain(), tmp_path / "adapter/adapter_model.safetensors")
+    with pytest.raises(AdapterError, match=r"missing for 1 of 1 .*use_dora: true"):
+        dora_export.load_adapter(tmp_path / "adapter")
+
+
+def test_magnitudes_beside_a_config_of_peft_without_use_dora_are_refused(adapter, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    small.write_json(tmp_path / "adapter/adapter_config.json",
+                     {**BARE, "peft_type": "LORA", "bias": "none"})  # fmt: skip
+    save_file(factors(), tmp_path / "adapter/adapter_model.safetensors")
+    with pytest.raises(AdapterError, match=r"1 layers have a lora_magnitude_vector.*use_dora"):
+        dora_export.load_adapter(tmp_path / "adapter")
 
 
 def test_two_adapter_names_in_one_file_are_refused(adapter):
@@ -529,6 +638,28 @@ def test_trained_tokens_beside_dora_need_no_magnitudes(adapter):
     assert {u.target: u.kind for u in found.updates} == {
         f"{MODULE}.weight": "dora", "model.embed_tokens.weight": "rows",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "indices"),
+    [("model.my_embed_tokens", (2, IN), {"embed_tokens": [3, 5]}),
+     ("model.embed_tokens", (2, IN), {"embed_tokens": [3, 5], "model.embed_tokens": [3, 5]}),
+     ("model.embed_tokens", (2, IN, 1), [3, 5]), ("model.embed_tokens", (3, IN), [3, 5])],
+    ids=["another name", "two names", "dimensions", "number"],
+)  # fmt: skip
+def test_rows_of_which_the_config_does_not_say_the_tokens_are_refused(
+    adapter, module, shape, indices
+):
+    rows = {f"{PREFIX}{module}.token_adapter.trainable_tokens_delta": torch.ones(shape)}
+    with pytest.raises(AdapterError, match=r"trainable_token_indices .* do not say which rows"):
+        adapter(tensors=factors() | rows, trainable_token_indices=indices)
+
+
+def test_use_dora_with_the_magnitude_of_an_embedding_missing_is_refused(adapter):
+    table = {f"{PREFIX}{EMBEDDING}.lora_embedding_A": torch.randn(RANK, 30),
+             f"{PREFIX}{EMBEDDING}.lora_embedding_B": torch.randn(OUT, RANK)}  # fmt: skip
+    with pytest.raises(AdapterError, match=rf"missing for 1 of 2 .*{EMBEDDING}"):
+        adapter(tensors={**factors(), **table})
 
 
 def test_plain_lora_is_merged_without_a_question(adapter):

@@ -5,8 +5,11 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import peft
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import dora_export
 from dora_export.adapters import peft_patterns
@@ -37,8 +40,17 @@ def until_0_13(ranks, alphas, module):
     return (first([*ranks, *alphas], module, r".*\.%s$"),) * 2
 
 
+def of_products_until_0_14(ranks, alphas, module):
+    return (first([*ranks, *alphas], module, r"(.*\.)?%s$"),) * 2
+
+
 BY_VERSION = {"0.21.2": since_0_15, "0.15.0": since_0_15, "1.0.0.dev0@1a2b": since_0_15,
               "0.14.0": in_0_14, "0.13.2": until_0_13, "0.5.0": until_0_13}  # fmt: skip
+# Method -> version -> rule. Source: src/peft/tuners/{loha,lokr}/model.py, _create_and_replace.
+OF_PRODUCTS = {"0.21.2": since_0_15, "0.15.0": since_0_15, "0.14.0": of_products_until_0_14,
+               "0.13.2": of_products_until_0_14, "0.6.0": of_products_until_0_14}  # fmt: skip
+RULES = [("LORA", *item) for item in BY_VERSION.items()] + [
+    (method, *item) for method in ("LOHA", "LOKR") for item in OF_PRODUCTS.items()]  # fmt: skip
 
 
 def patterns():
@@ -49,9 +61,9 @@ def patterns():
         yield {}, {one: 5.0, two: 7.0}
 
 
-@pytest.mark.parametrize("version", BY_VERSION)
-def test_keys_are_looked_up_as_that_version_did(version):
-    rules = peft_patterns.rules_of({"peft_version": version})
+@pytest.mark.parametrize(("method", "version", "rule"), RULES)
+def test_keys_are_looked_up_as_that_version_did(method, version, rule):
+    rules = peft_patterns.rules_of({"peft_type": method, "peft_version": version})
     assert len(rules) == 1
     expressions = [k for k in KEYS if "|" not in k and "\\" not in k]  # others cost a process each
     for ranks, alphas in patterns():
@@ -60,18 +72,23 @@ def test_keys_are_looked_up_as_that_version_did(version):
         found = peft_patterns.held_against(Path("c"), ranks, alphas, MODULES, rules, (R, ALPHA))
         for module in MODULES:
             got = found.ranks.get(module, module), found.alphas.get(module, module)
-            want = BY_VERSION[version](ranks, alphas, module)
+            want = rule(ranks, alphas, module)
             assert [ranks.get(got[0]), alphas.get(got[1])] == [
                 ranks.get(want[0]), alphas.get(want[1])], (ranks, alphas, module)  # fmt: skip
 
 
-@pytest.mark.parametrize("version", ["0.21.2", "0.14.0", "0.13.2"])
+# Each asks a process for its matches.
+@pytest.mark.parametrize(
+    ("method", "version", "rule"),
+    [("LORA", "0.21.2", since_0_15), ("LORA", "0.14.0", in_0_14), ("LORA", "0.13.2", until_0_13),
+     ("LOHA", "0.14.0", of_products_until_0_14)],
+)  # fmt: skip
 @pytest.mark.parametrize("key", ["q_proj|k_proj", r"layers\.\d+\.q_proj"])
-def test_expressions_are_taken_as_that_version_took_them(version, key):
-    rules = peft_patterns.rules_of({"peft_version": version})
+def test_expressions_are_taken_as_that_version_took_them(method, version, rule, key):
+    rules = peft_patterns.rules_of({"peft_type": method, "peft_version": version})
     found = peft_patterns.held_against(Path("c"), {}, {key: 5.0}, MODULES, rules, (R, ALPHA))
     for module in MODULES:
-        want = BY_VERSION[version]({}, {key: 5.0}, module)[1]
+        want = rule({}, {key: 5.0}, module)[1]
         assert (found.alphas.get(module) == key) == (want == key), module
 
 
@@ -89,6 +106,12 @@ def test_version_is_told_by_the_fields_of_its_configs(rules):
     ever = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none"}
     assert peft_patterns.rules_of(ever | FIELDS[rules]) == rules
     assert peft_patterns.rules_of(ever | FIELDS[rules] | {"peft_version": "0.14.1"}) == ("0.14",)
+
+
+@pytest.mark.parametrize("method", ["LORA", "LOHA"])
+def test_version_before_all_rules_has_the_first_of_them(method):
+    (rule,) = peft_patterns.rules_of({"peft_type": method, "peft_version": "0.3.0"})
+    assert rule == {"LORA": "0.5", "LOHA": "0.6"}[method]
 
 
 def test_fields_that_tell_the_version_are_peft_s():
@@ -148,3 +171,117 @@ def test_alpha_that_versions_take_differently_is_asked_for(tmp_path):
         r"did since 0\.5; .*Write \"peft_version\": \"0\.15\.0\" or \"0\.5\.0\" into it",
     ):
         merged(tmp_path, {})
+
+
+# LoHa and LoKr, whose configs tell no version before 0.18
+PRODUCT = {"r": 3, "alpha": 6, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"1.q_proj": 10}}
+LAYER = "layers.1.q_proj"
+
+
+def product_adapter(folder, method, **config):
+    """One square layer's base and an adapter of rank 2, and what it adds unscaled."""
+    rng = np.random.default_rng(3)
+    base = {f"{LAYER}.weight": rng.normal(size=(6, 6)).astype(np.float32)}
+    shapes = {"lokr_w1": (2, 2), "lokr_w2_a": (3, 2), "lokr_w2_b": (2, 3)}
+    if method == "LOHA":
+        shapes = {f"hada_w{i}_{side}": (6, 2)[:: 1 if side == "a" else -1]
+                  for i in "12" for side in "ab"}  # fmt: skip
+    parts = {n: rng.normal(size=shape).astype(np.float32) for n, shape in shapes.items()}
+    small.write_base(folder / "base", {n: torch.from_numpy(w) for n, w in base.items()})
+    (folder / "adapter").mkdir()
+    save_file({f"{small.PREFIX}{LAYER}.{n}": torch.from_numpy(p) for n, p in parts.items()},
+              folder / "adapter/adapter_model.safetensors")  # fmt: skip
+    small.write_json(folder / "adapter/adapter_config.json",
+                     {"peft_type": method, **PRODUCT, **config})  # fmt: skip
+    f = {n: p.astype(np.float64) for n, p in parts.items()}
+    if method == "LOHA":
+        delta = (f["hada_w1_a"] @ f["hada_w1_b"]) * (f["hada_w2_a"] @ f["hada_w2_b"])
+    else:
+        delta = np.kron(f["lokr_w1"], f["lokr_w2_a"] @ f["lokr_w2_b"])
+    return base[f"{LAYER}.weight"].astype(np.float64), delta
+
+
+@pytest.mark.parametrize("method", ["LOHA", "LOKR"])
+@pytest.mark.parametrize(("version", "alpha"), [("0.19.0", 10), ("0.15.0", 10), ("0.14.0", 6)])
+def test_alpha_of_products_under_another_key_is_the_versions(method, version, alpha, tmp_path):
+    W, delta = product_adapter(tmp_path, method, peft_version=version)
+    report = dora_export.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    got = oracle.float64(small.load_file(tmp_path / "out/model.safetensors")[f"{LAYER}.weight"])
+    off = {a: np.abs(got - (W + a / 2 * delta)).max() / np.abs(got).max() for a in (10, 6)}
+    assert off[alpha] < 2e-6 < 0.1 < off[16 - alpha]
+    told = [w for w in report.warnings if "PEFT now gives" in w]
+    assert len(told) == (alpha == 6)
+    assert alpha == 10 or "rank 2, alpha 10, but trained it with rank 2, alpha 6" in told[0]
+
+
+def test_alpha_of_products_that_versions_take_differently_is_asked_for(tmp_path):
+    product_adapter(tmp_path, "LOKR", exclude_modules=None)
+    with pytest.raises(AdapterError, match=r"alpha 10 as PEFT reads them since 0\.15, and rank 2, "
+                       r"alpha 6 as it did since 0\.6; .*\"0\.15\.0\" or \"0\.6\.0\""):  # fmt: skip
+        dora_export.load_adapter(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("method", ["LOHA", "LOKR"])
+def test_rank_that_the_factors_do_not_have_is_refused(method, tmp_path):
+    product_adapter(tmp_path, method, rank_pattern={}, alpha_pattern={})
+    with pytest.raises(AdapterError, match=r"q_proj: rank 3 by the config, .* factors have 2"):
+        dora_export.load_adapter(tmp_path / "adapter")
+
+
+def test_pattern_that_gives_no_product_anything_is_told(tmp_path):
+    product_adapter(tmp_path, "LOHA", alpha_pattern={"k_proj": 4}, peft_version="0.19.0")
+    found = dora_export.load_adapter(tmp_path / "adapter")
+    assert found.doubts == ("no layer takes its rank or alpha from alpha_pattern 'k_proj'",)
+
+
+def read_product(folder, method, shapes, **config):
+    save_file({f"{small.PREFIX}{LAYER}.{n}": torch.ones(shape) for n, shape in shapes.items()},
+              folder / "adapter_model.safetensors")  # fmt: skip
+    settings = {"peft_type": method, "r": 3, "alpha": 6, **config}
+    small.write_json(folder / "adapter_config.json",
+                     {n: v for n, v in settings.items() if v != "absent"})  # fmt: skip
+    return dora_export.load_adapter(folder)
+
+
+LOHA = {"hada_w1_a": (6, 3), "hada_w1_b": (3, 6), "hada_w2_a": (6, 3), "hada_w2_b": (3, 6)}
+CORES = {"hada_t1": (3, 3, 1, 1), "hada_t2": (3, 3, 1, 1)}
+TUCKER = {**LOHA, "hada_w1_a": (3, 6), "hada_w2_a": (3, 6), **CORES}
+LOKR = {"lokr_w1": (2, 2), "lokr_w2_a": (3, 3), "lokr_w2_b": (3, 3)}
+MISFITS = {
+    "half of LoHa": ("LOHA", {n: s for n, s in LOHA.items() if n != "hada_w2_b"}, "LoHa tensors"),
+    "one core": ("LOHA", {n: s for n, s in TUCKER.items() if n != "hada_t2"}, "LoHa tensors"),
+    "two products": ("LOHA", {**LOHA, "hada_w2_a": (4, 3)}, r"products are \(6, 6\) and \(4, 6\)"),
+    "ranks of LoHa": ("LOHA", {**LOHA, "hada_w1_a": (6, 2)}, r"LoHa factors \(6, 2\) and \(3, 6\)"),
+    "rank of a core": ("LOHA", {**TUCKER, "hada_w1_a": (2, 6)}, r"and core \(3, 3, 1, 1\)"),
+    "half of LoKr": ("LOKR", {n: s for n, s in LOKR.items() if n != "lokr_w2_b"}, "LoKr tensors"),
+    "whole and in factors": ("LOKR", {**LOKR, "lokr_w1_a": (2, 3), "lokr_w1_b": (3, 2)},
+                             "LoKr tensors"),
+    "ranks of LoKr": ("LOKR", {**LOKR, "lokr_w2_a": (3, 2)}, r"LoKr factors \(3, 2\) and \(3, 3\)"),
+    "rank of LoKr's core": ("LOKR", {**LOKR, "lokr_w2_a": (2, 3), "lokr_t2": (3, 3, 1, 1)},
+                            r"and core \(3, 3, 1, 1\)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_factors_that_are_no_product_are_refused(case, tmp_path):
+    method, shapes, reason = MISFITS[case]
+    with pytest.raises(AdapterError, match=reason):
+        read_product(tmp_path, method, shapes)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [({"r": 0}, "gives 0, expected a rank"), ({"rank_pattern": {"x": 2.5}}, "gives 2.5, expected"),
+     ({"alpha": 0}, "gives 0, expected a number"), ({"alpha_pattern": {"x": "2"}}, "gives 2, exp"),
+     ({"rank_pattern": ["q_proj"]}, "rank_pattern: expected a map")],
+    ids=str,
+)  # fmt: skip
+def test_rank_and_alpha_that_are_none_are_refused(config, reason, tmp_path):
+    with pytest.raises(AdapterError, match=reason):
+        read_product(tmp_path, "LOKR", LOKR, **config)
+
+
+def test_rank_and_alpha_left_out_are_pefts_defaults(tmp_path):
+    eight = {n: tuple(8 if i == 3 else i for i in s) for n, s in LOHA.items()}
+    assert read_product(tmp_path, "LOHA", eight, r="absent").updates[0].scaling == 6 / 8
+    assert read_product(tmp_path, "LOHA", LOHA, alpha="absent").updates[0].scaling == 8 / 3

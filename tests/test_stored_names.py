@@ -16,6 +16,9 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from dora_export import conventions, naming
 from dora_export.conventions import Convention
+from dora_export.errors import PlanError
+
+pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # LW-DETR
 
 SMALL = {"num_hidden_layers": 2, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 64,
          "n_routed_experts": 4, "num_experts": 4, "num_local_experts": 4, "moe_num_experts": 4,
@@ -39,18 +42,45 @@ CLASSES = {
     "vit_mae": ("ViTMAEForPreTraining", {}),
     "depth_anything": ("DepthAnythingForDepthEstimation", {"use_swiglu_ffn": True}),
     "prompt_depth_anything": ("PromptDepthAnythingForDepthEstimation", {"use_swiglu_ffn": True}),
+    "hyperclovax_vision_v2": ("HyperCLOVAXVisionV2ForConditionalGeneration", {}),
+    "minimax_m3_vl": ("MiniMaxM3SparseForConditionalGeneration", {}),
+    "step3p7": ("Step3p7ForConditionalGeneration", {}),
+    "cosmos3_omni": ("Cosmos3OmniForConditionalGeneration", {}),
+    "axk2": ("AXK2ForCausalLM", {}),
+    "t5gemma2": ("T5Gemma2ForConditionalGeneration", {}),
+    "inkling2": ("Inkling2ForConditionalGeneration", {}),
+    "cohere_asr": ("CohereAsrForConditionalGeneration", {}),
+    "dinov3_vit": ("DINOv3ViTModel", {}),
+    "sam3_tracker": ("Sam3TrackerModel", {}),
+    "sam3_tracker_video": ("Sam3TrackerVideoModel", {}),
+    "pp_doclayout_v4": ("PPDocLayoutV4ForObjectDetection", {}),
+    "rf_detr": ("RfDetrForObjectDetection", {}),
+    "lw_detr": ("LwDetrForObjectDetection", {}),
+    "maskformer": ("MaskFormerModel", {}),
+    "mask2former": ("Mask2FormerModel", {}),
+    "oneformer": ("OneFormerModel", {}),
+    "grounding-dino": ("GroundingDinoForObjectDetection", {}),
+    "mm-grounding-dino": ("MMGroundingDinoForObjectDetection", {}),
 }  # fmt: skip
 
 
 # Experts are stacked while they are loaded: names of their modules, the class's and the stored.
 EXPERTS = {
     "deepseek_v4": {"model.layers.1.mlp.experts.": "model.layers.1.ffn.experts."},
+    "minimax_m3_vl": {"model.language_model.layers.1.mlp.experts.":
+                      "language_model.model.layers.1.block_sparse_moe.experts."},
     "mistral_large4": {"model.language_model.layers.1.mlp.experts.": "layers.1.experts."},
-}
+}  # fmt: skip
+
+
+# Those of a row that another one here is of as well.
+SELDOM = ("rt_detr_v2", "pp_doclayout_v3", "prompt_depth_anything", "sam3_tracker_video",
+          "oneformer", "mm-grounding-dino")  # fmt: skip
+KINDS = [pytest.param(k, marks=[pytest.mark.nightly] if k in SELDOM else []) for k in CLASSES]
 
 
 # What LoRA is put on, and norms, which are saved whole.
-TRAINED = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Embedding)
+TRAINED = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Conv3d, torch.nn.Embedding)
 
 
 def shrink(config):
@@ -110,19 +140,21 @@ def renamed(kind, model):
 
 def published(kind, name):
     """What transformers loads under that name, where it would save another that nobody has."""
+    if kind.startswith("sam3"):  # whose parts lie side by side
+        name = re.sub(r"^tracker_model\.(?=detector_model\.|tracker_neck\.)", "", name)
     return name.replace("model.blocks.", "model.layers.") if kind == "kimi_k25" else name
 
 
-@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_names_of_the_class_are_found_in_its_checkpoint_and_the_reverse(kind, names):
     types, pairs = names(kind)
-    assert sum(n != stored for n, stored in pairs.items()) >= 3
+    assert sum(n != stored for n, stored in pairs.items()) >= 2
     for targets, held in ((list(pairs), list(pairs.values())), (list(pairs.values()), list(pairs))):
         rule = naming.find_rule(targets, frozenset(held), model_types=types)
         assert [rule(t) for t in targets] == held
 
 
-@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_no_part_of_a_row_is_idle(kind, names):
     """A row without any one of its pairs names some layer wrongly."""
     _, pairs = names(kind)
@@ -174,3 +206,28 @@ def test_parts_renamed_behind_a_beginning_are_renamed_nowhere_else():
     assert to_class("vision.0.wo.weight") == "vision.0.wo.weight"
     assert to_stored("model.vision.0.o_proj.weight") == "model.vision.0.o_proj.weight"
     assert re.fullmatch(r"'text\.' as 'model\.text\.'", to_class.what)
+
+
+# What transformers does to tensors beyond their names: (class's part, stored), and the model.
+CUT = {
+    "kimi_k25": ("model.vision_tower.layers.0.attn.q_proj.weight",
+                 "vision_tower.encoder.blocks.0.wqkv.weight"),  # and rows in another order
+    "rf_detr": ("model.decoder.layers.0.self_attn.q_proj.weight",
+                "transformer.decoder.layers.0.self_attn.in_proj_weight"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CUT)
+def test_what_no_row_can_say_is_refused_with_the_way_out(kind, names):
+    part, stored = CUT[kind]
+    types, pairs = names(kind)
+    targets, held = [part, *list(pairs)[:3]], {stored, *pairs.values()}
+    way = r"not in the base: \S+\. .*save_pretrained\(\.\.\., save_original_format=False\)"
+    with pytest.raises(PlanError, match=way) as refused:
+        naming.find_rule(targets, held, model_types=types)
+    assert part in str(refused.value)
+    # A layer that is missing altogether is no matter of names.
+    lost = [n for n in pairs if n.endswith(".mlp.fc1.weight")][-1]
+    with pytest.raises(PlanError) as refused:
+        naming.find_rule([lost, *pairs], held - {pairs[lost]}, model_types=types)
+    assert "save_original_format" not in str(refused.value)

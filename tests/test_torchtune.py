@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import dora_export
+from dora_export.adapters import ReadOptions, torchtune
 from dora_export.api_convert import convert
 from dora_export.errors import DoraExportError
 from tests import oracle, small
@@ -249,6 +251,44 @@ def test_config_of_another_rank_is_refused(tmp_path):
     assert "r is 4, the tensors of adapter_model.pt have rank 3" in message
 
 
+def test_alpha_of_another_trainers_config_is_not_taken(tmp_path):
+    base, file = alone("dora", tmp_path)
+    small.write_json(file.with_name("adapter_config.json"),
+                     {"peft_type": "DORA", "r": 3, "lora_alpha": 7})  # fmt: skip
+    assert "Pass --alpha" in refused(base, file, tmp_path / "out", "--allow-pickle")
+
+
+def test_axis_that_the_format_does_not_have_is_refused(tmp_path):
+    _, file = alone("dora", tmp_path)
+    with pytest.raises(DoraExportError, match=r"one magnitude per output\. Leave --axis out"):
+        dora_export.load_adapter(file, alpha=7.0, axis="in", allow_pickle=True)
+
+
+def test_folder_of_two_files_and_a_file_of_another_kind_are_none(tmp_path):
+    _, file = alone("dora", tmp_path)
+    said = ReadOptions(allow_pickle=True)
+    other = shutil.copy(file, file.with_name("adapter_1.pt"))
+    assert torchtune.matches(file, said)
+    assert not torchtune.matches(file.parent, said)
+    renamed = other.rename(other.with_suffix(".txt"))
+    assert torchtune.matches(file.parent, said)
+    assert not torchtune.matches(renamed, said)
+
+
+NEEDED = {"r": 3, "lora_alpha": 7, "target_modules": ["q_proj"]}
+
+
+@pytest.mark.parametrize(
+    ("config", "bare"),
+    [(NEEDED, True), ({**NEEDED, "peft_type": "LORA", "base_model_name_or_path": "x"}, True),
+     ({**NEEDED, "use_dora": True}, True), ({**NEEDED, "bias": "none"}, False),
+     *(({k: v for k, v in NEEDED.items() if k != missing}, False) for missing in NEEDED)],
+    ids=str,
+)  # fmt: skip
+def test_export_is_known_by_the_fields_that_torchtune_writes(config, bare):
+    assert torchtune.is_export(config) is bare
+
+
 def test_pickled_file_needs_permission(tmp_path):
     base, file = alone("dora", tmp_path)
     assert "--allow-pickle" in refused(base, file, tmp_path / "out", "--alpha", "7")
@@ -464,6 +504,9 @@ LLAMA4_BROKEN = {
     "a fusion layer": (
         lambda t: t.update({"decoder.layers.3.fusion_layer.attn.q_proj.lora_a.weight":
                             torch.ones(R4, H4)}), "unknown tensor"),
+    "experts of another module": (
+        lambda t: t.update({"decoder.layers.1.attn.lora_up_a": torch.ones(E4, H4, R4)}),
+        "unknown tensor"),
     "experts of another model": (
         lambda t: t.update({"layers.1.mlp.experts.lora_up_a": torch.ones(E4, H4, R4)}),
         "unknown tensor"),

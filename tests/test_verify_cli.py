@@ -171,7 +171,9 @@ def test_summary_lists_all_findings_the_gravest_first(given):
     assert len(re.findall(r"^    model\.layers\.29\.", text_, re.M)) == 7
     worst = text_[text_.index("worst tensors") :].splitlines()
     assert worst[1].split()[:2] == ["model.layers.5.self_attn.k_proj.weight", "inf"]
-    assert "explain bytes-differ" in text_
+    assert text_.endswith(
+        "dora-export explain bytes-differ (and not-applied, magnitude-of-another, not-finite)\n"
+    )
 
 
 def test_summary_of_what_was_not_checked_says_so_first(given):

@@ -413,7 +413,8 @@ def test_unchecked_tensors_show_no_numbers_as_if_measured():
 def test_figures_of_every_tier_are_there(pages):
     text = Page(pages["right"]).text
     for words in ("Ledger tier", "untouched bytes 56,700,000", "Forward tier", "same text yes",
-                  "model LlamaForCausalLM", "random none", "outputs logits excess 0.125",
+                  "model LlamaForCausalLM", "random none",
+                  "outputs logits of what is allowed 0.125",
                   "The capital of France is Paris.", "strength 1 and zero-norm"):  # fmt: skip
         assert words in text
     assert "said" not in text
@@ -421,11 +422,11 @@ def test_figures_of_every_tier_are_there(pages):
 
 def test_figures_of_the_same_kind_stand_in_one_table(pages):
     text = Page(pages["right"]).text
-    assert ("logits of max mean rms scale error 0.325 0.0381 0.0498 42.3 "
+    assert ("logits of max mean root mean square scale error 0.325 0.0381 0.0498 42.3 "
             "noise 1.29 0.169 0.224 42.3 effect 0.325") in text  # fmt: skip
-    assert ("logits of positions top1 agreement kl mean kl max "
+    assert ("logits of positions top1 agreement KL mean KL max "
             "choices 42 1.00 3.10×10⁻⁶ 5.20×10⁻⁴ choices noise 42") in text  # fmt: skip
-    assert "layers, the first 100 of 210 name excess error max error mean" in text
+    assert "layers, the first 100 of 210 name of what is allowed error max error mean" in text
     assert "prompt 1 1, 5" in text
 
 

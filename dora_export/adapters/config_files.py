@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from dora_export.checkpoints.folder import read_json
 from dora_export.errors import AdapterError, shown
+from dora_export.storage.paths import contained
 
 CONFIG = "adapter_config.json"
 Maker = Literal["peft", "mlx", "nvlabs"]
@@ -21,14 +22,18 @@ def config_of(path: Path, maker: Maker, weights: Collection[str]) -> Path | None
         path: A folder, its adapter_config.json, or one of its weight files.
         maker: Whose config is wanted.
         weights: Patterns of the names of weight files that stand for their folder.
+
+    Raises:
+        InputError: The config is malformed, or in the folder as a link that leads out of it.
     """
     folder = path if path.is_dir() else path.parent
     names = (CONFIG, *weights)
     if path.is_file() and not any(fnmatchcase(path.name, name) for name in names):
         return None
-    if not (folder / CONFIG).is_file() or made_by(read_json(folder / CONFIG)) != maker:
+    if not (folder / CONFIG).is_file():
         return None
-    return folder / CONFIG
+    config = path if path.name == CONFIG else contained(folder / CONFIG, folder)
+    return config if made_by(read_json(config)) == maker else None
 
 
 def base_name(path: Path, config: Mapping[str, Any]) -> str | None:

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dora_export.adapters import diffusers_metadata, peft_methods
+from dora_export.adapters import diffusers_metadata, peft_methods, peft_products
 from dora_export.adapters.diffusers_keys import component_of
 from dora_export.adapters.model import Adapter, ReadOptions
 from dora_export.errors import AdapterError, listing, shown
@@ -39,6 +39,7 @@ def read(path: Path, file: Path, tensors: Mapping[str, TensorRef], options: Read
     configs = diffusers_metadata.raw_configs(file, metadata)
     layers: dict[str, dict[str, dict[str, TensorRef]]] = defaultdict(lambda: defaultdict(dict))
     problems: list[str] = []
+    doubts: list[str] = []
     for name, ref in tensors.items():
         match = PART.fullmatch(name)
         component = component_of(name) if match else None
@@ -46,8 +47,11 @@ def read(path: Path, file: Path, tensors: Mapping[str, TensorRef], options: Read
             problems.append(f"unknown tensor '{shown(name)}'")
         else:
             layers[component][match["module"].removeprefix(f"{component}.")][match["part"]] = ref
-    updates = [u for component, own in layers.items()
-               for u in _updates(file, component, configs[component], own, problems)]  # fmt: skip
+    updates = [
+        update
+        for component, own in layers.items()
+        for update in _updates(file, component, configs[component], own, problems, doubts)
+    ]
     if problems:
         raise AdapterError(f"{path}: does not add up:{listing(sorted(problems))}")
     used = [configs[component] for component in layers]
@@ -58,6 +62,7 @@ def read(path: Path, file: Path, tensors: Mapping[str, TensorRef], options: Read
         tensors=tensors,
         updates=tuple(updates),
         naming="flat",
+        doubts=tuple(doubts),
         facts={
             "method": ", ".join(sorted({str(raw["peft_type"]) for raw in used})),
             "trainer": "SimpleTuner" if diffusers_metadata.by_simpletuner(metadata)
@@ -77,11 +82,13 @@ def _updates(
     raw: Mapping[str, Any],
     layers: Mapping[str, Mapping[str, TensorRef]],
     problems: list[str],
+    doubts: list[str],
 ) -> Iterator[Update]:
     where = file.with_name(f"{file.name}, metadata of {shown(component)}")
     if raw.get("peft_type") not in diffusers_metadata.OTHER_METHODS:
         problems.append(f"{shown(component)}: LoHa or LoKr, but the metadata says "
                         f"{shown(raw.get('peft_type'))}")  # fmt: skip
         return
-    for update in peft_methods.products(where, raw, layers, problems):
+    problems += peft_methods.config_problems(raw, str(raw["peft_type"]))
+    for update in peft_products.updates(where, raw, layers, problems, doubts):
         yield replace(update, target=f"{component}.{update.target}", layout="oi")

@@ -46,9 +46,11 @@ from dora_export.adapters.model import Adapter, ReadOptions
 from dora_export.adapters.state_dict import tensors_of
 from dora_export.errors import AdapterError, listing, shown
 from dora_export.flat_names import FLAT_PREFIXES, prefix_of
+from dora_export.storage.paths import contained
 from dora_export.storage.safetensors import read_header
 from dora_export.update import Update
 
+FUSED_BY_ONETRAINER = ("qkv", "linear1")
 WORDS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}  # of --trained-in
 
 
@@ -91,6 +93,7 @@ def read(path: Path, options: ReadOptions) -> Adapter:
         raise AdapterError(f"{path}: does not add up:{listing(sorted(problems))}")
     _refuse_contradictions(path, said, layers)
     doubts += _gaps(layers)
+    doubts += _perhaps_untrained(said, layers)
     if found.bundled:
         doubts.append(f"{len(found.bundled)} embeddings are saved along; they are not merged")
     return Adapter(
@@ -115,7 +118,7 @@ def _file(path: Path) -> Path | None:
         return path
     found = sorted(path.glob("*.safetensors")) if path.is_dir() else []
     configs = any((path / name).exists() for name in ("adapter_config.json", "config.json"))
-    return found[0] if len(found) == 1 and not configs else None
+    return contained(found[0], path) if len(found) == 1 and not configs else None
 
 
 def _refuse_unknown(path: Path, found: keys.Sorted) -> None:
@@ -212,6 +215,26 @@ def _gaps(layers: Iterable[Layer]) -> Iterator[str]:
     ):
         if 0 < count < len(factored):
             yield f"{count} of {len(factored)} layers have no {what}, {then}; others have one"
+
+
+def _perhaps_untrained(said: Said, layers: Iterable[Layer]) -> Iterator[str]:
+    """Yield which magnitudes OneTrainer may have left out of its forward.
+
+    Source: github.com/Nerogar/OneTrainer, modules/module/FusedModule.py, _leaf_output, and commit
+    a56c299f, since when DoRAModule.delta_forward is None.
+    """
+    fused = [
+        layer.updates[0].target.removesuffix(".weight")
+        for layer in layers
+        if layer.algorithm == "LoRA" and layer.evidence is not None
+    ]
+    fused = [module for module in fused if module.endswith(FUSED_BY_ONETRAINER)]
+    if said.trainer == "OneTrainer" and fused:
+        yield (
+            f"OneTrainer of July 2026 trained DoRA of layers that it fuses ({len(fused)} here, "
+            f"first {shown(fused[0])}) as plain LoRA and left their dora_scale as it began. It is "
+            "applied; if the file is from then, take these layers' dora_scale out of it"
+        )
 
 
 def _decomposed_updates(layers: Iterable[Layer]) -> Iterator[Update]:

@@ -22,6 +22,13 @@ WORDS = {
     "norm": "norm",
 }  # fmt: skip
 
+# OneTrainer's settings of each algorithm: whether it decomposes, on outputs, with an eps. LoKr's
+# always adds one, and LoHa decomposes nothing.
+ONETRAINER = {
+    "lora": ("lora_decompose", "lora_decompose_output_axis", "lora_decompose_norm_epsilon"),
+    "lokr": ("lokr_weight_decompose", "lokr_dora_on_output", ""),
+}
+
 
 @dataclass(frozen=True)
 class Said:
@@ -93,17 +100,13 @@ def by_onetrainer(metadata: Mapping[str, str]) -> Said | None:
         return None
     config = _object(metadata.get("ot_config"))
     kind = {"LORA": "lora", "LOHA": "loha", "LOKR": "lokr"}.get(str(config.get("peft_type")))
-    dora, axis, eps = (
-        config.get(f"lora_decompose{of}")
-        if kind == "lora"
-        else None  # LoKr has settings of its own
-        for of in ("", "_output_axis", "_norm_epsilon")
-    )
+    dora, axis, eps = (config.get(name) for name in ONETRAINER.get(kind or "", ("", "", "")))
     return Said(
         trainer="OneTrainer",
         algorithm=kind,
         dora=dora if isinstance(dora, bool) else None,
         axis=("out" if axis else "in") if isinstance(axis, bool) and dora is True else None,
+        rs_lora=False,  # alpha / rank in all its modules
         half="fp32",  # it normalises in float32 whatever the parameters' type
         eps=eps if isinstance(eps, bool) else None,
         base=metadata.get("modelspec.architecture"),

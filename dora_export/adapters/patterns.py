@@ -26,6 +26,7 @@ from dora_export.errors import AdapterError, InputError, shown
 # What a key, in place of "KEY", is looked for with: as PEFT does, and did before 0.15.
 WHOLE = r"(.*\.)?(KEY)$"
 BEFORE_0_15 = r".*\.KEY$"
+UNGROUPED = r"(.*\.)?KEY$"  # LoHa's and LoKr's before 0.15
 
 # Names whose dots mean any character, perhaps anchored: matched in time linear in their length.
 PLAIN = re.compile(r"\^?[\w.-]+\$?", re.ASCII)
@@ -71,7 +72,7 @@ def first_matches(
         field: Their name in it.
         patterns: Regular expressions, in the file's order.
         modules: Module paths in the wrapped model.
-        around: WHOLE or BEFORE_0_15.
+        around: WHOLE, BEFORE_0_15 or UNGROUPED.
 
     Raises:
         AdapterError: A pattern is too long, or no regular expression, or takes too much time.

@@ -15,6 +15,7 @@ from dora_export.adapters.model import ReadOptions
 from dora_export.adapters.peft_config import PeftConfig
 from dora_export.adapters.state_dict import tensors_of
 from dora_export.errors import AdapterError
+from dora_export.storage.paths import contained
 from dora_export.tensors import TensorRef
 
 PREFIX = "base_model.model."
@@ -32,13 +33,17 @@ def weights_of(path: Path, config: str, names: Iterable[str], options: ReadOptio
         config: What the config is called.
         names: What weight files in a folder are called.
         options: Whether pickled files may be read.
+
+    Raises:
+        InputError: The file in a folder is a link that leads out of it, or malformed.
     """
     found = [path / name for name in names if (path / name).is_file()] if path.is_dir() else [path]
     if not found or (found[0].parent / config).exists():
         return None
-    keys = list(tensors_of(found[0], options))
+    file = contained(found[0], path) if path.is_dir() else path
+    keys = list(tensors_of(file, options))
     pairs = any(".lora_A." in key or ".lora_embedding_A" in key for key in keys)
-    return found[0] if pairs and all(key.startswith(PREFIX) for key in keys) else None
+    return file if pairs and all(key.startswith(PREFIX) for key in keys) else None
 
 
 def settings(

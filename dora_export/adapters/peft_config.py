@@ -125,18 +125,9 @@ class PeftConfig:
         found = peft_patterns.held_against(
             path, self.rank_pattern, self.alpha_pattern, modules, self.rules, (self.r, self.alpha)
         )
-        idle = [
-            f"{field} '{shown(key)}'"
-            for field, pattern, used in (
-                ("rank_pattern", self.rank_pattern, found.ranks),
-                ("alpha_pattern", self.alpha_pattern, found.alphas),
-            )
-            for key in pattern
-            if key not in used.values() and key not in modules
-        ]
         return replace(
             self,
-            idle_patterns=tuple(idle),
+            idle_patterns=found.idle,
             doubts=found.doubts,
             # PEFT looks the module itself up where no pattern matches it.
             ranks={m: self.rank_pattern.get(found.ranks.get(m, m), self.r) for m in modules},

@@ -10,24 +10,20 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from dora_export import peft_layers
+from dora_export.adapters import peft_products
 from dora_export.adapters.config_files import base_name
 from dora_export.adapters.model import Adapter
-from dora_export.adapters.patterns import first_matches
 from dora_export.adapters.peft_keys import plain_name
 from dora_export.errors import AdapterError, listing, shown
 from dora_export.peft_layers import PeftLayer
-from dora_export.storage.json_file import is_number, is_rank
-from dora_export.tensors import Operand, TensorRef
-from dora_export.update import Dense, Hadamard, Kronecker, Layout, Product, Update
+from dora_export.tensors import TensorRef
+from dora_export.update import Layout, Update
 
 Parts = Mapping[str, TensorRef]
 # Method -> how the names of its tensors begin. Source: PEFT's PEFT_TYPE_TO_PREFIX_MAPPING.
@@ -79,6 +75,7 @@ class _Sorted:
     shared: dict[str, TensorRef] = field(default_factory=dict)
     whole: dict[str, TensorRef] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    doubts: list[str] = field(default_factory=list)
 
 
 def refuse(path: Path, method: str) -> None:
@@ -108,7 +105,7 @@ def read(
     if method in BY_PEFT:
         peft_layers.refuse_without_peft(config_path, method)
     found = _sort(tensors, raw, method)
-    found.problems += _config_problems(raw, method)
+    found.problems += config_problems(raw, method)
     updates = [] if found.problems else list(_updates(config_path, raw, method, found))
     updates += [Update(t, "replace", (ref.name,), value=ref) for t, ref in found.whole.items()]
     if found.problems:
@@ -127,6 +124,7 @@ def read(
         folder=config_path.parent,
         base_name=base_name(config_path, raw),
         square_io=bool(raw.get("fan_in_fan_out")),
+        doubts=tuple(found.doubts),
         facts={
             "method": method,
             "trainer": "PEFT; " + ("merged through PEFT's own layers" if method in BY_PEFT
@@ -165,7 +163,8 @@ def _sort(tensors: Parts, raw: Mapping[str, Any], method: str) -> _Sorted:
     return found
 
 
-def _config_problems(raw: Mapping[str, Any], method: str) -> Iterator[str]:
+def config_problems(raw: Mapping[str, Any], method: str) -> Iterator[str]:
+    """Yield what is not supported of a method's settings."""
     if (raw.get("bias") or "none") != "none":
         yield f"bias {shown(raw['bias'])}: trained biases are supported for LORA only"
     if raw.get("trainable_token_indices"):
@@ -195,41 +194,11 @@ def _updates(
     if method in BY_PEFT:
         yield from _by_peft(raw, found)
     elif method in ("LOHA", "LOKR"):
-        yield from _products(config_path, raw, found.layers, found.problems)
+        yield from peft_products.updates(
+            config_path, raw, found.layers, found.problems, found.doubts
+        )
     else:
         yield from _replaced(raw, method, found)
-
-
-def products(
-    config_path: Path, raw: Mapping[str, Any], layers: Mapping[str, Parts], problems: list[str]
-) -> Iterator[Update]:
-    """Yield what LoHa or LoKr, as ``raw`` says, adds to each layer.
-
-    Args:
-        config_path: For messages.
-        raw: The config.
-        layers: Module path -> part -> tensor.
-        problems: What does not add up is put in here.
-
-    Raises:
-        AdapterError: A pattern is no regular expression, or gives no rank or alpha.
-    """
-    problems += _config_problems(raw, str(raw["peft_type"]))
-    yield from _products(config_path, raw, layers, problems)
-
-
-def _products(
-    config_path: Path, raw: Mapping[str, Any], layers: Mapping[str, Parts], problems: list[str]
-) -> Iterator[Update]:
-    scalings = _scalings(config_path, raw, list(layers))
-    for module, parts in layers.items():
-        delta = _loha(parts) if raw["peft_type"] == "LOHA" else _lokr(parts)
-        if isinstance(delta, str):
-            problems.append(f"{shown(module)}: {delta}")
-            continue
-        keys = tuple(ref.name for ref in parts.values())
-        yield Update(f"{module}.weight", "lora", keys, scaling=scalings[module], delta=delta,
-                     layout="oi" if _is_convolution(parts) else None)  # fmt: skip
 
 
 def _by_peft(raw: Mapping[str, Any], found: _Sorted) -> Iterator[Update]:
@@ -253,122 +222,6 @@ def _by_peft(raw: Mapping[str, Any], found: _Sorted) -> Iterator[Update]:
         keys = tuple(ref.name for ref in tensors.values())
         layout: Layout | None = "oi" if function.embedding else None
         yield Update(f"{module}.weight", "function", keys, function=function, layout=layout)
-
-
-def _scalings(path: Path, raw: Mapping[str, Any], modules: Sequence[str]) -> dict[str, float]:
-    """Return alpha / r of each module; LoKr's too, whatever its factors."""
-    found = []
-    for name, default, fits in (
-        ("rank_pattern", raw.get("r", 8), is_rank),
-        ("alpha_pattern", raw.get("alpha", 8), lambda v: is_number(v) and v != 0),
-    ):
-        pattern = raw.get(name) or {}
-        if not isinstance(pattern, dict):
-            raise AdapterError(f"{path}: {name}: expected a map, got {shown(pattern)}.")
-        keys = first_matches(path, name, pattern, modules)
-        values = {m: pattern.get(keys.get(m, m), default) for m in modules}
-        wrong = [v for v in values.values() if not fits(v)]
-        if wrong:
-            raise AdapterError(
-                f"{path}: {name} gives {shown(wrong[0])}, expected a "
-                f"{'rank' if fits is is_rank else 'number other than 0'}. Check how the adapter "
-                "was saved."
-            )
-        found.append(values)
-    ranks, alphas = found
-    return {m: float(alphas[m]) / float(ranks[m]) for m in modules}
-
-
-def _is_convolution(parts: Parts) -> bool:
-    return any(len(ref.shape) > 2 for ref in parts.values())
-
-
-def _loha(parts: Parts) -> Hadamard | str:
-    """``(w1_a w1_b) * (w2_a w2_b)``, or with Tucker cores t1, t2 in the place of the products."""
-    names = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
-    cores = {"hada_t1", "hada_t2"}
-    if set(parts) not in (names, names | cores):
-        return f"LoHa tensors {sorted(parts)}"
-    first, second = (_loha_product(parts, i) for i in "12")
-    if isinstance(first, str) or isinstance(second, str):
-        return str(first if isinstance(first, str) else second)
-    if first.shape != second.shape:
-        return f"its two products are {first.shape} and {second.shape}"
-    return Hadamard(first, second)
-
-
-def _loha_product(parts: Parts, i: str) -> Product | str:
-    a, b = parts[f"hada_w{i}_a"], parts[f"hada_w{i}_b"]
-    core = parts.get(f"hada_t{i}")
-    if core is None:
-        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[1] != b.shape[0]:
-            return f"LoHa factors {a.shape} and {b.shape}"
-        return Product(Operand.plain(a), Operand.plain(b))
-    # a (rank, out), b (rank, in), t (rank, rank, *kernel): W[o, i, k] = a[p, o] t[p, q, k] b[q, i]
-    rank, kernel = core.shape[0], core.shape[2:]
-    if a.shape[0] != rank or b.shape[0] != core.shape[1]:
-        return f"LoHa factors {a.shape}, {b.shape} and core {core.shape}"
-    inner = (rank, b.shape[1] * int(np.prod(kernel)))
-    return Product(Operand.plain(a).T, Operand.computed((core, b), inner, _core_times))
-
-
-def _core_times(core: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-    product: NDArray[np.float64] = np.einsum("pq...,qi->pi...", core, b)
-    return product.reshape(len(core), -1)
-
-
-def _lokr(parts: Parts) -> Kronecker | Dense | str:
-    first, second = _lokr_factor(parts, "1"), _lokr_factor(parts, "2")
-    if isinstance(first, str) or isinstance(second, str):
-        return str(first if isinstance(first, str) else second)
-    whole = parts.get("lokr_w2")
-    if whole is not None and len(whole.shape) == 3:
-        # PEFT multiplies a matrix by a Conv1d's three dimensions and then reshapes: the dimensions
-        # of w1 fall on the last two of w2. Its forward does the same, so that is what was trained.
-        # Source: src/peft/tuners/lokr/layer.py (make_kron).
-        shape = (first.shape[0] * whole.shape[0], first.shape[1] * second.shape[1])
-        return Dense(Operand.computed((*first.refs, whole), shape, _kronecker_of_conv1d))
-    return Kronecker(first, second)
-
-
-def _kronecker_of_conv1d(*factors: NDArray[np.float64]) -> NDArray[np.float64]:
-    *first, whole = factors
-    w1 = first[0] if len(first) == 1 else first[0] @ first[1]
-    product = np.kron(w1[None], whole)
-    return product.reshape(w1.shape[0] * len(whole), -1).astype(np.float64, copy=False)
-
-
-def _lokr_factor(parts: Parts, i: str) -> Operand | str:
-    """Return one factor of LoKr: whole, as a product, or with a Tucker core."""
-    own = {name: ref for name, ref in parts.items() if name in (
-        f"lokr_w{i}", f"lokr_w{i}_a", f"lokr_w{i}_b", f"lokr_t{i}")}  # fmt: skip
-    if set(own) == {f"lokr_w{i}"}:
-        return Operand.matrix(own[f"lokr_w{i}"])
-    a, b, core = (own.get(f"lokr_{n}") for n in (f"w{i}_a", f"w{i}_b", f"t{i}"))
-    if a is None or b is None or f"lokr_w{i}" in own:
-        return f"LoKr tensors {sorted(parts)}"
-    if core is None:
-        if len(a.shape) != 2 or a.shape[1] != b.shape[0]:
-            return f"LoKr factors {a.shape} and {b.shape}"
-        inner = int(np.prod(b.shape[1:]))
-        return Operand.computed((a, b), (a.shape[0], inner), _matrix_product)
-    if a.shape[0] != core.shape[0] or b.shape[0] != core.shape[1]:
-        return f"LoKr factors {a.shape}, {b.shape} and core {core.shape}"
-    kernel = int(np.prod(core.shape[2:]))
-    shape = (a.shape[1], b.shape[1] * kernel)
-    return Operand.computed((a, core, b), shape, _tucker)
-
-
-def _matrix_product(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-    product: NDArray[np.float64] = a @ b.reshape(len(b), -1)
-    return product
-
-
-def _tucker(
-    a: NDArray[np.float64], core: NDArray[np.float64], b: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    product: NDArray[np.float64] = a.T @ _core_times(core, b)
-    return product
 
 
 def _replaced(raw: Mapping[str, Any], method: str, found: _Sorted) -> Iterator[Update]:

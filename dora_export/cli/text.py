@@ -35,6 +35,7 @@ PATH = 5000  # characters of a path that are shown: all that a system takes
 LINE_SECONDS = 10.0  # between two plain progress lines
 LISTED = 8  # findings of one kind told one by one; more are told by their places
 WORST = 5  # tensors
+MORE_CODES = 4  # of findings that are worth an explanation
 LEFT = 3  # files that were not taken over
 Unit = Literal["bytes", "values"]
 MARKS = {"yes": ("✓", "green"), "no": ("✗", "red"), "wrong": ("!", "yellow")}
@@ -249,7 +250,8 @@ def verify_summary(report: VerifyReport) -> str:
         g.meaning.code for g in found
     ]
     if telling:
-        lines.append(f"what it means and what to do: dora-export explain {telling[0]}")
+        also = f" (and {', '.join(telling[1:MORE_CODES])})" if telling[1:] else ""
+        lines.append(f"what it means and what to do: dora-export explain {telling[0]}{also}")
     return "\n".join(lines)
 
 
@@ -313,7 +315,7 @@ def _worst(report: VerifyReport) -> list[str]:
     if all(t.status == "exact" for t in compared):
         return []
     order = sorted(compared, key=lambda t: (t.status != "wrong", -t.max_ulp))[:WORST]
-    rows = [("worst tensors", "ulp", "not rounded right", "error/least", "update"),
+    rows = [("worst tensors", "ulp", "not rounded right", "error/rounding", "update"),
             *map(_tensor, order)]  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [

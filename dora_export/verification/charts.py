@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from statistics import median
 from xml.etree.ElementTree import Element
 
-from dora_export.errors import shown
+from dora_export.errors import printable, shown
 from dora_export.verification.grid import Cell, Grid
 from dora_export.verification.markup import add, el
 from dora_export.verification.model import Status, TensorResult
@@ -371,7 +371,7 @@ def _heat(frame: _Frame, scale: Scale, cell: Cell, middle: float) -> Element:
 
 def _short(name: str, limit: int = LABEL_CHARACTERS) -> str:
     """Return a name with its middle left out if it is long: its end tells most."""
-    name = shown(name)
+    name = printable(name)
     if len(name) <= limit:
         return name
     tail = (limit - 1) * 2 // 3

@@ -29,6 +29,7 @@ from dora_export.verification.measured import (
 )
 from dora_export.verification.model import Finding, TierResult
 from dora_export.verification.parity import Compared, Distance, Tolerance, tolerance
+from dora_export.words import count
 
 
 def check_forward(
@@ -178,16 +179,19 @@ def _of_text(measured: Measured) -> Iterator[Finding]:
     text = measured.text
     if text is None or text.agree == text.positions:
         return
-    allowed = tolerance(measured.noise["logits"].distance, measured.unit)
-    # Both of two logits may be off by the tolerance.
-    if not text.clearest_parting <= 2 * allowed.largest:
+    allowed = _parting_allowed(measured)
+    if not text.clearest_parting <= allowed:
         yield Finding(
             "text-differs",
             "greedy text",
             f"{text.positions - text.agree} of {text.positions} tokens differ; the reference "
-            f"prefers its own by up to {text.clearest_parting:.3g} (allowed "
-            f"{2 * allowed.largest:.2g})",
+            f"prefers its own by up to {text.clearest_parting:.3g} (allowed {allowed:.2g})",
         )
+
+
+def _parting_allowed(measured: Measured) -> float:
+    """Return by how much a choice may differ: both of two logits may be off by the tolerance."""
+    return 2 * tolerance(measured.noise["logits"].distance, measured.unit).largest
 
 
 def _of_opinion(measured: Measured) -> Iterator[Finding]:
@@ -255,10 +259,14 @@ def _summary(measured: Measured) -> str:
     if measured.layers:
         worst = _excess(max(measured.layers, key=_excess))
         of = f" of what the noise of {measured.storage} allows" if math.isfinite(worst) else ""
-        parts.append(f"{len(measured.layers)} layers, worst {of_allowed(worst)}{of}")
+        layers = count(len(measured.layers), "layer")
+        parts.append(f"{layers}, worst {of_allowed(worst)}{of}")
     for name, found in measured.error.items():
         allowed = tolerance(measured.noise[name].distance, measured.unit)
         parts.append(f"{name} {of_allowed(allowed.excess(found.distance))}")
     if measured.text is not None:
-        parts.append(f"{measured.text.agree} of {measured.text.positions} greedy tokens equal")
+        text = measured.text
+        parts.append(f"{text.agree} of {text.positions} greedy tokens equal")
+        if text.agree < text.positions and text.clearest_parting <= _parting_allowed(measured):
+            parts[-1] += ", the rest within the noise"
     return f"{measured.model}: {'; '.join(parts)}"

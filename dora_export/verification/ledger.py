@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from dora_export.errors import shown
@@ -20,6 +21,7 @@ from dora_export.verification.model import Finding, TierResult
 from dora_export.verification.side_ledger import Source, check_manifest, check_side_files
 from dora_export.verification.subject import Subject
 from dora_export.verification.tensor_ledger import Compare, check_tensors, difference
+from dora_export.words import count
 
 __all__ = ["Source", "check_ledger"]
 
@@ -33,6 +35,7 @@ def check_ledger(
     *,
     threads: int | None = None,
     compare: Compare = difference,
+    digests: Mapping[Path, str] | None = None,
 ) -> tuple[TierResult, tuple[Finding, ...]]:
     """Compare a merged model with its plan, all but the values of changed tensors.
 
@@ -45,6 +48,7 @@ def check_ledger(
             where it comes from.
         threads: Workers; None: one per CPU.
         compare: What compares a span of an untouched tensor.
+        digests: SHA-256 of input files that are known already.
 
     Returns:
         What was done, and all findings: those of opening the model too, sorted.
@@ -63,7 +67,7 @@ def check_ledger(
         *tensors.findings,
         *config.findings,
         *beside.findings,
-        *check_manifest(plan, subject),
+        *check_manifest(plan, subject, digests),
     ]
     figures: dict[str, Any] = {
         **tensors.figures,
@@ -82,7 +86,8 @@ def _summary(subject: Subject, figures: Mapping[str, Any]) -> str:
     files = len(subject.files) + figures["side_files"]
     cast = f" after the cast to {figures['cast']}" if figures["cast"] else " byte for byte"
     return (
-        f"{figures['tensors_found']} tensors and {files} files: {figures['untouched_equal']} of "
+        f"{count(figures['tensors_found'], 'tensor')} and {count(files, 'file')}: "
+        f"{figures['untouched_equal']} of "
         f"{figures['untouched']} untouched tensors equal{cast}"
     )
 
@@ -95,12 +100,12 @@ def _indexes(subject: Subject) -> Iterator[Finding]:
 
 
 def _index(subject: Subject) -> Iterator[Finding]:
-    """Hold the index against the headers of the files, both ways."""
+    """Hold the index against the headers of the files, both ways; findings in no order."""
     if not subject.places:
         return  # none, or not one: told on opening
     name, places = shown(subject.index_name), subject.places
     held = {tensor: file for file, stored in subject.files.items() for tensor in stored.names}
-    for tensor, file in sorted(places.items()):
+    for tensor, file in places.items():
         if file in subject.broken:
             continue  # told with the file
         if (found := held.get(tensor)) != file:
@@ -108,7 +113,7 @@ def _index(subject: Subject) -> Iterator[Finding]:
             yield Finding(
                 "index-wrong", shown(tensor), f"{name} places it in {shown(file)}, {there}"
             )
-    for tensor, file in sorted(held.items()):
+    for tensor, file in held.items():
         if tensor not in places:
             yield Finding("index-wrong", shown(tensor), f"in {shown(file)}, not in {name}")
     yield from _total_size(subject, name)

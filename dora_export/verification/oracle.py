@@ -103,9 +103,8 @@ def check_oracle(
         The tier's summary, a result per changed tensor in the plan's order, and findings.
     """
     started = time.monotonic()
-    steps = [
-        s for s in plan.steps if s.changes and s.name in merged and merged[s.name].shape == s.shape
-    ]
+    changed = [s for s in plan.steps if s.changes]
+    steps = [s for s in changed if s.name in merged and merged[s.name].shape == s.shape]
     total = sum(s.source.size for s in steps)
     done = [0]
     work = work or tensor_check(plan, level)
@@ -126,6 +125,9 @@ def check_oracle(
     findings = tuple(f for _, fs in results for f in fs)
     seconds = time.monotonic() - started
     by_peft = sum(any(isinstance(c.function, PeftLayer) for c in s.changes) for s in steps)
+    if changed and not steps:
+        what = f"none of {count(len(changed), 'changed tensor')} is there to compare"
+        return TierResult("oracle", False, what, seconds), tensors, findings
     return _tier(tensors, level, seconds, by_peft), tensors, findings
 
 
@@ -151,7 +153,7 @@ def _tier(
         far = f"worst {number(worst.max_ulp, ascii_only=True)} ulp in {shown(worst.name)}"
         if math.isinf(worst.max_ulp):
             far = f"values that are not finite in {shown(worst.name)}"
-    summary = f"{len(tensors)} changed tensors, {scope}: {words}; {far}"
+    summary = f"{count(len(tensors), 'changed tensor')}, {scope}: {words}; {far}"
     if by_peft:
         summary += f"; {by_peft} against PEFT's own unmerged forward, not an independent formula"
     figures = {

@@ -21,6 +21,7 @@ MAX_PLACES = 5000  # of one kind
 MAX_OPEN = 20  # rows of a table that is not folded up
 MAX_ROWS = 100  # of a list in a tier's figures
 MAX_TEXT = 2000
+IN_WORDS = {"excess": "of what is allowed", "kl": "KL", "rms": "root mean square"}  # for people
 COLUMNS = (
     ("tensor", "name"),
     ("result", ""),
@@ -206,7 +207,7 @@ def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> Element:
 
 
 def _words(key: object) -> str:
-    return shown(str(key).replace("_", " "))
+    return " ".join(IN_WORDS.get(w, w) for w in shown(str(key).replace("_", " ")).split(" "))
 
 
 def _text(value: object) -> str:
