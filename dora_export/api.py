@@ -239,7 +239,15 @@ def merge(
                     write_small(stage.folder / MANIFEST, manifest.as_json(content), sync=sync)
                 if verify != "none":
                     subject, sources = open_subject(stage.folder), _sources(beside)
-                    checked = check(plan, subject, sources, verify, ahead=ahead, threads=threads)
+                    checked = check(
+                        plan,
+                        subject,
+                        sources,
+                        verify,
+                        ahead=ahead,
+                        digests=digests,
+                        threads=threads,
+                    )
                     refuse_wrong(checked)
     elif leftover is not None:
         job = identity.job(plan, resources, adapter_digests(plan))
@@ -566,6 +574,7 @@ def _written(
             sink.write_header(position, file.header)
             on_bytes(len(file.header))
         Engine(plan, sink, resources, on_bytes).run()
+        sink.flush()
         yield
 
 

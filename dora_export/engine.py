@@ -21,7 +21,7 @@ from dora_export.arithmetic import UFUNC_BUFFER, NumpyArithmetic
 from dora_export.errors import AdapterError, shown
 from dora_export.formula import LoadedChange
 from dora_export.machine import start
-from dora_export.paged import BOUNCE_BYTES
+from dora_export.paged import BOUNCE_BYTES, EDGE_BYTES
 from dora_export.pieces import Batch, ColumnSquares, Copy, Merge, Piece, Region, cut, regions
 from dora_export.plan import Plan
 from dora_export.tensors import PICKED_BYTES, PickedColumns
@@ -130,7 +130,8 @@ def memory_bound(plan: Plan, resources: Resources, tile_elements: int) -> int:
             computing = max(computing, *(_function_bytes(c, region) for c in region.changes), 0)
     copying = resources.block if any(s.copies_bytes for s in plan.steps) else 0
     held = (resources.workers + 1) * loaded + computing
-    written = (resources.workers + 1) * BOUNCE_BYTES  # also of the thread that writes headers
+    # also of the thread that writes headers
+    written = (resources.workers + 1) * BOUNCE_BYTES + EDGE_BYTES
     return resources.workers * max(buffers, copying) + held + written
 
 

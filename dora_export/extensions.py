@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from dora_export.errors import MachineError
+from dora_export.machine import ADVICE, advice
 
 SWITCH = "DORA_EXPORT_KERNEL"  # "numpy" in this environment variable leaves them all out
 
@@ -22,11 +23,23 @@ def loaded(name: str, sources: str) -> Any:
         sources: What a build of this version's sources says that it was made from.
 
     Raises:
-        MachineError: It was made from others.
+        MachineError: It was made from others, or the system cannot load it.
     """
     if find_spec(name) is None:
         return None
-    module = import_module(name)
+    try:
+        module = import_module(name)
+    except ImportError as error:
+        # The loader says why in words only: too many open files, no memory, a library that is
+        # missing.
+        number = next((n for n in ADVICE if os.strerror(n) in str(error)), 0)
+        what = advice(
+            OSError(number, ""),
+            f"Install the package again (pip install .), or set {SWITCH}=numpy to do without it.",
+        )
+        raise MachineError(
+            f"{error.path or name}: cannot be loaded: {error.msg}. {what}"
+        ) from error
     if getattr(module, "name", None) != sources:
         raise MachineError(
             f"{module.__file__}: built from other sources than this version's. Install the "

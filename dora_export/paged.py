@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 PAGE = max(4096, mmap.PAGESIZE)
 # Of a thread's buffer for what lies otherwise in memory than in its file, and is copied over.
 BOUNCE_BYTES = (2 << 20) + PAGE
+# Of parts of pages that wait for the rest of them, at most.
+EDGE_BYTES = 4 << 20
 
 
 def placed(buffer: NDArray[np.uint8], offset: int, nbytes: int) -> NDArray[np.uint8]:
@@ -26,19 +28,17 @@ def placed(buffer: NDArray[np.uint8], offset: int, nbytes: int) -> NDArray[np.ui
     return buffer[first : first + nbytes]
 
 
-def whole_pages(data: NDArray[np.uint8], offset: int) -> slice:
-    """Return which bytes are whole pages of their file and can go to the disk from where they are.
-
-    Args:
-        data: Bytes, contiguous.
-        offset: Where in the file they belong.
+def pages_of(offset: int, nbytes: int) -> slice:
+    """Return which of the bytes ``[offset, offset + nbytes)`` of a file make up whole pages of it.
 
     Returns:
-        A slice of ``data``; empty if there are none, or if they lie otherwise in memory than in
-        the file.
+        A slice of the bytes. If there is no whole page it is empty, and begins where a page does,
+        or else ends with the bytes.
     """
-    first = -offset % PAGE
-    stop = first + max(0, data.size - first) // PAGE * PAGE
-    if (data.ctypes.data + first) % PAGE or first >= stop:
-        return slice(0, 0)
-    return slice(first, stop)
+    first = min(-offset % PAGE, nbytes)
+    return slice(first, first + (nbytes - first) // PAGE * PAGE)
+
+
+def lies_on_pages(data: NDArray[np.uint8]) -> bool:
+    """Return whether bytes begin with a page of memory."""
+    return bool(data.ctypes.data % PAGE == 0)

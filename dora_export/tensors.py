@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -98,6 +100,8 @@ class FileRange:
         try:
             # A handle per call: no shared state, and hundreds of shards need no open-file limit.
             with open(self.path, "rb", buffering=0) as file:
+                starts = list(starts)
+                _ask_for(file.fileno(), [self.start + start for start in starts], out.shape[1])
                 for start, row in zip(starts, out, strict=True):
                     view, done, offset = row.data, 0, self.start + start
                     file.seek(offset)
@@ -114,6 +118,18 @@ class FileRange:
                 f"{self.path}: cannot be read at byte {offset + done}: {error.strerror}. "
                 f"{advice(error, 'Check the disk or copy the file again.')}"
             ) from error
+
+
+def _ask_for(descriptor: int, offsets: Sequence[int], nbytes: int) -> None:
+    """Let the system fetch several places of a file at once: one by one, each waits for the disk.
+
+    A disk that is written to meanwhile takes milliseconds for each.
+    """
+    if len(offsets) < 2 or not hasattr(os, "posix_fadvise"):
+        return
+    with suppress(OSError):  # advice, which file systems may decline: what follows reads as well
+        for offset in offsets:
+            os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_WILLNEED)
 
 
 @dataclass(frozen=True, eq=False)

@@ -180,6 +180,9 @@ class Broken:
     def __exit__(self, *error):
         self.file.close()
 
+    def fileno(self):
+        return self.file.fileno()
+
     def seek(self, offset):
         return self.file.seek(offset)
 

@@ -14,6 +14,7 @@ from dora_export.verification import ahead as module
 from dora_export.verification.ahead import Ahead, bytes_beside
 from dora_export.worker import Worker
 from dora_export.writers.files import FileSink
+from tests import small
 from tests.test_engine import RANK, write_case
 
 
@@ -232,3 +233,14 @@ def test_errors_of_what_nobody_asks_for_are_nobodys(case, tmp_path, monkeypatch)
 
     monkeypatch.setattr(Ahead, "_begin", begin)
     assert merge(case, tmp_path / "out").verified == "fast"
+
+
+def test_inputs_that_are_hashed_already_are_not_read_again_for_it(tmp_path, monkeypatch):
+    def refuse(path, what):
+        raise AssertionError(f"{path} read again")
+
+    small.write_pair(tmp_path)
+    monkeypatch.setattr("dora_export.verification.side_ledger._digest", refuse)
+    dora_export.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    with pytest.raises(AssertionError, match="read again"):
+        dora_export.verify(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")

@@ -11,8 +11,8 @@ import dora_export
 PACKAGE = Path(dora_export.__file__).parent
 FLOORS = (
     "_version errors limits words row_factor unet_names flux_names",
-    "machine paged extensions",
-    "tensors inputs flat_names conventions expert_names",
+    "machine paged",
+    "tensors inputs flat_names conventions expert_names extensions",
     "cast update",
     "storage refine residual scaled_bias unscaled_norm peft_layers",
     "fused",

@@ -141,9 +141,9 @@ def test_journal_names_bytes_only_after_they_are_on_the_disk(tmp_path, monkeypat
         events.append(("recorded", sorted(ranges)))
         done(journal, ranges)
 
-    def on_put(sink, target, offset, view):
-        put(sink, target, offset, view)
-        events.append(("written", target.path.name))
+    def on_put(sink, file, offset, view):
+        put(sink, file, offset, view)
+        events.append(("written", sink._files[file].path.name))
 
     monkeypatch.setattr(os, "fsync", on_fsync)
     monkeypatch.setattr(Journal, "done", on_done)

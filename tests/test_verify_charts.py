@@ -6,8 +6,9 @@ import pytest
 
 from dora_export.verification import charts, tables
 from dora_export.verification.grid import arrange
-from dora_export.verification.model import TensorResult
+from dora_export.verification.model import Finding, TensorResult
 from dora_export.verification.page import page
+from dora_export.verification.statement import groups as groups_of
 from tests import reports
 
 PLAIN = TensorResult("w", "exact", "BF16", (4, 3), 12, 0.5, 1e-5, 2e-3, 1.0, 0.1,
@@ -258,6 +259,25 @@ def test_wrong_tensors_come_before_those_that_are_further_off():
                    {"status": "wrong", "max_ulp": 5.0})  # fmt: skip
     order = [tensors.index(t) for t in tables.worst_first(tensors)]
     assert order == [3, 1, 2, 0]
+
+
+def test_of_very_many_findings_all_places_and_the_first_are_listed(monkeypatch):
+    monkeypatch.setattr(tables, "MAX_SAID", 20)
+    found = [Finding("not-applied", f"layers.{i}.q.weight", f"number {i}") for i in range(30)]
+    (group,) = groups_of(found)
+    text = " ".join(" ".join(tables.finding(group).itertext()).split())
+    assert "The first 20 with what was found" in text
+    assert "number 19" in text
+    assert "number 20" not in text
+    assert "Where: layers.{0-29}.q.weight" in text
+    assert "more; verify --json" not in text
+    monkeypatch.setattr(tables, "MAX_PLACES", 25)
+    text = " ".join(" ".join(tables.finding(group).itertext()).split())
+    assert text.endswith(
+        "Where: layers.{0-24}.q.weight and 5 places more; verify --json lists them all"
+    )
+    (group,) = groups_of(found[:20])
+    assert "All 20 with what was found" in "".join(tables.finding(group).itertext())
 
 
 def test_objects_with_other_keys_share_a_table():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from dora_export.errors import VerifyError, listing, shown
 from dora_export.plan import Plan
@@ -49,6 +50,7 @@ def check(
     level: Level,
     *,
     ahead: Ahead | None = None,
+    digests: Mapping[Path, str] | None = None,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Checked:
@@ -61,11 +63,14 @@ def check(
         level: "fast" samples rows of changed tensors, "full" compares every element; both compare
             every byte of the tensors that do not change.
         ahead: What has begun to check it while it was written, if anything has.
+        digests: SHA-256 of input files that are known already.
         threads: Workers; None: one per CPU.
         progress: Called with elements done and in all.
     """
     compare = difference if ahead is None else ahead.compare
-    ledger, found = check_ledger(plan, subject, sources, threads=threads, compare=compare)
+    ledger, found = check_ledger(
+        plan, subject, sources, threads=threads, compare=compare, digests=digests
+    )
     named = as_the_base(subject, plan)
     work = None if ahead is None else ahead.check
     oracle, tensors, more = check_oracle(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from dora_export.errors import shown
@@ -34,6 +35,7 @@ def check_ledger(
     *,
     threads: int | None = None,
     compare: Compare = difference,
+    digests: Mapping[Path, str] | None = None,
 ) -> tuple[TierResult, tuple[Finding, ...]]:
     """Compare a merged model with its plan, all but the values of changed tensors.
 
@@ -46,6 +48,7 @@ def check_ledger(
             where it comes from.
         threads: Workers; None: one per CPU.
         compare: What compares a span of an untouched tensor.
+        digests: SHA-256 of input files that are known already.
 
     Returns:
         What was done, and all findings: those of opening the model too, sorted.
@@ -64,7 +67,7 @@ def check_ledger(
         *tensors.findings,
         *config.findings,
         *beside.findings,
-        *check_manifest(plan, subject),
+        *check_manifest(plan, subject, digests),
     ]
     figures: dict[str, Any] = {
         **tensors.figures,

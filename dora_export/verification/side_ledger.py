@@ -113,8 +113,17 @@ def check_side_files(
     return SideLedger(tuple(findings), {"side_files": len(sources), "side_files_equal": equal})
 
 
-def check_manifest(plan: Plan, subject: Subject) -> tuple[Finding, ...]:
-    """Compare what ``dora_export.json`` says went in with what is given now."""
+def check_manifest(
+    plan: Plan, subject: Subject, digests: Mapping[Path, str] | None = None
+) -> tuple[Finding, ...]:
+    """Compare what ``dora_export.json`` says went in with what is given now.
+
+    Args:
+        plan: What base and adapter should give.
+        subject: The merged model.
+        digests: SHA-256 of input files that are known already; the others are read.
+    """
+    digests = digests or {}
     manifest = subject.manifest
     if manifest is None:
         return ()
@@ -124,9 +133,12 @@ def check_manifest(plan: Plan, subject: Subject) -> tuple[Finding, ...]:
     said = {n: _object(entry).get("status") for n, entry in told.items()}
     problems = [
         *_other_files(
-            "base", manifest.get("base"), {plan.base.relative(p): p for p in _base_files(plan)}
+            "base",
+            manifest.get("base"),
+            {plan.base.relative(p): p for p in _base_files(plan)},
+            digests,
         ),
-        *_other_adapters(plan, manifest),
+        *_other_adapters(plan, manifest, digests),
     ]
     if manifest.get("tensors") != dict(planned):
         problems.append(f"tensors: {_counts(manifest.get('tensors'))}, here {_counts(planned)}")
@@ -321,7 +333,9 @@ def _template_of(files: Mapping[str, Path]) -> Any:
 # --- the manifest
 
 
-def _other_adapters(plan: Plan, manifest: Mapping[str, Any]) -> list[str]:
+def _other_adapters(
+    plan: Plan, manifest: Mapping[str, Any], digests: Mapping[Path, str]
+) -> list[str]:
     """Return how the adapters that went in differ from those given, in their order."""
     told = manifest.get("adapters")
     entries = told if isinstance(told, list) else []
@@ -332,12 +346,17 @@ def _other_adapters(plan: Plan, manifest: Mapping[str, Any]) -> list[str]:
         problem
         for i, (entry, adapter) in enumerate(zip(entries, plan.adapters, strict=True), 1)
         for problem in _other_files(
-            "adapter" if alone else f"adapter {i}", entry, {p.name: p for p in adapter.files}
+            "adapter" if alone else f"adapter {i}",
+            entry,
+            {p.name: p for p in adapter.files},
+            digests,
         )
     ]
 
 
-def _other_files(what: str, told_of: Any, paths: Mapping[str, Path]) -> list[str]:
+def _other_files(
+    what: str, told_of: Any, paths: Mapping[str, Path], digests: Mapping[Path, str]
+) -> list[str]:
     """Return how the files that went in differ from those given, by name, size and digest."""
     entries = _object(told_of).get("files")
     told = {e.get("name"): e for e in (entries if isinstance(entries, list) else ())
@@ -350,7 +369,9 @@ def _other_files(what: str, told_of: Any, paths: Mapping[str, Path]) -> list[str
         elif entry.get("bytes") != path.stat().st_size:
             problems.append(f"{what}: {shown(name)} had {shown(entry.get('bytes'))} bytes, "
                             f"here {path.stat().st_size}")  # fmt: skip
-        elif isinstance(entry.get("sha256"), str) and entry["sha256"] != _digest(path, what):
+        elif isinstance(entry.get("sha256"), str) and entry["sha256"] != (
+            digests.get(path) or _digest(path, what)
+        ):
             problems.append(f"{what}: {shown(name)} had another SHA-256")
     return problems + [f"{what}: names {shown(name)}, which is not here" for name in told]
 

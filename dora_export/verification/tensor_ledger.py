@@ -25,7 +25,7 @@ from dora_export.verification.values import Floats, floats
 from dora_export.words import count
 
 CHUNK_ELEMENTS = 1 << 20  # compared at once
-CAST_ELEMENTS = 1 << 16  # the same where a cast takes several float64 arrays
+CAST_ELEMENTS = 1 << 16  # the same where a cast takes several float64 arrays, or the first few tell
 SPAN_ELEMENTS = 1 << 24  # one thread's share of a tensor
 # Causal masks, rotary frequencies and positions: kept in files by older transformers, made anew by
 # the model's class since. Source: transformers, ``persistent=False`` and
@@ -441,8 +441,8 @@ def difference(
         InputError: The source cannot be read.
     """
     found = Difference()
-    step = CHUNK_ELEMENTS if source.dtype is stored.dtype else CAST_ELEMENTS
-    step = min(step, stop - start)
+    few = brief or source.dtype is not stored.dtype
+    step = min(CAST_ELEMENTS if few else CHUNK_ELEMENTS, stop - start)
     ours = np.empty(step * source.dtype.itemsize, np.uint8)  # one pair for all chunks
     theirs = np.empty(step * stored.dtype.itemsize, np.uint8)
     for first in range(start, stop, step or 1):
@@ -476,10 +476,9 @@ def _chunk(ours: Bytes, dtype: DType, theirs: Bytes, other: DType) -> Difference
         ours[words:], theirs[words:]
     ):
         return Difference()
-    bytewise = (ours != theirs).reshape(-1, dtype.itemsize)
-    differs = bytewise.any(axis=1)
+    differs = ours.view(dtype.raw) != theirs.view(dtype.raw)
     count = int(differs.sum())
-    return Difference(count, count, int(bytewise.sum()), int(differs.argmax()))
+    return Difference(count, count, int((ours != theirs).sum()), int(differs.argmax()))
 
 
 def _cast_chunk(values: Floats, stored: Floats, dtype: DType) -> Difference:

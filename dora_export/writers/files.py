@@ -25,9 +25,10 @@ from numpy.typing import NDArray
 from dora_export import fused
 from dora_export.errors import OutputError, VerifyError
 from dora_export.machine import advice, start
-from dora_export.paged import BOUNCE_BYTES, PAGE, placed, whole_pages
+from dora_export.paged import BOUNCE_BYTES, PAGE, lies_on_pages, pages_of, placed
 from dora_export.tensors import FileRange
 from dora_export.writers import direct
+from dora_export.writers.edges import Edges
 from dora_export.writers.ranges import Ranges
 
 SYNC_BYTES = 128 << 20  # unsynced bytes of one file after which a sync starts in the background
@@ -105,11 +106,12 @@ class _File:
             if descriptor is not None:
                 os.close(descriptor)
 
-    def finish(self, start: int, stop: int) -> bool:
+    def finish(self, ranges: Iterable[tuple[int, int]]) -> bool:
         """Note that bytes have been written; return whether it is time to ask for a sync."""
         with self.lock:
-            self.finished.add(start, stop)
-            self.pending.add(start, stop)
+            for start, stop in ranges:
+                self.finished.add(start, stop)
+                self.pending.add(start, stop)
             due = not self.queued and (self.complete or self.pending.nbytes >= SYNC_BYTES)
             self.queued = self.queued or due
             return due
@@ -162,6 +164,7 @@ class FileSink:
             _File(folder / name, name, nbytes, ranges, past_cache=past_cache)
             for name, nbytes, ranges in zip(names, sizes, held, strict=True)
         ]
+        self._edges = Edges(sizes, held)
         self._on_synced, self._on_finished = on_synced, on_finished
         self._sync_wanted = sync
         self._to_sync: queue.Queue[_File | None] = queue.Queue(WAITING)
@@ -180,6 +183,10 @@ class FileSink:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        try:
+            self.flush()
+        except BaseException as failed:  # raised below, unless another error is on its way
+            self._failure = self._failure or failed
         for file in self._files:
             self._to_sync.put(file)
         self._to_sync.put(None)
@@ -197,7 +204,10 @@ class FileSink:
         return self._files[file].held.covers(offset, offset + nbytes)
 
     def has(self, file: int, offset: int, nbytes: int) -> bool:
-        """Return whether bytes can be read: from a run before, or written by this one."""
+        """Return whether bytes can be read: from a run before, or written by this one.
+
+        Parts of pages may wait for the rest of them: ``flush`` writes what is there.
+        """
         target = self._files[file]
         with target.lock:
             return target.finished.covers(offset, offset + nbytes)
@@ -222,6 +232,25 @@ class FileSink:
         except OSError as error:
             raise refusal(target.path, error) from error
 
+    def flush(self) -> None:
+        """Write what waits for the rest of its page; called when no more comes.
+
+        Raises:
+            OutputError: The disk is full, or writing fails.
+        """
+        for page in self._edges.waiting():
+            target = self._files[page.file]
+            try:
+                descriptor = target.open()
+                for start, stop in page.put:
+                    part = page.data[start - page.offset : stop - page.offset]
+                    self._put_cached(target, descriptor, start, part)
+            except OSError as error:
+                raise refusal(target.path, error) from error
+            self._edges.drop(page)
+            for start, stop in page.put:
+                self._finish(page.file, start, stop)
+
     def write(self, file: int, offset: int, data: NDArray[np.uint8]) -> None:
         """Put bytes into an output file.
 
@@ -229,9 +258,8 @@ class FileSink:
             OutputError: The disk is full, or writing fails.
         """
         self._check_sync()
-        target = self._files[file]
         data = data.reshape(-1)
-        self._put(target, offset, data)
+        self._put(file, offset, data)
         self._finish(file, offset, offset + data.size)
 
     def put(self, file: int, offset: int, stride: int, rows: NDArray[np.uint8]) -> None:
@@ -246,7 +274,7 @@ class FileSink:
             descriptor = target.open()
             rows = np.ascontiguousarray(rows)
             if rows.shape[1] == stride or len(rows) == 1:
-                self._put(target, offset, rows.reshape(-1))
+                self._put(file, offset, rows.reshape(-1))
                 return
             with target.lock:
                 if not fused.write_rows(descriptor, offset, stride, rows):
@@ -275,44 +303,66 @@ class FileSink:
             raise refusal(target.path, error) from error
         if target.direct is None or not target.past_cache:
             done = _kernel_copy(source, descriptor, offset)
-            self._copy(target, offset, source, done, source.nbytes)
+            self._copy(file, offset, source, done, source.nbytes)
         else:
             shared = direct.share(source, descriptor, offset)
-            self._copy(target, offset, source, 0, shared.start)
-            self._copy(target, offset, source, shared.stop, source.nbytes)
+            self._copy(file, offset, source, 0, shared.start)
+            self._copy(file, offset, source, shared.stop, source.nbytes)
         # Only now, in one go: a file is closed as soon as all of its bytes are said to be in.
         self._finish(file, offset, offset + source.nbytes)
 
-    def _copy(self, target: _File, offset: int, source: FileRange, start: int, stop: int) -> None:
+    def _copy(self, file: int, offset: int, source: FileRange, start: int, stop: int) -> None:
         """Read bytes ``[start, stop)`` of a source, and write them."""
         while start < stop:
             chunk = self._bounce(offset + start, stop - start)
             source.read(start, chunk)
-            self._put(target, offset + start, chunk)
+            self._put(file, offset + start, chunk)
             start += chunk.size
 
-    def _put(self, target: _File, offset: int, data: NDArray[np.uint8]) -> None:
+    def _put(self, file: int, offset: int, data: NDArray[np.uint8]) -> None:
         """Put bytes into a file: whole pages past the page cache, where that pays."""
+        target = self._files[file]
         try:
             descriptor = target.open()
-            if target.direct is None or data.size < DIRECT_BYTES:
+            if target.direct is None:
                 self._put_cached(target, descriptor, offset, data)
                 return
-            done = 0
-            while done < data.size:
-                part = data[done:]
-                pages = whole_pages(part, offset + done)
-                if pages.stop == 0 and target.past_cache:  # not as it lies: copy it to where it can
-                    part = self._bounce(offset + done, part.size)
-                    np.copyto(part, data[done : done + part.size])
-                    pages = whole_pages(part, offset + done)
-                written = self._put_past(target, offset + done + pages.start, part[pages])
-                rest = pages.start + written
-                self._put_cached(target, descriptor, offset + done, part[: pages.start])
-                self._put_cached(target, descriptor, offset + done + rest, part[rest:])
-                done += part.size
+            pages = pages_of(offset, data.size)
+            self._put_edge(file, descriptor, offset, data[: pages.start])
+            self._put_edge(file, descriptor, offset + pages.stop, data[pages.stop :])
+            if data.size < DIRECT_BYTES:
+                self._put_cached(target, descriptor, offset + pages.start, data[pages])
+            else:
+                self._put_pages(target, descriptor, offset + pages.start, data[pages])
         except OSError as error:
             raise refusal(target.path, error) from error
+
+    def _put_edge(self, file: int, descriptor: int, offset: int, data: NDArray[np.uint8]) -> None:
+        """Put a part of a page into a file together with the rest of it, when that is there."""
+        if not data.size:
+            return
+        target = self._files[file]
+        waits, page = self._edges.add(file, offset, data)
+        if not waits:
+            self._put_cached(target, descriptor, offset, data)
+        if page is not None:
+            self._put_pages(target, descriptor, page.offset, page.data)
+            self._edges.drop(page)
+            self._finish(file, page.offset, page.offset + PAGE)
+
+    def _put_pages(
+        self, target: _File, descriptor: int, offset: int, data: NDArray[np.uint8]
+    ) -> None:
+        """Put whole pages into a file."""
+        done = 0
+        while done < data.size:
+            part = data[done:]
+            if target.past_cache and not lies_on_pages(part):  # copy it to where it can go from
+                part = self._bounce(offset + done, part.size)
+                np.copyto(part, data[done : done + part.size])
+            written = self._put_past(target, offset + done, part) if lies_on_pages(part) else 0
+            self._put_cached(target, descriptor, offset + done + written, part[written:])
+            done += part.size
 
     def _put_past(self, target: _File, offset: int, data: NDArray[np.uint8]) -> int:
         """Put whole pages on the disk; return how many bytes went, from the first on."""
@@ -355,7 +405,7 @@ class FileSink:
 
     def _finish(self, file: int, start: int, stop: int) -> None:
         target = self._files[file]
-        if target.finish(start, stop):
+        if target.finish(self._edges.outside(file, start, stop)):
             self._to_sync.put(target)
         self._check_sync()
         self._on_finished(file, start, stop)

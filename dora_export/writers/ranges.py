@@ -41,6 +41,11 @@ class Ranges:
         at = bisect_right(self._starts, start) - 1
         return start >= stop or (at >= 0 and stop <= self._stops[at])
 
+    def touches(self, start: int, stop: int) -> bool:
+        """Return whether any of the bytes ``[start, stop)`` is in."""
+        at = bisect_right(self._stops, start)  # the first range that ends after start
+        return start < stop and at < len(self._starts) and self._starts[at] < stop
+
     @property
     def nbytes(self) -> int:
         """How many bytes are in."""
