@@ -296,7 +296,10 @@ def _swappable(request: Request) -> Made:
     shutil.rmtree(request.folder / MERGED, ignore_errors=True)
     slotted = swappable.make(request, request.folder / made.graphs[0])
     return replace(
-        slotted, facts={**made.facts, **slotted.facts}, notes=(*made.notes, *slotted.notes)
+        slotted,
+        facts={**made.facts, **slotted.facts},
+        notes=(*made.notes, *slotted.notes),
+        warnings=(*made.warnings, *slotted.warnings),
     )
 
 
@@ -412,6 +415,8 @@ def _write_manifest(
         "way": way,
         "options": {} if way == "into" else options_said(options),
         **made.facts,
+        "notes": list(made.notes),
+        "warnings": list(made.warnings),
         "files": digests,
         "bytes": {name: (stage.folder / name).stat().st_size for name in digests},
         "parity": None if report is None else {

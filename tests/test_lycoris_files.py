@@ -953,6 +953,14 @@ def test_options_that_the_file_answers_are_refused(tmp_path):
         dora_export.load_adapter(paths[1], trained_in="int8")
 
 
+@pytest.mark.parametrize("alpha", [0.0, float("inf"), float("nan")])
+def test_alpha_of_the_user_that_is_no_factor_is_refused(alpha, tmp_path):
+    _, made = layers()
+    save_file(named(made, alpha=None), tmp_path / "lora.safetensors")
+    with pytest.raises(AdapterError, match="expected a finite number other than 0"):
+        dora_export.load_adapter(tmp_path / "lora.safetensors", alpha=alpha)
+
+
 def test_embeddings_saved_along_are_named_and_left(tmp_path):
     base, made = layers("in")
     tensors = named(made) | {"bundle_emb.mine.string_to_param": torch.ones(2, 8)}

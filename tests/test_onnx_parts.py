@@ -1,6 +1,11 @@
 """Models that are no plain encoder or decoder: encoder-decoders, mixtures of experts, diffusion."""
 
+import logging
 import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import diffusers
@@ -388,6 +393,77 @@ def test_quantising_writes_beside_the_graph_and_nowhere_else(method, tmp_path, m
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "q.onnx"]
 
 
+def test_threads_quantise_each_in_its_own_folder_and_leave_others_theirs(tmp_path, monkeypatch):
+    """Two exports in one process: what onnxruntime keeps, and logging's levels, are everybody's."""
+    from onnxruntime.quantization import quant_utils
+
+    real = quantise._dynamic
+    inside, beside = threading.Event(), tmp_path / "system"
+    beside.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(beside))
+    made, before = {}, (quant_utils.tempfile, logging.root.manager.disable)
+    folders = [tmp_path / name for name in ("one", "two")]
+
+    def slow(source, target, data):
+        first = not inside.is_set()
+        inside.set()
+        if first:  # another thread, not of this program, quantises; the second export has begun
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(note, "outside").result()
+            begun.wait(0.2)
+        else:
+            ended.wait(1)
+        note(target.parent.name)
+        return real(source, target, data)
+
+    def note(who):
+        with quant_utils.tempfile.TemporaryDirectory(prefix="ort.quant.") as made_here:
+            made[who] = Path(made_here).parent
+
+    def export(folder):
+        if folder is folders[1]:
+            inside.wait(10)
+            threading.Timer(0.05, begun.set).start()
+        folder.mkdir()
+        save_product(np.ones((64, 32), np.float32), folder / "m.onnx")
+        options = GraphOptions(quantize="int8")
+        found = quantise.quantise(folder / "m.onnx", folder / "q.onnx", "q.data", options)
+        ended.set()
+        return found
+
+    begun, ended = threading.Event(), threading.Event()
+    monkeypatch.setattr(quantise, "_dynamic", slow)
+    with ThreadPoolExecutor(2) as pool:
+        assert [found["nodes"] for found in pool.map(export, folders)] == [1, 1]
+    assert made == {"one": folders[0], "two": folders[1], "outside": beside}
+    assert (quant_utils.tempfile, logging.root.manager.disable) == before
+
+
+def test_threads_that_trace_leave_logging_as_it_was():
+    one, levels = logging.getLogger("torch.onnx"), []
+    before = one.level
+    within = threading.Event()
+
+    def first():
+        with engines.quiet():
+            within.set()
+            left.wait(0.2)
+
+    def second():
+        within.wait(10)
+        with engines.quiet():
+            left.set()
+            time.sleep(0.05)
+            levels.append(one.level)
+
+    left = threading.Event()
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(first), pool.submit(second)]:
+            done.result()
+    assert levels == [logging.ERROR]
+    assert one.level == before
+
+
 def test_int8_weights_are_unsigned_since_signed_ones_overflow_without_vnni(tmp_path):
     """Large activations and weights of one sign: with signed weights AVX2 gives half of it."""
     make = np.random.default_rng(0)
@@ -438,29 +514,64 @@ def diffusion_model(name, **changed):
 @pytest.mark.parametrize(
     ("name", "main", "compared"),
     [("sd, unet", "sample", (10, 16)), ("sdxl, unet", "sample", (10, 16)),
-     ("sd3", "hidden_states", (10, 16)), ("pixart", "hidden_states", (10, 16))],
+     ("sd3", "hidden_states", (10, 16)), ("pixart", "hidden_states", (10, 16)),
+     ("auraflow", "hidden_states", (10, 16)), ("sana", "hidden_states", (9, 16))],
 )  # fmt: skip
 def test_height_and_width_vary_in_steps_of_halvings_or_patches(name, main, compared):
     model = diffusion_model(name)
     (part,) = tasks.parts(model)
     assert part.axes[main] == {0: "batch_size", 2: "height", 3: "width"}
-    assert part.facts["multiples"] == part.steps == {"height": 2, "width": 2}
-    assert part.facts.get("at_most") == ({"height": 18, "width": 18} if name == "sd3" else None)
+    step = 1 if name == "sana" else 2
+    assert part.steps == ({} if step == 1 else {"height": 2, "width": 2})
+    assert part.facts.get("multiples", {}) == part.steps
+    most = {"height": 18, "width": 18} if name in ("sd3", "auraflow") else None
+    assert part.facts.get("at_most") == most
+    assert (part.facts.get("fixed_axes"), part.notes) == (None, ())
     # Equal sizes are taken for the same, and at the config's a table may be read.
-    assert part.inputs[main].shape[2:] == (10, 6)
+    assert part.inputs[main].shape[2:] == (8 + step, 8 - step)
     batches = inputs.batches(model, None, ())
     assert {b.values[main].shape[2:] for b in batches} == {(8, 8), compared}
 
 
-def test_sizes_that_another_path_or_a_full_table_forbids_are_fixed():
-    # no whole number of steps; places for no more patches, and for hardly fewer
-    for name, changed in (("sd, unet", {"sample_size": 9}),
-                          ("sd3", {"sample_size": 4, "pos_embed_max_size": 2})):  # fmt: skip
-        model = diffusion_model(name, **changed)
-        (part,) = tasks.parts(model)
-        assert set(part.axes[next(iter(part.inputs))]) == {0}
-        assert (part.steps, part.facts) == ({}, {})
-        assert len(inputs.batches(model, None, ())) == 2
+@pytest.mark.parametrize(("name", "changed", "why"), [
+    ("sd, unet", {"sample_size": 9}, "sample_size is no multiple of 2"),  # of whole steps
+    ("sd3", {"sample_size": 4, "pos_embed_max_size": 2}, "places for sizes up to 4 alone"),
+    ("auraflow", {"sample_size": 4, "pos_embed_max_size": 4}, "places for sizes up to 4 alone"),
+    ("pixart", {}, "places patches at other sizes is not known"),
+])  # fmt: skip
+def test_sizes_that_a_model_forbids_are_fixed_and_named(name, changed, why):
+    model = diffusion_model(name, **changed)
+    if name == "pixart":  # patches that another library places
+        model.pos_embed = type("Patches", (type(model.pos_embed),), {})(4, 4, 2, 4, 48)
+    (part,) = tasks.parts(model)
+    main = next(iter(part.inputs))
+    assert set(part.axes[main]) == {0}
+    assert part.steps == {}
+    side = part.inputs[main].shape[2]
+    assert part.facts == {"fixed_axes": {main: {"height": side, "width": side}}}
+    assert part.notes[0].startswith(f"the graph takes '{main}' of height {side} and width {side} ")
+    assert why in part.notes[0]
+    assert len(inputs.batches(model, None, ())) == 2
+
+
+def test_sizes_of_images_and_sound_that_are_fixed_are_named():
+    for name, axes in (
+        ("vit", {"pixel_values": {"height": 16, "width": 16}}),
+        ("siglip, vision", {"pixel_values": {"height": 16, "width": 16}}),
+    ):
+        (part,) = tasks.parts(model_of(name))
+        assert part.facts["fixed_axes"] == axes
+        assert len(part.notes) == 1
+
+
+def test_a_model_whose_conditions_cannot_be_made_up_is_refused_by_name():
+    model = diffusers.HunyuanDiT2DModel(
+        num_attention_heads=4, attention_head_dim=8, in_channels=4, patch_size=2, sample_size=8,
+        hidden_size=32, num_layers=2, cross_attention_dim=24, cross_attention_dim_t5=16,
+        pooled_projection_dim=20, text_len=7, text_len_t5=5,
+    )  # fmt: skip
+    with pytest.raises(GraphError, match=r"HunyuanDiT2DModel.*_t5.*export_module\(\)"):
+        tasks.parts(model)
 
 
 @pytest.mark.parametrize("most", [None, 8, 10, 16, 40])
@@ -527,6 +638,27 @@ def test_crops_and_squeezes_are_torchs_at_every_size(tmp_path):
         x = torch.randn(2, 1, high, 3)
         (found,) = session.run(None, {"x": x.numpy()})
         assert np.array_equal(found.reshape(-1), module(x).numpy().reshape(-1)), high
+
+
+class Guarded(nn.Module):
+    """Numbers that change little and matter: one keeps 0 / 0 away, one scales by 1 + 5e-6."""
+
+    def forward(self, x):
+        return x * 1.000005, x / (x.abs() + 1e-15)
+
+
+def test_numbers_that_change_little_stay_in_the_graph(tmp_path):
+    """onnxscript's optimiser takes them for 1 and 0."""
+    part = Part(
+        Flat(Guarded(), ["x"], lambda m, v: m(v["x"]), ["a", "b"]), {"x": torch.ones(3)},
+        {"x": {0: "n"}}, ["a", "b"],
+    )  # fmt: skip
+    ir.save(engines.export(part, None, "torch"), tmp_path / "m.onnx")
+    given = np.array([0, 0, 1, 4], np.float32)
+    scaled, divided = onnxruntime.InferenceSession(tmp_path / "m.onnx").run(None, {"x": given})
+    assert np.array_equal(scaled, given * np.float32(1.000005))
+    assert scaled[2] > 1.000004
+    assert np.array_equal(divided, [0, 0, 1, 1])
 
 
 def test_an_axis_of_multiples_keeps_its_name_in_the_graph():

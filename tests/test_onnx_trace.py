@@ -18,9 +18,11 @@ from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertConfig, BertModel
+from transformers.exporters import onnxruntime_fusions
 
 import dora_export
 from dora_export import DoraExportError, GraphOptions, api_onnx
+from dora_export.cli import text_onnx
 from dora_export.cli.main import cli
 from dora_export.errors import InputError
 from dora_export.onnx import engines, files, fuse, pooling, quantise, share, tasks, tidy, trace
@@ -586,6 +588,10 @@ def test_a_sentence_encoder_is_published_with_its_pooling(tmp_path):
                         initializer_range=0.2)  # fmt: skip
     pair = prepare(tmp_path, BertModel(config), target_modules=["query", "dense"])
     sentence_folder(pair.base)
+    # Old checkpoints store what the library makes by itself now, and no longer writes.
+    stored = load_file(pair.base / "model.safetensors")
+    places = {"embeddings.position_ids": torch.arange(64)[None]}
+    save_file(stored | places, pair.base / "model.safetensors", {"format": "pt"})
     report = dora_export.export_onnx(
         pair.base, pair.adapter, tmp_path / "out", options=GraphOptions(pooling="config")
     )
@@ -597,6 +603,9 @@ def test_a_sentence_encoder_is_published_with_its_pooling(tmp_path):
     assert report.facts["pooling"] == {"mode": "mean", "normalise": True}
     (output,) = [v for v in graph_of(tmp_path / "out").output if v.name == "sentence_embedding"]
     assert dims(output) == ["batch_size", 32]
+    dora_export.merge(pair.base, pair.adapter, tmp_path / "merged")
+    kept = load_file(tmp_path / "merged" / "model.safetensors")["embeddings.position_ids"]
+    assert torch.equal(kept, places["embeddings.position_ids"])
 
 
 # --- refusals
@@ -767,3 +776,61 @@ def test_attention_is_grouped_and_nothing_is_reshaped_around_it(fused):
     assert kinds["Reshape"] <= 4  # of masks and positions, once
     skips = [n for n in fused[0].graph if n.op_type == "SkipSimplifiedLayerNormalization"]
     assert [[o.name != "" for o in n.outputs] for n in skips] == [[True, False, False, True]] * 4
+
+
+@pytest.mark.parametrize(
+    ("known", "said"),
+    [(True, None), (False, "other steps than those known here"), (None, "know no attention")],
+    ids=["known", "other steps", "other attention"],
+)
+def test_a_slower_graph_than_fusing_gives_otherwise_is_told(
+    known, said, exported, tmp_path, monkeypatch
+):
+    """In the summary, the report and the manifest: such a graph is right, so nothing else would."""
+    pair, _, out, _ = exported
+    graph = ir.load(out / "model.onnx")
+    if known is None:  # a pattern that the library's steps do not know
+        for node in [n for n in graph.graph if n.op_type == "Softmax"]:
+            node.attributes["axis"] = ir.AttrInt64("axis", 3)
+    monkeypatch.setattr(engines, "traced", lambda *_: (graph.clone(), "torch", []))
+    if known is False:
+        monkeypatch.delattr(onnxruntime_fusions, "_fuse_group_query_attention")
+    reports = []
+    real = text_onnx.summary
+    monkeypatch.setattr(
+        text_onnx, "summary", lambda report, path: reports.append(report) or real(report, path)
+    )
+    arguments = ["onnx", str(pair.base), str(pair.adapter), "--fuse", "cpu", "--no-verify", "-o"]
+    printed = CliRunner().invoke(cli, [*arguments, str(tmp_path / "out")])
+    assert printed.exit_code == 0, printed.output
+    report = reports[0].to_dict()  # what --json prints
+    made = json.loads((tmp_path / "out" / "dora_export.json").read_text())["onnx"]
+    assert made["fused_operators"].get("GroupQueryAttention", 0) == (2 if known else 0)
+    assert made["fused_operators"]["SkipSimplifiedLayerNormalization"] == 4
+    if said is None:
+        assert (list(report["warnings"]), made["warnings"]) == ([], [])
+        assert "--fuse" not in printed.stderr
+    else:
+        (warning,) = made["warnings"]
+        assert said in warning
+        assert list(report["warnings"]) == [warning]
+        assert said in " ".join(printed.stderr.split())
+
+
+def test_a_fused_graph_that_onnxruntime_does_not_take_is_refused(exported, tmp_path, monkeypatch):
+    """As GPT-2's: fusions take a norm's rows, reshaped, for its states."""
+    pair, _, out, _ = exported
+    graph = ir.load(out / "model.onnx")
+
+    def spoil(model, provider):
+        model.graph[-1].op_type = "NoSuchOperator"
+        return []
+
+    monkeypatch.setattr(engines, "traced", lambda *_: (graph, "torch", []))
+    monkeypatch.setattr(fuse, "fuse", spoil)
+    monkeypatch.setattr(files, "check", lambda path: None)
+    with pytest.raises(GraphError, match=r"--fuse cpu: .*cannot be run.*Leave the option out"):
+        dora_export.export_onnx(
+            pair.base, pair.adapter, tmp_path / "out", options=GraphOptions(fuse="cpu")
+        )
+    assert list(tmp_path.iterdir()) == []

@@ -228,6 +228,42 @@ def test_rank_that_the_factors_do_not_have_is_refused(method, tmp_path):
         dora_export.load_adapter(tmp_path / "adapter")
 
 
+def test_rank_of_the_first_kronecker_factor_counts_as_well(tmp_path):
+    first = {"lokr_w1_a": (2, 2), "lokr_w1_b": (2, 2), "lokr_w2": (3, 3)}
+    with pytest.raises(AdapterError, match=r"q_proj: rank 3 by the config, .* factors have 2"):
+        read_product(tmp_path, "LOKR", first)
+
+
+def test_key_that_is_the_path_itself_is_not_idle():
+    """In 0.14 nothing matched a path of one name, which was then looked up all the same."""
+    found = peft_patterns.held_against(
+        Path("c"), {"q_proj": 3}, {"k_proj": 5.0}, ["q_proj"], ["0.14"], (R, ALPHA)
+    )
+    assert found.idle == ("alpha_pattern 'k_proj'",)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_product_with_a_conv1d_is_laid_out_as_pefts_forward_has_it(whole, tmp_path):
+    """torch.kron of a matrix and three dimensions, reshaped, as make_kron has it."""
+    rng = torch.Generator().manual_seed(2)
+    W, w2 = torch.randn(6, 6, 3, generator=rng), torch.randn(3, 3, 3, generator=rng)
+    a, b = torch.randn(2, 3, generator=rng), torch.randn(3, 2, generator=rng)
+    small.write_base(tmp_path / "base", {f"{LAYER}.weight": W})
+    held = {"lokr_w1": a @ b} if whole else {"lokr_w1_a": a, "lokr_w1_b": b}
+    (tmp_path / "adapter").mkdir()
+    save_file({f"{small.PREFIX}{LAYER}.{n}": t for n, t in {**held, "lokr_w2": w2}.items()},
+              tmp_path / "adapter/adapter_model.safetensors")  # fmt: skip
+    small.write_json(tmp_path / "adapter/adapter_config.json",
+                     {"peft_type": "LOKR", "r": 3, "alpha": 6})  # fmt: skip
+    dora_export.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    got = small.load_file(tmp_path / "out/model.safetensors")[f"{LAYER}.weight"].double()
+    delta = torch.kron((a @ b).double(), w2.double())
+    want = W.double() + 2 * delta.reshape(6, 6, 3)
+    assert (got - want).abs().max() <= 2e-6 * want.abs().max()
+    by_channels = torch.kron((a @ b).double()[:, :, None], w2.double())
+    assert (by_channels - delta.reshape(6, 6, 3)).abs().max() > 0.1
+
+
 def test_pattern_that_gives_no_product_anything_is_told(tmp_path):
     product_adapter(tmp_path, "LOHA", alpha_pattern={"k_proj": 4}, peft_version="0.19.0")
     found = dora_export.load_adapter(tmp_path / "adapter")

@@ -6,11 +6,46 @@ record of where it comes from, so a graph has to be corrected before ``tidy`` dr
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import onnx_ir as ir
 
 ORIGIN = "pkg.torch.onnx.fx_node"
 FLOORED = "call_function[target=operator.floordiv]"
 SQUEEZED = "call_function[target=torch.ops.aten.squeeze.dim]"
+
+NO_OP = "onnxscript.rewriter.rules.common._no_op"
+TOLERANCES = ("_rel_tol", "_abs_tol")
+
+
+@contextmanager
+def exact() -> Iterator[None]:
+    """Let the exporters' optimiser leave out what changes nothing, not what changes little.
+
+    It takes ``x + c`` for ``x`` where c is up to 1e-8, and ``x * c`` where c is within 1e-5 of 1:
+    a quotient that such a c keeps from 0 / 0 (Sana's attention: 1e-15) is not a number then.
+    Source: onnxscript, rewriter/_pattern_ir.py, ``Constant``. Other versions may have no such
+    rules under that name; what they leave out is then found by the comparison alone.
+    """
+    try:
+        rules: Any = importlib.import_module(NO_OP).rules.rules
+    except (ImportError, AttributeError):
+        rules = ()
+    held = [value for rule in rules for node in getattr(rule, "_target_pattern", ())
+            for value in node.inputs if hasattr(value, TOLERANCES[0])]  # fmt: skip
+    before = [tuple(getattr(value, name) for name in TOLERANCES) for value in held]
+    try:
+        for value in held:
+            for name in TOLERANCES:
+                setattr(value, name, 0.0)
+        yield
+    finally:
+        for value, given in zip(held, before, strict=True):
+            for name, number in zip(TOLERANCES, given, strict=True):
+                setattr(value, name, number)
 
 
 def correct(model: ir.Model) -> int:

@@ -10,6 +10,7 @@ import importlib.util
 import io
 import logging
 import re
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
@@ -19,7 +20,7 @@ import onnx_ir as ir
 import torch
 
 from dora_export.errors import shown
-from dora_export.onnx.corrected import correct
+from dora_export.onnx.corrected import correct, exact
 from dora_export.onnx.model import GraphError
 from dora_export.onnx.overflow import choices
 from dora_export.onnx.wrappers import TOTAL, Part, word
@@ -29,6 +30,7 @@ Engine = Literal["torch", "transformers"]
 # transformers' exporter alone can write down; or each row has its experts' weights gathered, which
 # takes memory for a matrix per row.
 EXPERTS: dict[Engine, str] = {"transformers": "grouped_mm", "torch": "batched_mm"}
+_QUIET = threading.RLock()
 
 
 class TraceFailure(Exception):  # noqa: N818 - an engine's, told together with the other's
@@ -53,7 +55,7 @@ def export(part: Part, opset: int | None, engine: Engine) -> ir.Model:
     if _is_mixture(inner):
         inner.set_experts_implementation(EXPERTS[engine])
     try:
-        with torch.no_grad(), quiet(), choices(part.module):
+        with torch.no_grad(), quiet(), exact(), choices(part.module):
             model = _by_torch(part, opset) if engine == "torch" else _by_transformers(part, opset)
     except GraphError:
         raise
@@ -142,7 +144,16 @@ def _multiple(label: str, steps: Mapping[str, int], otherwise: Any) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep exporters' warnings about themselves off the terminal."""
+    """Keep exporters' warnings about themselves off the terminal, in one thread at a time.
+
+    What they write to, and how much they write, is the process's: put back by one thread while
+    another is within, it would not be as it was.
+    """
+    with _QUIET:
+        yield from _quiet()
+
+
+def _quiet() -> Iterator[None]:
     loggers = [logging.getLogger(n) for n in ("torch.onnx", "torch.export", "transformers",
                                               "onnxscript", "onnx_ir", "torch")]  # fmt: skip
     levels = [one.level for one in loggers]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
@@ -12,8 +15,11 @@ import onnx_ir as ir
 from dora_export.onnx.engines import quiet
 from dora_export.onnx.model import GraphError, GraphOptions
 from dora_export.onnx.unneeded import leave_out
+from dora_export.verification.runner import GraphUnusable, OnnxRuntime
+from dora_export.verification.script import PAST
 
 GROUPED = "GroupQueryAttention"
+DOMAIN = "com.microsoft"
 Step = Callable[[ir.Model], None]
 MODULE = "transformers.exporters.onnxruntime_fusions"
 
@@ -37,7 +43,7 @@ def check(options: GraphOptions) -> None:
         )
 
 
-def fuse(model: ir.Model, provider: str) -> None:
+def fuse(model: ir.Model, provider: str) -> list[str]:
     """Fuse in place: norms, rotary embeddings, attention.
 
     On a CPU, ``GroupQueryAttention`` takes the place of a decoder's attention over its cache, with
@@ -46,17 +52,21 @@ def fuse(model: ir.Model, provider: str) -> None:
     Where the library's steps are not as known here, all is left to its own function, which leaves
     the attention of graphs for any batch as it is: right, and slower.
 
+    Returns:
+        What was fused less than this does otherwise, for the user to be told; mostly nothing.
+
     Raises:
         GraphError: The fusions fail.
     """
     from transformers.exporters import onnxruntime_fusions  # noqa: PLC0415 - an extra
 
+    steps = _steps(onnxruntime_fusions) if provider == "cpu" else []
+    caches = any(str(value.name).startswith(PAST) for value in model.graph.inputs)
     try:
         with quiet():
-            if provider == "cpu" and _steps(onnxruntime_fusions):
-                for step in _steps(onnxruntime_fusions):
-                    step(model)
-            else:
+            for step in steps:
+                step(model)
+            if not steps:
                 onnxruntime_fusions.fuse_for_onnxruntime(model, provider)
     except Exception as error:
         # The fusions raise whatever they meet in a graph they were not made for.
@@ -64,6 +74,43 @@ def fuse(model: ir.Model, provider: str) -> None:
             f"--fuse {provider}: fails with {type(error).__name__}: {error}. Leave the option out."
         ) from error
     leave_out(model)
+    if provider != "cpu" or not caches or takes_one_sequence_after_a_cache(model):
+        return []
+    if steps:
+        return [
+            "--fuse cpu: transformers' fusions know no attention of this model's kind, so "
+            f"{GROUPED} does not take its place: the graph is right, and slower than one in which "
+            "it does"
+        ]
+    installed = importlib.metadata.version("transformers")
+    return [
+        f"--fuse cpu: transformers {installed} fuses in other steps than those known here, and its "
+        f"own function left the attention as it is, where {GROUPED} would take its place: the "
+        "graph is right, and slower. Install transformers 5.23, or pass --batch 1"
+    ]
+
+
+def refuse_unrunnable(path: Path, options: GraphOptions) -> None:
+    """Refuse a graph, fused for a CPU, that onnxruntime does not take: fusions may not fit a model.
+
+    Raises:
+        GraphError: It does not.
+    """
+    if options.fuse != "cpu" or options.dtype == "bf16":  # which no CPU runs, fused or not
+        return
+    try:
+        OnnxRuntime(path)
+    except GraphUnusable as why:
+        raise GraphError(
+            f"--fuse cpu: transformers' fusions make a graph of this model that cannot be run: "
+            f"{why}. Leave the option out."
+        ) from why
+
+
+def operators(model: ir.Model) -> dict[str, int]:
+    """Return how many nodes of onnxruntime's own operators a graph has, by operator."""
+    kinds = (n.op_type for n in model.graph.all_nodes() if n.domain == DOMAIN)
+    return dict(sorted(Counter(kinds).items()))
 
 
 def takes_one_sequence_after_a_cache(model: ir.Model) -> bool:

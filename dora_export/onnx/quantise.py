@@ -8,10 +8,9 @@ output head, to which logits are most sensitive, has eight bits unless asked oth
 from __future__ import annotations
 
 import logging
-import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -30,6 +29,9 @@ BLOCK_SIZES = (16, 32, 64, 128, 256)  # what MatMulNBits takes
 ACCURACY_LEVEL = 4
 FUSED = "FusedMatMul"
 HEADS = ("lm_head", "embed_out", "output_projection")
+# One thread at a time: what keeps onnxruntime in its place is the process's, see _temporary_in and
+# _quiet, and two models beside each other take twice the memory and no less time.
+_QUANTISING = threading.Lock()
 
 
 def reachable(model: ir.Model) -> None:
@@ -133,7 +135,7 @@ def quantise(source: Path, target: Path, data: str, options: GraphOptions) -> di
     Raises:
         GraphError: Nothing in the graph can be quantised so.
     """
-    with _quiet(), _temporary_in(target.parent):
+    with _QUANTISING, _quiet(), _temporary_in(target.parent):
         if options.quantize == "int8":
             return _dynamic(source, target, data)
         return _blocks(source, target, data, options)
@@ -240,14 +242,17 @@ def _temporary_in(folder: Path) -> Iterator[None]:
 
     There may be no room for a model, and nothing is to be written outside of an output. The
     quantiser takes no folder, and Python's own choice of one is everybody's: only its module is
-    given another.
+    given another, and only for this thread, since a caller's other threads may quantise as well.
     """
     from onnxruntime.quantization import quant_utils  # noqa: PLC0415 - seconds
 
-    before = quant_utils.tempfile
-    quant_utils.tempfile = SimpleNamespace(
-        TemporaryDirectory=partial(tempfile.TemporaryDirectory, dir=folder)
-    )
+    own, before = threading.get_ident(), quant_utils.tempfile
+
+    def temporary(**options: Any) -> Any:
+        here = {"dir": folder} if threading.get_ident() == own else {}
+        return before.TemporaryDirectory(**here, **options)
+
+    quant_utils.tempfile = SimpleNamespace(TemporaryDirectory=temporary)
     try:
         yield
     finally:

@@ -23,6 +23,7 @@ from dora_export.onnx.wrappers import (
     Axes,
     Part,
     cached,
+    fixed,
     plain,
 )
 from dora_export.verification import noise
@@ -60,6 +61,8 @@ CLASSES = {
     "automatic-speech-recognition": "AutoModelForSpeechSeq2Seq",
     "feature-extraction": "AutoModel",
 }
+SIDES, FRAMES = {2: HEIGHT, 3: WIDTH}, {2: "frames"}
+AS_SAID = "its config names this size"
 IMAGE_SIZE = 64  # pixels, where the config leaves it open
 SOUND_SAMPLES = 6400
 
@@ -105,10 +108,12 @@ def _parts(model: nn.Module, rows: int, *, whole: bool) -> list[Part]:
         return [_encoder(model, takes, rows)]
     if main == "pixel_values":
         pixels = _pixels(config, rows)
-        return [plain(model, {main: pixels}, {main: {0: BATCH}})]
+        why = AS_SAID if getattr(config, "image_size", None) else "its config names no size"
+        return [fixed(plain(model, {main: pixels}, {main: {0: BATCH}}), main, SIDES, why)]
     if main in ("input_features", "input_values"):
         sound, axes = _sound(model, main, rows)
-        return [plain(model, {main: sound}, {main: axes})]
+        found = plain(model, {main: sound}, {main: axes})
+        return [found if LENGTH in axes.values() else fixed(found, main, FRAMES, AS_SAID)]
     raise GraphError(
         f"{type(model).__name__}: takes '{main}', for which no example input can be made up. "
         "Export it from Python with export_module() and example inputs of your own."
@@ -162,7 +167,7 @@ def _two_towers(model: nn.Module, rows: int) -> Part:
     }
     text = {0: "text_batch_size", 1: LENGTH}
     axes = {"input_ids": text, "pixel_values": {0: "image_batch_size"}, "attention_mask": text}
-    return plain(model, inputs, axes)
+    return fixed(plain(model, inputs, axes), "pixel_values", SIDES, AS_SAID)
 
 
 def _pixels(config: Any, rows: int) -> Tensor:
@@ -227,14 +232,17 @@ def _diffusion(model: nn.Module, rows: int) -> Part:
     steps: dict[str, int] = {}
     if sizes is not None:
         axes[next(iter(inputs))] = {0: BATCH, 2: HEIGHT, 3: WIDTH}
-        steps = dict.fromkeys((HEIGHT, WIDTH), sizes.step)
-        facts = {"multiples": steps}
+        if sizes.step > 1:
+            steps = dict.fromkeys((HEIGHT, WIDTH), sizes.step)
+            facts = {"multiples": steps}
         if sizes.most is not None:
             facts["at_most"] = dict.fromkeys((HEIGHT, WIDTH), sizes.most)
     dtype = next(model.parameters()).dtype
     inputs = {n: t.to(dtype) if t.is_floating_point() else t for n, t in inputs.items()}
     found = plain(model, inputs, axes, related=True)
-    return replace(found, steps=steps, facts={**found.facts, **facts})
+    found = replace(found, steps=steps, facts={**found.facts, **facts})
+    why = None if "img_ids" in inputs else noise.why_fixed(model)
+    return found if why is None else fixed(found, next(iter(inputs)), SIDES, why)
 
 
 def names(found: Sequence[Part]) -> list[str]:

@@ -126,10 +126,11 @@ def make(request: Request, folder: Path, *, whole: bool = False) -> Made:
     main = parts[0]
     said: dict[str, Mapping[str, Any]] = {}
     failures: list[str] = []
+    doubts: list[str] = []
     for part in parts:
         name, data = graph_name(options, part.graph)
         request.on_stage(f"tracing {name} of {cls.name}, the longest part")
-        said[name] = _written(request, folder, part, name, data, failures)
+        said[name] = _written(request, folder, part, name, data, failures, doubts)
     if options.layout == "transformers-js" and len(said) > 1:
         request.on_stage("joining the decoders")
         _join(request, said)
@@ -151,7 +152,8 @@ def make(request: Request, folder: Path, *, whole: bool = False) -> Made:
         facts=facts,
         parity=(Parity(name, request.plan, outputs=main.compared, budget=budget,
                        cls=None if options.task is None else cls, derive=derive),),
-        notes=tuple(dict.fromkeys(failures)),
+        notes=tuple(dict.fromkeys((*failures, *(n for part in parts for n in part.notes)))),
+        warnings=tuple(dict.fromkeys(doubts)),
     )  # fmt: skip
 
 
@@ -180,7 +182,13 @@ def _join(request: Request, said: dict[str, Mapping[str, Any]]) -> None:
 
 
 def _written(
-    request: Request, folder: Path, part: Part, name: str, data: str, failures: list[str]
+    request: Request,
+    folder: Path,
+    part: Part,
+    name: str,
+    data: str,
+    failures: list[str],
+    doubts: list[str],
 ) -> dict[str, Any]:
     """Trace a part, write its graph as the options say, and return what the manifest says of it.
 
@@ -191,6 +199,7 @@ def _written(
         name: Of the graph, within the request's folder.
         data: Of the file with its weights, beside it.
         failures: Gets why an engine could not.
+        doubts: Gets what was fused less than asked for.
 
     Raises:
         GraphError: It cannot be traced, fused or quantised.
@@ -203,20 +212,24 @@ def _written(
     tidy.tidy(model)
     if options.fuse != "none":
         request.on_stage(f"fusing operators for {options.fuse}")
-        fuse.fuse(model, options.fuse)
+        doubts += fuse.fuse(model, options.fuse)
     shared: list[str] = []
     if options.share_weights:
         shared = share.share(model, folder, request.folder, copy=folder.parent != request.folder)
     request.on_stage(f"writing {name}")
     facts = {"engine": engine, **_facts(model, part), "shared_weights": len(shared)}
+    if options.fuse != "none":
+        facts["fused_operators"] = fuse.operators(model)
     if fuse.takes_one_sequence_after_a_cache(model):
         facts["several_tokens_after_a_cache"] = "of one sequence only"
     if options.quantize is None:
         files.write(model, path, data)
+        fuse.refuse_unrunnable(path, options)
         return facts
     quantise.reachable(model)
     plain = path.with_name("float.onnx")
     files.write(model, plain, f"{plain.name}.data")
+    fuse.refuse_unrunnable(plain, options)
     request.on_stage(f"quantising to {options.quantize}")
     facts["quantized"] = quantise.quantise(plain, path, data, options)
     for file in (plain, plain.with_name(f"{plain.name}.data")):

@@ -8,7 +8,7 @@ and equal sizes for the same one.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ class Part:
         graph: File name.
         facts: For the manifest.
         steps: Name of an axis -> what all of its sizes are multiples of, where that is not 1.
+        notes: What the graph does not take although the model may, for the user to be told.
     """
 
     module: nn.Module
@@ -51,6 +52,7 @@ class Part:
     graph: str = GRAPH
     facts: Mapping[str, Any] = field(default_factory=dict)
     steps: Mapping[str, int] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
 
 class Flat(nn.Module):
@@ -145,6 +147,23 @@ def plain(
 
     outputs = [output_name(n, inputs) for n in names]
     return Part(Flat(model, list(inputs), run, outputs), inputs, axes, outputs, compared=outputs)
+
+
+def fixed(part: Part, name: str, labels: Mapping[int, str], why: str) -> Part:
+    """Return a part that says of an input that some of its axes have one size only.
+
+    Args:
+        part: The part.
+        name: Of the input.
+        labels: Axis -> what it is called.
+        why: They do not vary.
+    """
+    sizes = {label: part.inputs[name].shape[axis] for axis, label in labels.items()}
+    said = " and ".join(f"{label} {size}" for label, size in sizes.items())
+    note = f"the graph takes '{name}' of {said} alone: {why}"
+    return replace(
+        part, facts={**part.facts, "fixed_axes": {name: sizes}}, notes=(*part.notes, note)
+    )
 
 
 def _relate(values: Mapping[str, Tensor], axes: Mapping[str, Axes]) -> None:

@@ -6,6 +6,7 @@ Names are flat, as a graph's are; ``arguments`` puts them where the model's forw
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -77,28 +78,49 @@ class Sides:
 
 
 def sides(model: Any) -> Sides | None:
-    """Return the sizes of a model's noise; None: only those of its config.
+    """Return the sizes of a model's noise; None: only those of its config, see ``why_fixed``.
 
-    They vary in UNets, and in transformers of patches whose places are computed or cropped. Where
-    the config's own size is no multiple, other sizes take other paths through the model.
+    They vary in UNets, and in transformers of patches whose places are computed, cropped, or not
+    needed. Where the config's own size is no multiple, other sizes take other paths through the
+    model.
     Source: diffusers, models/unets/unet_2d_condition.py, ``forward_upsample_size``;
-    models/embeddings.py, ``PatchEmbed``.
+    models/embeddings.py, ``PatchEmbed``; transformers/auraflow_transformer_2d.py,
+    ``AuraFlowPatchEmbed.pe_selection_index_based_on_dim``.
     """
+    found = _sides(model)
+    return found if isinstance(found, Sides) else None
+
+
+def why_fixed(model: Any) -> str | None:
+    """Return why height and width of a model's noise are its config's; None: they vary."""
+    found = _sides(model)
+    return found if isinstance(found, str) else None
+
+
+def _sides(model: Any) -> Sides | str:
     side = model.config.get("sample_size")
     if side is None:
-        return None
+        return "its config names no sample_size"
     height, width = (side, side) if isinstance(side, int) else side
     doublings: Any = getattr(model, "num_upsamplers", None)
-    patches: Any = getattr(model, "pos_embed", None)
+    patches: Any = getattr(model, "pos_embed", getattr(model, "patch_embed", None))
+    kind = type(patches).__name__
     if isinstance(doublings, int):
         found = Sides((height, width), 2**doublings)
-    elif type(patches).__name__ == "PatchEmbed" and patches.pos_embed is not None:
+    elif kind == "PatchEmbed":
         step, most = patches.patch_size, patches.pos_embed_max_size
         found = Sides((height, width), step, most and most * step)
+    elif kind == "AuraFlowPatchEmbed":  # a square of learned places, of which the middle is taken
+        step, most = patches.patch_size, math.isqrt(patches.pos_embed_max_size)
+        found = Sides((height, width), step, most * step)
     else:
-        return None
-    whole = all(n % found.step == 0 for n in found.base)
-    return found if whole and found.vary else None
+        return f"how {type(model).__name__} places patches at other sizes is not known here"
+    if any(n % found.step for n in found.base):
+        return (
+            f"sample_size is no multiple of {found.step}, and other sizes take another path "
+            "through the model"
+        )
+    return found if found.vary else f"it has places for sizes up to {found.most} alone"
 
 
 def batches(
@@ -142,6 +164,11 @@ def noise(
     """
     takes = inspect.signature(model.forward).parameters
     config: Any = model.config
+    if "encoder_hidden_states_t5" in takes:  # HunyuanDiT
+        raise Unsupported(
+            type(model).__name__, "takes states of two texts (encoder_hidden_states_t5), places "
+            "(image_rotary_emb), sizes and a style, for which no inputs can be made up"
+        )  # fmt: skip
     channels = config.get("in_channels")
     if channels is not None and "img_ids" in takes:
         values = _packed(rows, channels, words, make)
