@@ -11,7 +11,7 @@ from dora_export.verification.model import Finding, TensorResult
 from dora_export.verification.oracle import _tier
 from dora_export.verification.page import page
 from dora_export.verification.statement import groups as groups_of
-from dora_export.verification.statement import precision
+from dora_export.verification.statement import precision, tier_state
 from tests import reports
 
 PLAIN = TensorResult("w", "exact", "BF16", (4, 3), 12, 0.5, 1e-5, 2e-3, 1.0, 0.1,
@@ -323,3 +323,14 @@ def test_the_page_of_a_part_says_what_it_is():
     assert ">a</span>" in page(two)
     assert ">b (DoRA)</span>" in page(two)
     assert "most</small>" in html
+
+
+def test_a_tiers_state_is_that_of_its_own_findings():
+    def states(*codes):
+        report = reports.right(findings=tuple(Finding(c, "w", "x") for c in codes))
+        return [tier_state(report, tier) for tier in report.tiers]
+
+    assert states() == ["right", "right", "right"]
+    assert states("bytes-differ") == ["wrong", "right", "right"]
+    assert states("adapter-left") == ["warning", "right", "right"]
+    assert states("adapter-left", "not-applied") == ["warning", "wrong", "right"]
