@@ -102,6 +102,13 @@ _SWIN = (  # within other models
     ("blocks.*.intermediate.dense.", "blocks.*.mlp.fc1."),
     ("blocks.*.output.dense.", "blocks.*.mlp.fc2."),
 )  # fmt: skip
+# OpenAI's names in a block of a vision transformer.
+_RESIDUAL_BLOCK = (
+    (".mlp.c_fc.", ".mlp.fc1."),
+    (".mlp.c_proj.", ".mlp.fc2."),
+    (".ln_1.", ".layernorm_before."),
+    (".ln_2.", ".layernorm_after."),
+)
 _INKLING = (
     *(
         (f".attn.{old}.", f".self_attn.{new}_proj.")
@@ -395,10 +402,7 @@ CONVENTIONS = (
                 "model.vision_model.layers.",
                 (
                     (".attn.out_proj.", ".self_attn.out_proj."),
-                    (".mlp.c_fc.", ".mlp.fc1."),
-                    (".mlp.c_proj.", ".mlp.fc2."),
-                    (".ln_1.", ".layernorm_before."),
-                    (".ln_2.", ".layernorm_after."),
+                    *_RESIDUAL_BLOCK,
                 ),
             ),
         ),
@@ -463,12 +467,7 @@ CONVENTIONS = (
             (
                 "model.visual.backbone.layers.",
                 "model.vision_tower.layers.",
-                (
-                    (".mlp.c_fc.", ".mlp.fc1."),
-                    (".mlp.c_proj.", ".mlp.fc2."),
-                    (".ln_1.", ".layernorm_before."),
-                    (".ln_2.", ".layernorm_after."),
-                ),
+                _RESIDUAL_BLOCK,
             ),
         ),
         model_types=frozenset({"inkling2"}),
