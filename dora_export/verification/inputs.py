@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -179,17 +180,14 @@ def vocabulary(model: Any) -> int:
     Raises:
         Unsupported: Neither the model nor its config says.
     """
-    try:
-        embeddings = model.get_input_embeddings()
-        return int(embeddings.weight.shape[0])
-    except (AttributeError, NotImplementedError):
-        # transformers raises these for classes of two towers, which have two embeddings: their text
-        # tower's config has the number, and without one the model is refused by name
-        text = getattr(model.config, "text_config", model.config)
-        rows = getattr(text, "vocab_size", None)
-        if rows is None:
-            raise Unsupported(type(model).__name__, "takes tokens of an unknown number") from None
-        return int(rows)
+    # A class of two towers has two embeddings, so transformers' method raises for it: then its text
+    # tower's config has the number.
+    with suppress(AttributeError, NotImplementedError):
+        return int(model.get_input_embeddings().weight.shape[0])
+    rows = getattr(getattr(model.config, "text_config", model.config), "vocab_size", None)
+    if rows is None:
+        raise Unsupported(type(model).__name__, "takes tokens of an unknown number")
+    return int(rows)
 
 
 def _special_tokens(model: Any) -> set[int]:
