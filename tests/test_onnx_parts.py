@@ -564,6 +564,18 @@ def test_sizes_of_images_and_sound_that_are_fixed_are_named():
         assert len(part.notes) == 1
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_frames_of_sound_that_an_encoder_takes_are_named(whole):
+    model = model_of("whisper")
+    frames = 2 * model.config.max_source_positions
+    first, *others = tasks.parts(model, whole=whole)
+    assert first.inputs["input_features"].shape[2] == frames
+    assert first.facts["fixed_axes"] == {"input_features": {"frames": frames}}
+    assert f"of frames {frames} alone" in first.notes[0]
+    assert len(others) == (0 if whole else 2)
+    assert not any("fixed_axes" in p.facts for p in (*others, *tasks.parts(model_of("t5"))))
+
+
 def test_a_model_whose_conditions_cannot_be_made_up_is_refused_by_name():
     model = diffusers.HunyuanDiT2DModel(
         num_attention_heads=4, attention_head_dim=8, in_channels=4, patch_size=2, sample_size=8,

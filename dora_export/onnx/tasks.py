@@ -112,8 +112,7 @@ def _parts(model: nn.Module, rows: int, *, whole: bool) -> list[Part]:
         return [fixed(plain(model, {main: pixels}, {main: {0: BATCH}}), main, SIDES, why)]
     if main in ("input_features", "input_values"):
         sound, axes = _sound(model, main, rows)
-        found = plain(model, {main: sound}, {main: axes})
-        return [found if LENGTH in axes.values() else fixed(found, main, FRAMES, AS_SAID)]
+        return [_saying_frames(plain(model, {main: sound}, {main: axes}), main)]
     raise GraphError(
         f"{type(model).__name__}: takes '{main}', for which no example input can be made up. "
         "Export it from Python with export_module() and example inputs of your own."
@@ -206,9 +205,16 @@ def _sequence_to_sequence(
         inputs[main], axes[main] = _sound(model, main, rows)
     ids = _tokens(model, (rows, SIZES[target]))
     if not whole and task_of(type(model).__name__) in WRITING:
-        return encoder_decoder.parts(model, inputs, axes, ids)
-    inputs["decoder_input_ids"], axes["decoder_input_ids"] = ids, {0: BATCH, 1: target}
-    return [plain(model, inputs, axes, options={"use_cache": False})]
+        found = encoder_decoder.parts(model, inputs, axes, ids)
+    else:
+        inputs["decoder_input_ids"], axes["decoder_input_ids"] = ids, {0: BATCH, 1: target}
+        found = [plain(model, inputs, axes, options={"use_cache": False})]
+    return found if main == "input_ids" else [_saying_frames(found[0], main), *found[1:]]
+
+
+def _saying_frames(part: Part, sound: str) -> Part:
+    """Return a part that says so where its features of sound have one length only."""
+    return part if LENGTH in part.axes[sound].values() else fixed(part, sound, FRAMES, AS_SAID)
 
 
 def _diffusion(model: nn.Module, rows: int) -> Part:
