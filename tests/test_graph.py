@@ -561,3 +561,20 @@ def test_what_is_no_graph_was_not_checked(encoder, tmp_path):
     model.graph.node[0].op_type = "NoSuchOperator"
     onnx.save(model, tmp_path / "unknown.onnx")
     assert codes(check(pair, tmp_path / "unknown.onnx")[1]) == ["graph-unsupported"]
+
+
+def test_what_onnxruntime_fails_on_is_raised_and_not_printed(tmp_path, capfd):
+    """It prints what a graph calls its nodes as it stands there."""
+    helper = onnx.helper
+    x, y = (helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["n"]) for n in "xy")
+    shape = helper.make_tensor("shape", onnx.TensorProto.INT64, [1], [3])
+    node = helper.make_node("Reshape", ["x", "shape"], ["y"], name="\x1b[31mred")
+    graph = helper.make_graph([node], "g", [x], [y], [shape])
+    opset = helper.make_opsetid("", 20)
+    onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=10), tmp_path / "m.onnx")
+    runner = OnnxRuntime(tmp_path / "m.onnx")
+    assert runner.run({"x": np.ones(3, np.float32)})["y"].shape == (3,)
+    with pytest.raises(GraphUnusable, match="fails on") as raised:
+        runner.run({"x": np.ones(4, np.float32)})
+    assert "\x1b" not in str(raised.value)
+    assert capfd.readouterr() == ("", "")

@@ -21,7 +21,16 @@ from torch import nn
 
 import dora_export
 from dora_export import GraphOptions
-from dora_export.onnx import engines, files, merged_decoder, overflow, quantise, tasks, unneeded
+from dora_export.onnx import (
+    engines,
+    files,
+    fuse,
+    merged_decoder,
+    overflow,
+    quantise,
+    tasks,
+    unneeded,
+)
 from dora_export.onnx.model import GraphError
 from dora_export.onnx.wrappers import Flat, Part
 from dora_export.verification import inputs, noise, script, times, together
@@ -659,18 +668,51 @@ class Guarded(nn.Module):
         return x * 1.000005, x / (x.abs() + 1e-15)
 
 
-def test_numbers_that_change_little_stay_in_the_graph(tmp_path):
-    """onnxscript's optimiser takes them for 1 and 0."""
+@pytest.mark.parametrize("fused", [False, True])
+def test_numbers_that_change_little_stay_in_the_graph(fused, tmp_path):
+    """onnxscript's optimiser, which fusing runs once more, takes them for 1 and 0."""
     part = Part(
         Flat(Guarded(), ["x"], lambda m, v: m(v["x"]), ["a", "b"]), {"x": torch.ones(3)},
         {"x": {0: "n"}}, ["a", "b"],
     )  # fmt: skip
-    ir.save(engines.export(part, None, "torch"), tmp_path / "m.onnx")
+    model = engines.export(part, None, "torch")
+    if fused:
+        fuse.fuse(model, "cpu")
+    ir.save(model, tmp_path / "m.onnx")
     given = np.array([0, 0, 1, 4], np.float32)
     scaled, divided = onnxruntime.InferenceSession(tmp_path / "m.onnx").run(None, {"x": given})
     assert np.array_equal(scaled, given * np.float32(1.000005))
     assert scaled[2] > 1.000004
     assert np.array_equal(divided, [0, 0, 1, 1])
+
+
+class Sideways(nn.Module):
+    """A product of states whose batch comes second, as in ``nn.MultiheadAttention``."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 5))
+
+    def forward(self, x):
+        queries, keys = self.weight.split([2, 4])
+        return torch.cat([x.transpose(0, 1) @ queries.T, x.exp().transpose(0, 1) @ keys.T], -1)
+
+
+def test_a_batch_that_comes_second_is_turned_before_a_fused_product(tmp_path):
+    """onnxruntime fails where FusedMatMul is to turn the batch of one operand of two ranks."""
+    module = Sideways().eval()
+    part = Part(
+        Flat(module, ["x"], lambda m, v: [m(v["x"])], ["y"]), {"x": torch.randn(2, 4, 5)},
+        {"x": {0: "batch_size"}}, ["y"],
+    )  # fmt: skip
+    model = engines.export(part, None, "torch")
+    fuse.fuse(model, "cpu")
+    assert "FusedMatMul" in {node.op_type for node in model.graph}
+    ir.save(model, tmp_path / "m.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    x = torch.randn(3, 4, 5)
+    (found,) = session.run(None, {"x": x.numpy()})
+    assert np.abs(found - module(x).detach().numpy()).max() < 1e-5
 
 
 def test_an_axis_of_multiples_keeps_its_name_in_the_graph():

@@ -817,13 +817,21 @@ def test_a_slower_graph_than_fusing_gives_otherwise_is_told(
         assert said in " ".join(printed.stderr.split())
 
 
-def test_a_fused_graph_that_onnxruntime_does_not_take_is_refused(exported, tmp_path, monkeypatch):
-    """As GPT-2's: fusions take a norm's rows, reshaped, for its states."""
+@pytest.mark.parametrize("fails", ["on loading", "on its inputs"])
+@pytest.mark.parametrize("quantize", [None, "int4"])
+def test_a_fused_graph_that_onnxruntime_does_not_run_is_refused(
+    fails, quantize, exported, tmp_path, monkeypatch
+):
+    """As GPT-2's, where fusions take a norm's rows, reshaped, for its states; or in a product."""
     pair, _, out, _ = exported
     graph = ir.load(out / "model.onnx")
 
     def spoil(model, provider):
-        model.graph[-1].op_type = "NoSuchOperator"
+        if fails == "on loading":
+            model.graph[-1].op_type = "NoSuchOperator"
+        else:  # no word is among these
+            words = next(v for n, v in model.graph.initializers.items() if "embed" in n)
+            words.const_value = ir.tensor(words.const_value.numpy()[:2], name=words.name)
         return []
 
     monkeypatch.setattr(engines, "traced", lambda *_: (graph, "torch", []))
@@ -831,6 +839,7 @@ def test_a_fused_graph_that_onnxruntime_does_not_take_is_refused(exported, tmp_p
     monkeypatch.setattr(files, "check", lambda path: None)
     with pytest.raises(GraphError, match=r"--fuse cpu: .*cannot be run.*Leave the option out"):
         dora_export.export_onnx(
-            pair.base, pair.adapter, tmp_path / "out", options=GraphOptions(fuse="cpu")
-        )
+            pair.base, pair.adapter, tmp_path / "out", verify=False,
+            options=GraphOptions(fuse="cpu", quantize=quantize),
+        )  # fmt: skip
     assert list(tmp_path.iterdir()) == []

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+from numpy.typing import NDArray
 
+from dora_export.onnx.corrected import exact
 from dora_export.onnx.engines import quiet
 from dora_export.onnx.model import GraphError, GraphOptions
 from dora_export.onnx.unneeded import leave_out
+from dora_export.onnx.wrappers import BATCH, Part
 from dora_export.verification.runner import GraphUnusable, OnnxRuntime
 from dora_export.verification.script import PAST
 
@@ -49,6 +52,8 @@ def fuse(model: ir.Model, provider: str) -> list[str]:
     On a CPU, ``GroupQueryAttention`` takes the place of a decoder's attention over its cache, with
     the mask as its bias, so that sequences of a batch may be padded on either side. It refuses
     several new tokens after a cache for more than one sequence, which is then the graph's limit.
+    Operands whose batch a product would turn are turned before it, as on other providers: a CPU
+    does not turn one of another rank than the other either (SigLIP's pooling head).
     Where the library's steps are not as known here, all is left to its own function, which leaves
     the attention of graphs for any batch as it is: right, and slower.
 
@@ -63,7 +68,7 @@ def fuse(model: ir.Model, provider: str) -> list[str]:
     steps = _steps(onnxruntime_fusions) if provider == "cpu" else []
     caches = any(str(value.name).startswith(PAST) for value in model.graph.inputs)
     try:
-        with quiet():
+        with quiet(), exact():
             for step in steps:
                 step(model)
             if not steps:
@@ -90,21 +95,35 @@ def fuse(model: ir.Model, provider: str) -> list[str]:
     ]
 
 
-def refuse_unrunnable(path: Path, options: GraphOptions) -> None:
-    """Refuse a graph, fused for a CPU, that onnxruntime does not take: fusions may not fit a model.
+def refuse_unrunnable(path: Path, options: GraphOptions, part: Part, *, single: bool) -> None:
+    """Refuse a graph, fused for a CPU, that onnxruntime does not run: fusions may not fit a model.
+
+    Args:
+        path: The graph.
+        options: What it was made by.
+        part: What it was traced from, whose example inputs it is run with.
+        single: Run it with the first sequence alone.
 
     Raises:
-        GraphError: It does not.
+        GraphError: It does not load it, or fails on these inputs.
     """
     if options.fuse != "cpu" or options.dtype == "bf16":  # which no CPU runs, fused or not
         return
     try:
-        OnnxRuntime(path)
+        runner = OnnxRuntime(path)
+        runner.run({name: _example(part, name, single=single) for name in runner.inputs})
     except GraphUnusable as why:
         raise GraphError(
             f"--fuse cpu: transformers' fusions make a graph of this model that cannot be run: "
             f"{why}. Leave the option out."
         ) from why
+
+
+def _example(part: Part, name: str, *, single: bool) -> NDArray[Any]:
+    found = part.inputs[name]
+    for axis, label in part.axes.get(name, {}).items():
+        found = found.narrow(axis, 0, 1) if single and label == BATCH else found
+    return found.numpy()
 
 
 def operators(model: ir.Model) -> dict[str, int]:
@@ -125,8 +144,9 @@ def _steps(fusions: Any) -> list[Step]:
     option for it; its steps are not public. Where they are not as known here, there are none.
     """
     own = getattr(fusions, "_fuse_group_query_attention", None)
+    untransposed = getattr(fusions, "_untranspose_batch_matmuls", None)
     steps = [step for step, providers in getattr(fusions, "_STEPS", ())
-             if providers is None or "cpu" in providers]  # fmt: skip
+             if providers is None or "cpu" in providers or step is untransposed]  # fmt: skip
     if own is None or own not in steps:
         return []
     return [partial(_grouped, own) if step is own else step for step in steps]

@@ -220,16 +220,17 @@ def _written(
     facts = {"engine": engine, **_facts(model, part), "shared_weights": len(shared)}
     if options.fuse != "none":
         facts["fused_operators"] = fuse.operators(model)
-    if fuse.takes_one_sequence_after_a_cache(model):
+    single = fuse.takes_one_sequence_after_a_cache(model)
+    if single:
         facts["several_tokens_after_a_cache"] = "of one sequence only"
     if options.quantize is None:
         files.write(model, path, data)
-        fuse.refuse_unrunnable(path, options)
+        fuse.refuse_unrunnable(path, options, part, single=single)
         return facts
     quantise.reachable(model)
     plain = path.with_name("float.onnx")
     files.write(model, plain, f"{plain.name}.data")
-    fuse.refuse_unrunnable(plain, options)
+    fuse.refuse_unrunnable(plain, options, part, single=single)
     request.on_stage(f"quantising to {options.quantize}")
     facts["quantized"] = quantise.quantise(plain, path, data, options)
     for file in (plain, plain.with_name(f"{plain.name}.data")):

@@ -101,7 +101,7 @@ class OnnxRuntime:
         self._precision = _precision(model)
         self.swaps = adapter is not None  # its adapter is beside weights that nobody merged
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors
+        options.log_severity_level = 4  # errors are raised; printed, they would show raw names
         try:
             # Falling back, it would print what it met, names of a stranger's among that.
             self._session = onnxruntime.InferenceSession(
