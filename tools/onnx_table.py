@@ -1,9 +1,10 @@
 """Trace tiny models of many architectures with random DoRA adapters; hold each graph to account.
 
-``tools/onnx_table.py [--only NAME;...] [--json FILE] [--dtype fp32] [--engine auto]`` makes each
-model at random, gives it an adapter as after training (A, B, magnitudes), exports the two
-and prints what parity found. An architecture that cannot be exported has the exporter's reason in
-its row, and the exit code is 1.
+``tools/onnx_table.py [--only NAME;...] [--json FILE] [--dtype fp32] [--engine auto] [--fuse none]
+[--quantize int4] [--share-weights] [--adapters]`` makes each model at random, gives it an adapter
+as after training (A, B, magnitudes), exports the two, merged or as one graph with places for the
+adapter, and prints what parity found. An architecture that cannot be exported has the exporter's
+reason in its row, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -216,7 +217,9 @@ def _under_stored_names(folder: Path, weights: dict[str, Any]) -> None:
     save_file(held, path, {"format": "pt"})
 
 
-def row(name: str, options: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+def row(
+    name: str, options: dict[str, Any], say: Callable[[str], None], *, adapters: bool = False
+) -> dict[str, Any]:
     """Export one architecture and return what was found."""
     from dora_export import DoraExportError, GraphOptions, export_onnx  # noqa: PLC0415
 
@@ -226,7 +229,7 @@ def row(name: str, options: dict[str, Any], say: Callable[[str], None]) -> dict[
         make_pair(name, folder)
         report = export_onnx(
             folder / "base", folder / "adapter", folder / "out", allow_mismatch=True,
-            options=GraphOptions(**options), on_stage=say,
+            adapters=adapters, options=GraphOptions(**options), on_stage=say,
         )  # fmt: skip
     except DoraExportError as error:
         return {"name": name, "verdict": "failed", "reason": str(error),
@@ -234,7 +237,7 @@ def row(name: str, options: dict[str, Any], say: Callable[[str], None]) -> dict[
     finally:
         shutil.rmtree(folder)
     assert report.verified is not None, "Bug: it was asked for"
-    figures = report.verified.tiers[0].figures
+    figures = report.verified.tiers[-1].figures  # of a graph with places: with the adapter
     outputs = {n: o for n, o in figures.get("outputs", {}).items() if not n.startswith("present.")}
     worst = max(outputs.values(), key=lambda o: o["excess"], default=None)
     shares = [m["share"] for m in figures.get("mistakes", {}).values() if m["share"] is not None]
@@ -277,16 +280,20 @@ def main() -> int:
     parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--fuse", default="none")
+    parser.add_argument("--quantize")
+    parser.add_argument("--share-weights", action="store_true")
+    parser.add_argument("--adapters", action="store_true", help="places for adapters, unmerged")
     given = parser.parse_args()
     chosen = given.only.split(";") if given.only else list(ARCHITECTURES)
     warnings.simplefilter("ignore")
-    options = {"dtype": given.dtype, "engine": given.engine, "fuse": given.fuse}
+    asked = ("dtype", "engine", "fuse", "quantize", "share_weights")
+    options = {name: getattr(given, name) for name in asked}
     print(f"{'architecture':<20} {'verdict':<10} {'engine':<13} {'nodes':>5} "
           f"{'error':>9}    {'scale':<8} {'allows':>6} {'adapter':>9} {'mistake':>9} {'text':>7} "
           f"{'time':>8}")  # fmt: skip
     rows = []
     for name in chosen:
-        rows.append(row(name, options, lambda _: None))
+        rows.append(row(name, options, lambda _: None, adapters=given.adapters))
         print(line(rows[-1]), flush=True)
         if given.json:
             given.json.write_text(json.dumps(rows, indent=2))
