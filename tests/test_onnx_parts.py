@@ -91,6 +91,15 @@ def test_states_are_clamped_in_float16_where_the_model_clamps_them(test, tmp_pat
         assert torch.equal(module(x.float()), x.float())
 
 
+def test_a_decoder_in_float16_is_traced_by_either_engine():
+    """torch's asserts about sizes pass through what looks at clamped states."""
+    (part,) = tasks.parts(model_of("llama").half())
+    for engine in ("torch", "transformers"):
+        graph = engines.export(part, None, engine).graph
+        assert [v.name for v in graph.outputs] == part.outputs
+        assert graph.outputs[0].dtype == ir.DataType.FLOAT16
+
+
 def test_a_branch_that_does_not_clamp_is_not_traced():
     module = Overflowing("finite")
     with pytest.raises(RuntimeError, match="does not clamp"), overflow.choices(module):

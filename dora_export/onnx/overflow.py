@@ -39,7 +39,8 @@ class _Choices(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         named = kwargs or {}
-        first = args[0] if args else None
+        # A stand-in of the tracer's for a size would have any attribute.
+        first = args[0] if args and isinstance(args[0], Tensor) else None
         if func is torch.Tensor.__bool__ and hasattr(first, DECIDES):
             assert self.pending is None, "Bug: a branch that clamps nothing"
             states, needed, clamps = getattr(first, DECIDES)
