@@ -100,6 +100,17 @@ def test_a_decoder_in_float16_is_traced_by_either_engine():
         assert graph.outputs[0].dtype == ir.DataType.FLOAT16
 
 
+@pytest.mark.parametrize("name", ["resnet", "vit", "whisper", "wav2vec2"])
+def test_images_and_sound_are_float32_for_models_in_16_bits_too(name):
+    """Some models cast them, others fail on them; a graph takes them all alike."""
+    for part in tasks.parts(model_of(name).half()):
+        given = {n: t for n, t in part.inputs.items() if n in tasks.MEASURED}
+        assert {t.dtype for t in given.values()} <= {torch.float32}
+        with torch.no_grad():
+            found = part.module(*part.inputs.values())
+        assert {t.dtype for t in found} == {torch.float16}
+
+
 def test_a_branch_that_does_not_clamp_is_not_traced():
     module = Overflowing("finite")
     with pytest.raises(RuntimeError, match="does not clamp"), overflow.choices(module):

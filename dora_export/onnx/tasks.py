@@ -62,6 +62,7 @@ CLASSES = {
     "feature-extraction": "AutoModel",
 }
 SIDES, FRAMES = {2: HEIGHT, 3: WIDTH}, {2: "frames"}
+MEASURED = ("pixel_values", "input_features", "input_values")  # images and sound
 AS_SAID = "its config names this size"
 IMAGE_SIZE = 64  # pixels, where the config leaves it open
 SOUND_SAMPLES = 6400
@@ -98,6 +99,8 @@ def _parts(model: nn.Module, rows: int, *, whole: bool) -> list[Part]:
     if "timestep" in takes:
         return [_diffusion(model, rows)]
     main = getattr(model, "main_input_name", "input_ids")
+    if main in MEASURED:
+        _take_float32(model, main)
     if getattr(config, "is_encoder_decoder", False):
         return _sequence_to_sequence(model, main, rows, whole=whole)
     if main == "input_ids" and "pixel_values" in takes and hasattr(config, "projection_dim"):
@@ -117,6 +120,22 @@ def _parts(model: nn.Module, rows: int, *, whole: bool) -> list[Part]:
         f"{type(model).__name__}: takes '{main}', for which no example input can be made up. "
         "Export it from Python with export_module() and example inputs of your own."
     )
+
+
+def _take_float32(model: nn.Module, name: str) -> None:
+    """Let a model of 16 bits take images or sound in float32, as those do that cast them."""
+
+    def cast(_: nn.Module, args: Any, named: dict[str, Any]) -> Any:
+        given = named.get(name)
+        if isinstance(given, Tensor) and given.is_floating_point():
+            named = {**named, name: given.to(dtype)}
+        return args, named
+
+    dtype = next(model.parameters()).dtype
+    find_encoder: Any = getattr(model, "get_encoder", None)
+    is_encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
+    for module in (model, *([find_encoder()] if is_encoder_decoder else ())):
+        module.register_forward_pre_hook(cast, with_kwargs=True)
 
 
 def _tokens(model: nn.Module, shape: tuple[int, int]) -> Tensor:
