@@ -706,6 +706,27 @@ def test_numbers_that_change_little_stay_in_the_graph(fused, tmp_path):
     assert np.array_equal(divided, [0, 0, 1, 1])
 
 
+class Mixed(nn.Module):
+    """Joins a text in half precision with sizes in float32, as SDXL's UNet does."""
+
+    def forward(self, text, sizes):
+        return torch.cat([text, sizes], -1).to(text.dtype)
+
+
+def test_tensors_of_two_types_are_joined_in_the_wider_one(tmp_path):
+    module = Mixed()
+    text, sizes = torch.randn(2, 3).half(), 1000 * torch.rand(2, 4)
+    axes = {"text": {0: "batch_size"}, "sizes": {0: "batch_size"}}
+    part = Part(
+        Flat(module, ["text", "sizes"], lambda m, v: [m(v["text"], v["sizes"])], ["y"]),
+        {"text": text, "sizes": sizes}, axes, ["y"],
+    )  # fmt: skip
+    ir.save(engines.export(part, None, "torch"), tmp_path / "m.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    (found,) = session.run(None, {"text": text.numpy(), "sizes": sizes.numpy()})
+    assert np.array_equal(found, module(text, sizes).numpy())
+
+
 class Sideways(nn.Module):
     """A product of states whose batch comes second, as in ``nn.MultiheadAttention``."""
 

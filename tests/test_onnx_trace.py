@@ -818,15 +818,19 @@ def test_a_slower_graph_than_fusing_gives_otherwise_is_told(
 
 
 @pytest.mark.parametrize("fails", ["on loading", "on its inputs"])
-@pytest.mark.parametrize("quantize", [None, "int4"])
-def test_a_fused_graph_that_onnxruntime_does_not_run_is_refused(
-    fails, quantize, exported, tmp_path, monkeypatch
+@pytest.mark.parametrize(("made_by", "quantize", "said"), [
+    ("cpu", None, r"--fuse cpu: .*cannot be run.*Leave the option out"),
+    ("cpu", "int4", r"--fuse cpu: .*cannot be run.*Leave the option out"),
+    ("none", None, r"the exporter makes .*cannot be run.*Pass another --engine"),
+])  # fmt: skip
+def test_a_graph_that_onnxruntime_does_not_run_is_refused(
+    fails, made_by, quantize, said, exported, tmp_path, monkeypatch
 ):
     """As GPT-2's, where fusions take a norm's rows, reshaped, for its states; or in a product."""
     pair, _, out, _ = exported
     graph = ir.load(out / "model.onnx")
 
-    def spoil(model, provider):
+    def spoil(model, *_):
         if fails == "on loading":
             model.graph[-1].op_type = "NoSuchOperator"
         else:  # no word is among these
@@ -835,11 +839,13 @@ def test_a_fused_graph_that_onnxruntime_does_not_run_is_refused(
         return []
 
     monkeypatch.setattr(engines, "traced", lambda *_: (graph, "torch", []))
+    if made_by == "none":
+        spoil(graph)
     monkeypatch.setattr(fuse, "fuse", spoil)
     monkeypatch.setattr(files, "check", lambda path: None)
-    with pytest.raises(GraphError, match=r"--fuse cpu: .*cannot be run.*Leave the option out"):
+    with pytest.raises(GraphError, match=said):
         dora_export.export_onnx(
             pair.base, pair.adapter, tmp_path / "out", verify=False,
-            options=GraphOptions(fuse="cpu", quantize=quantize),
+            options=GraphOptions(fuse=made_by, quantize=quantize),
         )  # fmt: skip
     assert list(tmp_path.iterdir()) == []

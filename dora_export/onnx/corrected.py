@@ -1,7 +1,8 @@
 """Operators of a traced graph that do not mean what torch meant, put right.
 
 torch's exporter writes two things for example sizes only. Both are told from the node's own
-record of where it comes from, so a graph has to be corrected before ``tidy`` drops that.
+record of where it comes from, so a graph has to be corrected before ``tidy`` drops that. A third
+it writes as if ONNX knew torch's rule for operands of two types.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ def correct(model: ir.Model) -> int:
       traced give another result where the dividend is negative, as in ``2 + (-height // 2)``.
     - ``squeeze(dim)`` leaves an axis alone whose size is not 1; ``Squeeze`` fails there. torch's
       own shapes, which the values carry, say that it is left alone.
+    - ``cat`` of two types gives the wider one (SDXL's sizes beside its text in float16); ``Concat``
+      takes one type alone.
     """
     count = 0
     for node in list(model.graph.all_nodes()):
@@ -63,6 +66,8 @@ def correct(model: ir.Model) -> int:
             _floor(node)
         elif node.op_type == "Squeeze" and SQUEEZED in origin and _same_rank(node):
             _pass_over(node)
+        elif node.op_type == "Concat" and len({v.dtype for v in node.inputs if v is not None}) > 1:
+            _cast(node)
         else:
             continue
         count += 1
@@ -97,3 +102,19 @@ def _same_rank(node: ir.Node) -> bool:
 def _pass_over(node: ir.Node) -> None:
     node.op_type = "Identity"
     node.resize_inputs(1)
+
+
+def _cast(node: ir.Node) -> None:
+    """Cast a node's inputs to the type that torch gives its output."""
+    wanted = node.outputs[0].dtype
+    assert wanted is not None, "Bug: a value of a traced graph has a type"
+    assert node.graph is not None, "Bug: a node of a graph"
+    for place, value in enumerate(node.inputs):
+        if value is None or value.dtype == wanted:
+            continue
+        cast = ir.node("Cast", [value], attributes={"to": wanted})
+        made = cast.outputs[0]
+        made.name = f"{node.outputs[0].name}_cast_{place}"
+        made.type, made.shape = ir.TensorType(wanted), value.shape
+        node.graph.insert_before(node, cast)
+        node.replace_input_with(place, made)

@@ -96,7 +96,9 @@ def fuse(model: ir.Model, provider: str) -> list[str]:
 
 
 def refuse_unrunnable(path: Path, options: GraphOptions, part: Part, *, single: bool) -> None:
-    """Refuse a graph, fused for a CPU, that onnxruntime does not run: fusions may not fit a model.
+    """Refuse a graph that onnxruntime does not run: fusions, and exporters, may not fit a model.
+
+    Graphs that no CPU runs, of bfloat16 or fused for CUDA, are left to who runs them.
 
     Args:
         path: The graph.
@@ -107,12 +109,17 @@ def refuse_unrunnable(path: Path, options: GraphOptions, part: Part, *, single: 
     Raises:
         GraphError: It does not load it, or fails on these inputs.
     """
-    if options.fuse != "cpu" or options.dtype == "bf16":  # which no CPU runs, fused or not
+    if options.fuse not in ("cpu", "none") or options.dtype == "bf16":
         return
     try:
         runner = OnnxRuntime(path)
         runner.run({name: _example(part, name, single=single) for name in runner.inputs})
     except GraphUnusable as why:
+        if options.fuse == "none":
+            raise GraphError(
+                f"{path.name}: the exporter makes a graph of this model that cannot be run: {why}. "
+                "Pass another --engine or --dtype."
+            ) from why
         raise GraphError(
             f"--fuse cpu: transformers' fusions make a graph of this model that cannot be run: "
             f"{why}. Leave the option out."
