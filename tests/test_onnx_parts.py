@@ -493,6 +493,47 @@ def test_threads_that_trace_leave_logging_as_it_was():
     assert one.level == before
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("attributes", "split"), [
+    ({}, True), ({"transB": 1}, True), ({"alpha": 2.0}, False), ({"transA": 1}, False),
+])  # fmt: skip
+def test_a_gemm_that_only_multiplies_and_adds_is_quantised_too(attributes, split, bias, tmp_path):
+    """GPT-2's layers are such; int4's quantiser sees ``MatMul`` alone."""
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+    make = np.random.default_rng(0)
+    weight = make.normal(size=(32, 64)).astype(np.float32)
+    stored = {"w": weight.T if attributes.get("transB") else weight}
+    if bias:
+        stored["b"] = make.normal(size=64).astype(np.float32)
+    shape = (32, 5) if attributes.get("transA") else (5, 32)
+    node = helper.make_node("Gemm", ["x", *stored], ["y"], name="gemm", **attributes)
+    graph = helper.make_graph(
+        [node], "g", [helper.make_tensor_value_info("x", kind, shape)],
+        [helper.make_tensor_value_info("y", kind, (5, 64))],
+        [onnx.numpy_helper.from_array(np.ascontiguousarray(v), n) for n, v in stored.items()],
+    )  # fmt: skip
+    opset = helper.make_opsetid("", 20)
+    onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=10), tmp_path / "a.onnx")
+    model = ir.load(tmp_path / "a.onnx")
+    quantise.reachable(model)
+    ir.save(model, tmp_path / "b.onnx")
+    assert ("Gemm" not in {n.op_type for n in model.graph}) == split
+    x = {"x": make.normal(size=shape).astype(np.float32)}
+    before, after = (onnxruntime.InferenceSession(tmp_path / n).run(None, x)[0]
+                     for n in ("a.onnx", "b.onnx"))  # fmt: skip
+    assert np.abs(before - after).max() < 1e-5
+    options = GraphOptions(quantize="int4", symmetric=False)
+    if not split:
+        with pytest.raises(GraphError, match="no matrix product"):
+            quantise.quantise(tmp_path / "b.onnx", tmp_path / "c.onnx", "c.data", options)
+        return
+    assert (
+        quantise.quantise(tmp_path / "b.onnx", tmp_path / "c.onnx", "c.data", options)["nodes"] == 1
+    )
+    (few,) = onnxruntime.InferenceSession(tmp_path / "c.onnx").run(None, x)
+    assert 1e-3 < np.abs(few - before).max() < 0.2 * np.abs(before).max()
+
+
 def test_int8_weights_are_unsigned_since_signed_ones_overflow_without_vnni(tmp_path):
     """Large activations and weights of one sign: with signed weights AVX2 gives half of it."""
     make = np.random.default_rng(0)

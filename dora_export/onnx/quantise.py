@@ -38,11 +38,13 @@ def reachable(model: ir.Model) -> None:
     """Store weights as the second operands of ``MatMul`` that quantisers see.
 
     Exporters leave ``MatMul(x, Transpose(W))`` where W is used elsewhere as well (a tied output
-    head), fusions make ``FusedMatMul`` of it, and a stack of experts' matrices that lie in one
-    tensor is split.
+    head), fusions make ``FusedMatMul`` of it, a stack of experts' matrices that lie in one tensor
+    is split, and ``Gemm`` (GPT-2's layers, heads of towers) is one that int4's does not see.
     """
     graph = model.graph
     _unstack(graph)
+    for node in list(graph):
+        _split_gemm(node)
     for node in list(graph):
         weight = _turned_operand(node)
         tensor = None if weight is None else weight.const_value
@@ -58,6 +60,36 @@ def reachable(model: ir.Model) -> None:
             node.op_type, node.domain = "MatMul", ""
             node.attributes.clear()
     ir.passes.common.RemoveUnusedNodesPass()(model)
+
+
+def _split_gemm(node: ir.Node) -> None:
+    """Make ``Gemm`` by a stored weight into ``MatMul`` and ``Add``, where that is all it does."""
+    given = node.attributes
+    if not _is(node, "Gemm") or given.get_int("transA", 0) != 0:
+        return
+    if any(given.get_float(name, 1.0) != 1.0 for name in ("alpha", "beta")):
+        return
+    x, weight, *rest = node.inputs
+    if x is None or weight is None or weight.const_value is None or node.graph is None:
+        return
+    output = node.outputs[0]
+    if given.get_int("transB", 0) != 0:
+        turn = ir.node("Transpose", [weight], attributes={"perm": [1, 0]})
+        turn.outputs[0].name = f"{output.name}_turned"
+        node.graph.insert_before(node, turn)
+        weight = turn.outputs[0]
+    product = ir.node("MatMul", [x, weight])
+    product.name = f"{node.name}_product" if node.name else None
+    found = product.outputs[0]
+    found.name, found.type, found.shape = f"{output.name}_product", output.type, output.shape
+    node.graph.insert_before(node, product)
+    bias = rest[0] if rest else None
+    node.op_type = "Identity" if bias is None else "Add"
+    given.clear()
+    node.resize_inputs(1 if bias is None else 2)
+    node.replace_input_with(0, found)
+    if bias is not None:
+        node.replace_input_with(1, bias)
 
 
 def _turned_operand(node: ir.Node) -> ir.Value | None:
