@@ -4,13 +4,14 @@
 # make crash  a few hundred kills of a running merge (about 7 minutes)
 # make fuzz   damaged and forged files for every reader (20 minutes; MINUTES=5 for less)
 # make bench  the speed and memory table of the README (about 15 minutes, 12 GB of disk)
+# make arm    the compiled loops built for ARM, and run by emulation (Debian, as root; tools/on_arm says what it needs)
 # Each makes .venv if it is missing and installs what it needs; PYTHON is all that must be there.
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 WORK ?= build/bench
 MINUTES ?= 20
 
-.PHONY: demo test nightly crash fuzz bench clean
+.PHONY: demo test nightly crash fuzz bench arm clean
 
 demo: .venv/.demo
 	.venv/bin/dora-export demo -o demo-output
@@ -30,6 +31,9 @@ fuzz: .venv/.test
 
 bench: .venv/.test
 	.venv/bin/python tools/bench_merge.py --work $(WORK) --deep
+
+arm: .venv/.test
+	tools/on_arm
 
 .venv/.venv:
 	$(PYTHON) -m venv .venv
