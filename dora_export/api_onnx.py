@@ -159,7 +159,7 @@ def export_onnx(
     with staged(target, job, force=force, sync=sync) as stage:
         request = Request(
             plans, stage.folder, options, Path(into) if into is not None else None, threads,
-            progress, on_stage, tuple(allow_missing), allow_merged_base, sync,
+            progress, on_stage, tuple(allow_missing), allow_merged_base, sync, runs=verify,
         )  # fmt: skip
         made = _make(way, request, base, adapter, settings, reading, allow_merged_base)
         on_stage("writing side files")

@@ -93,6 +93,7 @@ class Request:
         allow_missing: Tensors or modules that ``into`` may lack although the merge changes them.
         allow_merged_base: Whether base and graph may have had an adapter merged in before.
         sync: Whether to wait until a re-weighted graph is on the disk.
+        runs: Whether graphs will be run, so that onnxruntime may hold their weights now, too.
     """
 
     plans: Sequence[Plan]
@@ -105,6 +106,7 @@ class Request:
     allow_missing: Sequence[str] = ()
     allow_merged_base: bool = False
     sync: bool = True
+    runs: bool = True
 
     @property
     def plan(self) -> Plan:

@@ -225,12 +225,14 @@ def _written(
         facts["several_tokens_after_a_cache"] = "of one sequence only"
     if options.quantize is None:
         files.write(model, path, data)
-        fuse.refuse_unrunnable(path, options, part, single=single)
+        if request.runs or options.fuse != "none":
+            fuse.refuse_unrunnable(path, options, part, single=single)
         return facts
     quantise.reachable(model)
     plain = path.with_name("float.onnx")
     files.write(model, plain, f"{plain.name}.data")
-    fuse.refuse_unrunnable(plain, options, part, single=single)
+    if request.runs or options.fuse != "none":
+        fuse.refuse_unrunnable(plain, options, part, single=single)
     request.on_stage(f"quantising to {options.quantize}")
     facts["quantized"] = quantise.quantise(plain, path, data, options)
     for file in (plain, plain.with_name(f"{plain.name}.data")):
