@@ -34,6 +34,7 @@ from dora_export.onnx import (
 from dora_export.onnx.model import GraphError
 from dora_export.onnx.wrappers import Flat, Part
 from dora_export.verification import inputs, noise, script, times, together
+from dora_export.verification.measured import Unsupported
 from dora_export.verification.runner import GraphUnusable
 from tests.rider_models import WARNINGS
 from tools import onnx_table
@@ -644,6 +645,24 @@ def test_frames_of_sound_that_an_encoder_takes_are_named(whole):
     assert f"of frames {frames} alone" in first.notes[0]
     assert len(others) == (0 if whole else 2)
     assert not any("fixed_axes" in p.facts for p in (*others, *tasks.parts(model_of("t5"))))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("clip", 97), ("bert", 97), ("whisper", 97), ("t5", 97)]
+)
+def test_tokens_are_counted_by_the_embedding_of_the_text(name, words):
+    model = model_of(name)
+    model.config.vocab_size = 5  # what says less than the weights do
+    assert inputs.vocabulary(model) == words
+
+
+def test_a_model_that_names_no_embedding_of_tokens_is_refused_by_name():
+    model = model_of("clip")
+    del model.text_model
+    with pytest.raises(Unsupported, match="unknown number"):
+        inputs.vocabulary(model)
+    with pytest.raises(GraphError, match=r"CLIPModel.*unknown number.*export_module\(\)"):
+        tasks.parts(model)
 
 
 def test_a_model_whose_conditions_cannot_be_made_up_is_refused_by_name():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,16 +177,16 @@ def vocabulary(model: Any) -> int:
     """Return how many tokens a model knows.
 
     Raises:
-        Unsupported: Neither the model nor its config says.
+        Unsupported: The library does not say which of its embeddings is that of tokens.
     """
-    # A class of two towers has two embeddings, so transformers' method raises for it: then its text
-    # tower's config has the number.
-    with suppress(AttributeError, NotImplementedError):
-        return int(model.get_input_embeddings().weight.shape[0])
-    rows = getattr(getattr(model.config, "text_config", model.config), "vocab_size", None)
-    if rows is None:
-        raise Unsupported(type(model).__name__, "takes tokens of an unknown number")
-    return int(rows)
+    # A class of two towers has two embeddings, so transformers' method raises for it.
+    tower: Any = getattr(model, "text_model", None)
+    owner = tower if hasattr(tower, "get_input_embeddings") else model
+    try:
+        return int(owner.get_input_embeddings().weight.shape[0])
+    except (AttributeError, NotImplementedError) as error:
+        what = "takes tokens of an unknown number: its class names no embedding of theirs"
+        raise Unsupported(type(model).__name__, what) from error
 
 
 def _special_tokens(model: Any) -> set[int]:
