@@ -223,15 +223,16 @@ def _written(
     single = fuse.takes_one_sequence_after_a_cache(model)
     if single:
         facts["several_tokens_after_a_cache"] = "of one sequence only"
+    runs = request.runs or options.fuse != "none"
     if options.quantize is None:
         files.write(model, path, data)
-        if request.runs or options.fuse != "none":
+        if runs:
             fuse.refuse_unrunnable(path, options, part, single=single)
         return facts
     quantise.reachable(model)
     plain = path.with_name("float.onnx")
     files.write(model, plain, f"{plain.name}.data")
-    if request.runs or options.fuse != "none":
+    if runs:
         fuse.refuse_unrunnable(plain, options, part, single=single)
     request.on_stage(f"quantising to {options.quantize}")
     facts["quantized"] = quantise.quantise(plain, path, data, options)
