@@ -66,7 +66,7 @@ def correct(model: ir.Model) -> int:
             _floor(node)
         elif node.op_type == "Squeeze" and SQUEEZED in origin and _same_rank(node):
             _pass_over(node)
-        elif node.op_type == "Concat" and len({v.dtype for v in node.inputs if v is not None}) > 1:
+        elif node.op_type == "Concat" and _has_mixed_types(node):
             _cast(node)
         else:
             continue
@@ -104,13 +104,19 @@ def _pass_over(node: ir.Node) -> None:
     node.resize_inputs(1)
 
 
+def _has_mixed_types(node: ir.Node) -> bool:
+    """Return whether inputs are of several types, as far as they and the output's are known."""
+    known = {v.dtype for v in node.inputs if v is not None and v.dtype is not None}
+    return len(known) > 1 and node.outputs[0].dtype is not None
+
+
 def _cast(node: ir.Node) -> None:
     """Cast a node's inputs to the type that torch gives its output."""
     wanted = node.outputs[0].dtype
-    assert wanted is not None, "Bug: a value of a traced graph has a type"
+    assert wanted is not None, "Bug: as above"
     assert node.graph is not None, "Bug: a node of a graph"
     for place, value in enumerate(node.inputs):
-        if value is None or value.dtype == wanted:
+        if value is None or value.dtype in (None, wanted):
             continue
         cast = ir.node("Cast", [value], attributes={"to": wanted})
         made = cast.outputs[0]
